@@ -1,0 +1,70 @@
+"""ray-envcache: each locked Python environment is built once per host and shared by all Ray clusters.
+
+Importing this package registers the field: `ray.init(runtime_env={"envcache": "pyproject.toml"})`. It imports neither
+ray nor anything heavy.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from ray_envcache import registration
+from ray_envcache.errors import EnvCacheError, StoreError
+
+if TYPE_CHECKING:
+    from ray_envcache.run_tmpdir import clean_sessions
+    from ray_envcache.spec import EnvSpec
+    from ray_envcache.store import Store
+    from ray_envcache.tmpdir import short_tmpdir
+
+__version__ = "0.1.0.dev0"
+__all__ = ["EnvCacheError", "EnvSpec", "Store", "clean_sessions", "runtime_env", "short_tmpdir"]
+
+
+def runtime_env(
+    path: str | os.PathLike[str],
+    *,
+    extras: Iterable[str] = (),
+    groups: Iterable[str] = (),
+    package: str | None = None,
+    no_build: bool = False,
+    python: str | None = None,
+) -> dict[str, Any]:
+    """A runtime_env for `@ray.remote`, `.options`, jobs, anything: absolute path, and the digest of the files pinned.
+
+    With a guard: on a node without the plugin, where Ray would ignore the field, the task fails and says so.
+
+    Checks what can be checked here (about 0.2 s, once per state of the files), builds nothing. Raises EnvCacheError
+    where the project's files are missing, broken, outdated or do not fit this Python and ray.
+    """
+    from ray_envcache.guard import guarded  # imported when it is needed, not with ray
+    from ray_envcache.hook import pinned_field
+
+    chosen = {"extras": [*extras], "groups": [*groups], "package": package, "no_build": no_build, "python": python}
+    value = {"path": os.path.abspath(path), **chosen}
+    return guarded({"envcache": pinned_field(value)})
+
+
+_LAZY = {
+    "EnvSpec": "ray_envcache.spec",
+    "Store": "ray_envcache.store",
+    "clean_sessions": "ray_envcache.run_tmpdir",
+    "short_tmpdir": "ray_envcache.tmpdir",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is rarely needed when it is asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+if sys.platform == "win32":
+    raise StoreError("ray-envcache does not run on Windows: it needs flock", "use WSL 2 or a Linux container")
+registration.register(os.environ)

@@ -1,0 +1,294 @@
+"""True bytes: what trees occupy, what deleting them would free, and what their file system has left."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import stat
+import struct
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TypeAlias
+
+_NETWORK = frozenset(
+    """
+    9p acfs afs auristorfs beegfs ceph cifs coda curlftpfs davfs davfs2 fhgfs gcsfuse gfs gfs2 glusterfs gpfs juicefs
+    lustre mfs moosefs ncpfs nfs nfs4 ocfs2 orangefs panfs prl_fs pvfs2 quobyte rclone s3fs seaweedfs smb2 smb3 smbfs
+    sshfs vboxsf vmhgfs vmhgfs-fuse wekafs
+    """.split()  # noqa: SIM905  # forty names read better as words than as forty lines
+)
+# Others are asked file by file. A type that can share extents must not get in here: we would promise too many bytes.
+_NEVER_SHARES = frozenset({"ext2", "ext3", "ext4", "f2fs", "jfs", "ramfs", "reiserfs", "tmpfs"})
+
+_FEW_INODES = 10_000  # an environment has so many files easily
+
+_Place: TypeAlias = tuple[int, int, int]  # device, first byte on it, end
+_VANISHED = (FileNotFoundError, NotADirectoryError)
+
+
+@dataclass(frozen=True)
+class DiskUse:
+    """Bytes and files of one tree, or of several together.
+
+    `size`: bytes the tree occupies, each inode once. `reclaimable`: bytes that deleting it would free now. What is
+    kept by a hard link outside of it, or by a reflinked copy anywhere, does not count. `files`: inodes other than
+    directories. With `exact` False something could not be known and `reclaimable` is what is known: "at least".
+    """
+
+    size: int
+    reclaimable: int
+    files: int
+    exact: bool
+
+
+@dataclass(frozen=True)
+class DiskUses:
+    """The use of each of several trees, and of all together, where inodes they have in common count once."""
+
+    each: dict[Path, DiskUse]
+    total: DiskUse
+
+
+@dataclass(frozen=True)
+class FileSystem:
+    """Bytes in all and free for this user, inodes free for this user (None: no fixed number), and the type's name.
+
+    `kind` is the name of the kernel, such as "ext4" or "fuse.sshfs"; "" where there is no /proc to tell it.
+    """
+
+    total: int
+    free: int
+    inodes_free: int | None
+    kind: str
+
+
+def measure(top: Path, linked: Collection[tuple[int, int]] = ()) -> DiskUse:
+    """Measure one tree. That it is missing, or vanishes meanwhile, is no error: what is gone counts nothing.
+
+    The inodes `linked` (device, number) have one more link, elsewhere, that goes when the tree does. Links are not
+    followed and other file systems not entered. Writes nothing and raises no OSError: what cannot be read makes the
+    answer inexact. Two limits: on overlayfs the files of an image count as if deleting them freed something (never
+    `exact`); and space kept by a process that has a deleted file open counts as freed.
+    """
+    return _tally(top, linked).use()
+
+
+def measure_all(tops: Iterable[Path]) -> DiskUses:
+    """Measure several trees as `measure` does; none may lie within another."""
+    each: dict[Path, DiskUse] = {}
+    total = _Tally()
+    for top in tops:
+        tally = _tally(top)
+        each[top] = tally.use()
+        total.merge(tally)
+    return DiskUses(each, total.use())
+
+
+def free_space(path: Path) -> FileSystem:
+    """Ask what the file system of an existing file or directory has left; quotas of users are not considered.
+
+    Raises OSError, notably FileNotFoundError.
+    """
+    found = os.statvfs(path)
+    # btrfs and others have no inode tables and report 0 of 0, which must not be taken for "none left".
+    inodes_free = found.f_favail if found.f_files else None
+    return FileSystem(found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize, inodes_free, _kind(path))
+
+
+def room_left(path: Path) -> str:
+    """What is free where `path` lies or would lie, for people: "12 MB are free"; with inodes where those are few."""
+    found = free_space(next(place for place in [path, *path.parents] if place.exists()))
+    few = found.inodes_free is not None and found.inodes_free < _FEW_INODES
+    return f"{found.free / 1e6:,.0f} MB{f' and {found.inodes_free} inodes' if few else ''} are free"
+
+
+def is_network(kind: str) -> bool:
+    """Whether a file system type is shared between hosts, so that flocks need not exclude and caches may be stale."""
+    return kind.removeprefix("fuse.") in _NETWORK
+
+
+def _kind(path: Path) -> str:
+    """Find the type of the file system of `path` by its mount id.
+
+    Not by device number: a btrfs subvolume and an overlay have other ones in stat(2) than in mountinfo. Not by path:
+    mounts may hide each other. Both files are described in proc(5).
+    """
+    with suppress(OSError):
+        mounts = Path("/proc/self/mountinfo").read_bytes()
+        if found := re.search(rb"^%s .*? - (\S+)" % _mount_id(path), mounts, re.MULTILINE):
+            return os.fsdecode(found[1])
+    return ""
+
+
+def _mount_id(path: Path) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        found = re.search(rb"^mnt_id:\s*(\d+)", Path(f"/proc/self/fdinfo/{descriptor}").read_bytes(), re.MULTILINE)
+    finally:
+        os.close(descriptor)
+    return found[1] if found else b"untold"
+
+
+@dataclass
+class _Inode:
+    path: str
+    device: int
+    occupied: int
+    may_share: bool
+    links: int
+    seen: int = 1
+
+
+@dataclass
+class _Tally:
+    """What was seen so far.
+
+    `linked`: inodes of which not every link was seen, so that they would free nothing. `shared`: where extents lie
+    that more than one file refers to. `besides`: inodes with one more link that goes with the tree.
+    """
+
+    shares: bool = False
+    exact: bool = True
+    besides: Collection[tuple[int, int]] = ()
+    size: int = 0
+    reclaimable: int = 0
+    files: int = 0
+    linked: dict[tuple[int, int], _Inode] = field(default_factory=dict)
+    shared: list[_Place] = field(default_factory=list)
+
+    def add(self, path: str, found: os.stat_result) -> None:
+        """Add an inode by one of its names."""
+        occupied = found.st_blocks * 512
+        if stat.S_ISDIR(found.st_mode):
+            self.size += occupied
+            self.reclaimable += occupied
+            return
+        may_share = self.shares and occupied > 0 and stat.S_ISREG(found.st_mode)
+        key = (found.st_dev, found.st_ino)
+        links = found.st_nlink - (key in self.besides)
+        self._add_link(key, _Inode(path, found.st_dev, occupied, may_share, links))
+
+    def add_children(self, directory: str, device: int) -> list[str]:
+        """Add what lies in a directory, and return the directories among it."""
+        directories = []
+        try:
+            for path, found in _children(directory):
+                is_directory = stat.S_ISDIR(found.st_mode)
+                # Asked of directories only: on overlayfs a file may have another device number than its directory.
+                if is_directory and found.st_dev != device:
+                    continue
+                self.add(path, found)
+                if is_directory:
+                    directories.append(path)
+        except OSError as error:
+            self.exact &= isinstance(error, _VANISHED)
+        return directories
+
+    def merge(self, other: _Tally) -> None:
+        """Add another tree. Links to one inode from both may together be all that there are."""
+        self.size += other.size
+        self.reclaimable += other.reclaimable
+        self.files += other.files
+        self.exact &= other.exact and not _overlap(self.shared + other.shared)
+        # Inexact once is inexact for good: then the places, perhaps a million of them, would only take memory.
+        self.shared = self.shared + other.shared if self.exact else []
+        for key, inode in other.linked.items():
+            self._add_link(key, inode)
+
+    def use(self) -> DiskUse:
+        size = self.size + sum(inode.occupied for inode in self.linked.values())
+        exact = self.exact and not _overlap(self.shared)
+        return DiskUse(size, self.reclaimable, self.files + len(self.linked), exact)
+
+    def _add_link(self, key: tuple[int, int], inode: _Inode) -> None:
+        if known := self.linked.pop(key, None):
+            inode.seen += known.seen
+        if inode.seen < inode.links:
+            self.linked[key] = inode
+        else:
+            self._add_owned(inode)
+
+    def _add_owned(self, inode: _Inode) -> None:
+        self.size += inode.occupied
+        self.files += 1
+        self.reclaimable += self._own_bytes(inode) if inode.may_share else inode.occupied
+
+    def _own_bytes(self, inode: _Inode) -> int:
+        own = 0
+        try:
+            for _, start, length, flags in _extents(inode.path):
+                if flags & _SHARED:
+                    self.shared.append((inode.device, start, start + length))
+                elif flags & _ENCODED:
+                    self.exact = False  # compressed: the length is the logical one
+                elif not flags & _INLINE:
+                    own += length
+        except OSError as error:
+            self.exact &= isinstance(error, _VANISHED)
+        return min(own, inode.occupied)
+
+
+def _tally(top: Path, besides: Collection[tuple[int, int]] = ()) -> _Tally:
+    try:
+        found = os.lstat(top)
+    except OSError as error:
+        return _Tally(exact=isinstance(error, _VANISHED))
+    kind = _kind(top)
+    tally = _Tally(shares=kind not in _NEVER_SHARES, exact=kind != "overlay", besides=besides)
+    tally.add(os.fspath(top), found)
+    pending = [os.fspath(top)] if stat.S_ISDIR(found.st_mode) else []
+    while pending:
+        pending += tally.add_children(pending.pop(), found.st_dev)
+    return tally
+
+
+def _children(directory: str) -> Iterator[tuple[str, os.stat_result]]:
+    with os.scandir(directory) as items:
+        for item in items:
+            with suppress(*_VANISHED):
+                yield item.path, item.stat(follow_symlinks=False)
+
+
+# FIEMAP, as in linux/fiemap.h. An extent is its place in the file and on the disk, its length (bytes), and flags.
+_Extent: TypeAlias = tuple[int, int, int, int]
+_LAST, _ENCODED, _INLINE, _SHARED = 0x1, 0x8, 0x200, 0x2000
+_FS_IOC_FIEMAP = 0xC020660B
+_HEADER = struct.Struct("=QQIIII")  # start, length, flags, extents mapped, room for extents, reserved
+_EXTENT = struct.Struct("=QQQ16xI12x")
+_ROOM = 64
+
+
+def _extents(path: str) -> Iterator[_Extent]:
+    """Iterate over the extents of a file. Raises OSError, also where the file system does not tell."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        start = 0
+        while found := _parse(_ask(descriptor, start)):
+            yield from found
+            place, _, length, flags = found[-1]
+            if flags & _LAST:
+                return
+            start = place + length
+    finally:
+        os.close(descriptor)
+
+
+def _ask(descriptor: int, start: int) -> bytes:
+    answer = bytearray(_HEADER.size + _ROOM * _EXTENT.size)
+    _HEADER.pack_into(answer, 0, start, 2**64 - 1 - start, 0, 0, _ROOM, 0)
+    fcntl.ioctl(descriptor, _FS_IOC_FIEMAP, answer, True)
+    return bytes(answer)
+
+
+def _parse(answer: bytes) -> list[_Extent]:
+    mapped = _HEADER.unpack_from(answer)[3]
+    return list(_EXTENT.iter_unpack(answer[_HEADER.size : _HEADER.size + mapped * _EXTENT.size]))
+
+
+def _overlap(ranges: list[_Place]) -> bool:
+    """Whether what others share is also shared within: nobody tells whether these "others" are all within."""
+    return any(a[0] == b[0] and b[1] < a[2] for a, b in pairwise(sorted(ranges)))

@@ -1,0 +1,49 @@
+"""The hold: every interpreter of an environment keeps a shared flock on its entry's `in-use` file, for life.
+
+The text of this file is copied into each environment, where a `.pth` line imports it at start-up. It therefore
+imports the standard library only, does as little as it can, and must never break the start of an interpreter.
+Forked children share the flock; a SIGKILL frees it; it covers notebooks and cron jobs that merely run
+`venv/bin/python` as well as Ray's workers.
+"""
+
+
+def _hold() -> "int | None":
+    import fcntl
+    import os
+    import time
+
+    # <entry>/venv/lib/pythonX.Y/site-packages/<this file>
+    entry = __file__
+    for _ in range(5):
+        entry = os.path.dirname(entry)
+    opened = os.open(os.path.join(entry, "in-use"), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # Out of the way of programs that expect certain low descriptors, such as a closed stdin's.
+        held = fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 64)
+    finally:
+        os.close(opened)
+    # The only exclusive holder is a collector: one that has just looked, or one that removes the entry at this
+    # moment. Both take milliseconds; nobody waits longer for them.
+    for _ in range(100):
+        try:
+            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.001)
+        else:
+            break
+    else:
+        os.close(held)
+        return None
+    lower = os.environ.get("RAY_ENVCACHE_READONLY_DIRS", "").split(":")
+    if not any(entry.startswith(os.path.join(root, "v1", "")) for root in lower if root):
+        try:
+            os.utime(held)
+        except OSError:
+            pass  # when it was last used matters less than that it runs: read-only file system, or not the owner
+    return held
+
+
+try:
+    HELD = _hold()
+except Exception:
+    HELD = None

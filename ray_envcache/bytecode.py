@@ -1,0 +1,240 @@
+"""Finishing an entry in the background: bytecode, true sizes, and everything on the disk for good.
+
+An environment is handed out as soon as it is linked and checked, because compiling takes thirty times longer than
+linking. This process follows: `python -m ray_envcache.bytecode ROOT ENTRY`. It holds the entry while it works, steps
+aside for everybody else, and may be killed at any moment: whoever uses the entry next starts it again, and it goes on
+where it was. What an earlier environment has compiled is linked, see `shared_bytecode`.
+"""
+
+from __future__ import annotations
+
+import marshal
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.util import MAGIC_NUMBER, cache_from_source, source_hash
+from pathlib import Path
+
+from ray_envcache import _flock, _fs, shared_bytecode
+from ray_envcache.entry import utc_now
+from ray_envcache.layout import Entry, Layout
+from ray_envcache.leases import Holder, claim_ready
+from ray_envcache.sizes import record_sizes
+
+_UNCHECKED = (1).to_bytes(4, "little")  # flags of PEP 552: hash-based, never checked
+
+
+def finish_now(layout: Layout, entry: Entry) -> None:
+    """The same, after waiting for whoever is at it."""
+    with _flock.exclusive_flock(layout.finishing_flock(entry), lambda: None):
+        _finish_claimed(layout, entry)
+
+
+def finish(layout: Layout, entry: Entry) -> bool:
+    """Compile, sync and measure `entry`; False where it is gone, done, or somebody else is at it."""
+    try:
+        flock = _flock.try_flock(layout.finishing_flock(entry), exclusive=True, flags=os.O_RDWR | os.O_CREAT)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    if flock is None:
+        return False
+    try:
+        return _finish_claimed(layout, entry)
+    finally:
+        os.close(flock)
+
+
+def _finish_claimed(layout: Layout, entry: Entry) -> bool:
+    lease = claim_ready(entry, layout, Holder("bytecode", command="compiles bytecode"))
+    if lease is None:
+        return False
+    with lease:
+        if entry.compiled.exists():
+            return False
+        _finish(layout, entry)
+        return True
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where bytecode comes from and goes to: `shared` by all entries, and `staged` until it is on the disk."""
+
+    shared: str  # strings: joined thousands of times
+    staged: str
+
+
+def compile_tree(top: Path, places: Places, workers: int) -> None:
+    """Give all modules below `top` bytecode of this Python, with so many processes.
+
+    The helpers are forks: they share our flocks, so that the entry stays held until the last of them is done. Raises
+    OSError where not all could be written.
+    """
+    directories = list(_with_modules(top))
+    shares = [directories[number::workers] for number in range(workers)]
+    helpers = [_fork(share, places) for share in shares[1:]]
+    _do_share(shares[0], places)
+    statuses = [os.waitpid(helper, 0)[1] for helper in helpers]
+    if any(statuses):
+        raise ChildProcessError("a process that compiles failed")
+
+
+def _fork(directories: list[str], places: Places) -> int:
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            _do_share(directories, places)
+            status = 0
+        finally:
+            os._exit(status)
+    return child
+
+
+def _do_share(directories: list[str], places: Places) -> None:
+    """First what is quick, everywhere: links to what an earlier environment compiled."""
+    missing = {directory: _link_directory(directory, places) for directory in directories}
+    for directory, modules in missing.items():
+        if modules:
+            _compile_directory(directory, modules, places)
+
+
+def _link_directory(directory: str, places: Places) -> list[str]:
+    """Link the bytecode of a directory's modules, and return those that nobody compiled yet."""
+    with _thawed(directory), os.scandir(directory) as found:
+        modules = [item.path for item in found if item.name.endswith(".py") and item.is_file()]
+        return [path for path in modules if not _link(path, _read(path), places)]
+
+
+def _compile_directory(directory: str, modules: list[str], places: Places) -> None:
+    with _thawed(directory):
+        for path in modules:
+            text = _read(path)
+            # Another process may have been faster, or another module have the same text.
+            if not _link(path, text, places):
+                _compile(path, text, places)
+
+
+@contextmanager
+def _thawed(directory: str) -> Iterator[None]:
+    """Open a frozen directory and its `__pycache__` for writing, no longer than that takes."""
+    cache = os.path.join(directory, "__pycache__")
+    mode = os.stat(directory).st_mode
+    os.chmod(directory, mode | 0o200)
+    try:
+        os.makedirs(cache, exist_ok=True)
+        os.chmod(cache, mode | 0o200)
+        yield
+    finally:
+        with suppress(FileNotFoundError):
+            os.chmod(cache, mode & ~0o222)
+        os.chmod(directory, mode & ~0o222)
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _link(path: str, text: bytes, places: Places) -> bool:
+    """Link what somebody made of this text; False where nobody did."""
+    name, target = shared_bytecode.name_of(text), cache_from_source(path)
+    for folder in (places.shared, places.staged):
+        with suppress(FileNotFoundError):
+            shared_bytecode.put(f"{folder}/{name}", target)
+            return True
+    return False
+
+
+def _compile(path: str, text: bytes, places: Places) -> None:
+    """Compile one module, unless it cannot be: a template, a test of broken syntax fails where it is imported.
+
+    The environment never changes, so its bytecode is never checked against the source (PEP 552, unchecked hashes): an
+    import then costs one `stat` less. Each file appears by a rename, when it is whole.
+    """
+    bytecode = _bytecode(path, text)
+    if bytecode is not None:
+        staged = f"{places.staged}/{shared_bytecode.name_of(text)}"
+        _write_whole(staged, bytecode)
+        shared_bytecode.put(staged, cache_from_source(path))
+
+
+def _bytecode(path: str, text: bytes) -> bytes | None:
+    try:
+        code = compile(text, path, "exec", dont_inherit=True)
+        return MAGIC_NUMBER + _UNCHECKED + source_hash(text) + marshal.dumps(code)
+    except Exception:  # noqa: BLE001  # as py_compile: foreign text can fail in any way
+        return None
+
+
+def _write_whole(path: str, data: bytes) -> None:
+    unproven = f"{path}.{os.getpid()}"
+    try:
+        # Read-only: whoever overwrote it in place would change it for all environments.
+        descriptor = os.open(unproven, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o444)
+        with open(descriptor, "wb") as file:
+            file.write(data)
+        os.replace(unproven, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(unproven)
+        raise
+
+
+def _finish(layout: Layout, entry: Entry) -> None:
+    began = time.monotonic()
+    shared = shared_bytecode.folder_of_this_python(layout)
+    places = Places(os.fspath(shared), os.fspath(entry.staged_bytecode / shared.name))
+    os.makedirs(places.staged, exist_ok=True)
+    compile_tree(entry.site_packages, places, workers=max(1, (os.cpu_count() or 1) - 1))
+    # From here on the entry survives a crash of the machine, not only of processes; and what it shares.
+    os.sync()
+    shared_bytecode.publish(places.staged, shared)
+    _fs.remove_tree(entry.staged_bytecode)
+    _fs.write_json(entry.compiled, {"compiled_at": utc_now(), "seconds": round(time.monotonic() - began, 3)})
+    record_sizes(layout, entry)
+
+
+def _with_modules(top: Path) -> Iterator[str]:
+    for directory, subdirectories, names in os.walk(top):
+        if "__pycache__" in subdirectories:
+            subdirectories.remove("__pycache__")
+        if any(name.endswith(".py") for name in names):
+            yield directory
+
+
+def _step_aside() -> None:
+    """Run only when nobody else wants the processor."""
+    os.nice(19)
+    with suppress(OSError):
+        # Linux shares the processor between sessions first, and we lead one: our niceness counts only within it.
+        Path("/proc/self/autogroup").write_text("19", encoding="ascii")
+    if hasattr(os, "SCHED_IDLE"):
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    if os.getpgrp() == os.getpid():
+        # Asked to stop by whoever removes the entry: at once, and with all helpers.
+        signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+
+
+def main(arguments: list[str]) -> int:
+    root, name, *now = arguments
+    layout = Layout(Path(root))
+    entry = layout.entry(name)
+    if entry is None:
+        return 2
+    warnings.simplefilter("ignore")  # what foreign text is warned of is nobody's business, nor an error, here
+    if now:
+        finish_now(layout, entry)
+    else:
+        _step_aside()
+        finish(layout, entry)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

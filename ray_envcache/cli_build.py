@@ -1,0 +1,66 @@
+"""What `build` does."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ray_envcache import _process
+from ray_envcache.cluster_ray import installed_ray
+from ray_envcache.errors import BuildError
+from ray_envcache.layout import Entry
+from ray_envcache.leases import Holder
+from ray_envcache.progress import observer
+from ray_envcache.spec import EnvSpec
+from ray_envcache.store import Store
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--extra", "extras", multiple=True, metavar="NAME", help="Include this extra; may be repeated.")
+@click.option(
+    "--group", "groups", multiple=True, metavar="NAME", help="Include this dependency group; may be repeated."
+)
+@click.option("--package", metavar="NAME", help="The member of the workspace.")
+@click.option("--no-build", is_flag=True, help="Refuse packages that are not wheels.")
+@click.option("--python", metavar="VERSION|PATH", help="Insist on this Python.")
+def build(*, path: Path, extras: tuple[str, ...], groups: tuple[str, ...], **options: Any) -> None:
+    """Build or find an environment, and print its interpreter.
+
+    PATH is the project's pyproject.toml, its folder, uv.lock, pylock.toml, a requirements file or a script. Warms the
+    store of an image or a CI machine, bytecode included: nothing is left to do when it returns.
+    """
+    value = {"path": os.path.abspath(path), "extras": [*extras], "groups": [*groups], **options}
+    store = Store.open()
+    with observer(sys.stderr) as shown:
+        lease = store.acquire(EnvSpec.parse(value), installed_ray(), Holder("cli"), shown, finish=False)
+    with lease:
+        try:
+            _finish(store, [entry for entry in lease.entries if not (entry.readonly or entry.compiled.exists())])
+        except KeyboardInterrupt:
+            # The environment itself is ready.
+            store.finish_all(lease)
+            raise
+        click.echo(lease.python)
+
+
+def _finish(store: Store, entries: list[Entry]) -> None:
+    """Have the bytecode compiled now: where this is a step of making an image, nobody goes on after us.
+
+    Raises BuildError: an entry without it is not handed out by another run of the kernel, and so by no container.
+    """
+    if entries:
+        click.echo("Compiling bytecode", err=True)
+    for entry in entries:
+        arguments: list[str | Path] = [store.layout.root, entry.path.name, "now"]
+        done = _process.run([sys.executable, "-m", "ray_envcache.bytecode", *arguments], environ=os.environ)
+        if not entry.compiled.exists():
+            reason = done.killed or (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+            raise BuildError(
+                f"The bytecode of {entry.path.name} could not be compiled: {reason}",
+                "run the same command again; what is compiled already is kept",
+            )

@@ -1,0 +1,78 @@
+"""What `list --sessions` and `gc --sessions` do."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ray_envcache import run_tmpdir, session_dirs, tables
+from ray_envcache.entry import utc
+from ray_envcache.session_gc import Report, collect_sessions
+from ray_envcache.sessions import Session, survey
+from ray_envcache.tmpdir import sweep_links
+
+PrintJson = Callable[[dict[str, Any]], None]
+
+tmpdir_option = click.option(
+    "--tmpdir", metavar="DIR", help="With --sessions: look here, not in $RAY_TMPDIR/ray, $TMPDIR/ray or /tmp/ray."
+)
+
+
+def show(tmpdir: str | None, print_json: PrintJson | None) -> None:
+    """Print the sessions, as JSON if there is a printer for that."""
+    temps = session_dirs.temp_dirs(tmpdir, os.environ)
+    found = survey(temps)
+    if print_json:
+        print_json({"temp_dirs": _paths(temps), "sessions": [_as_json(one) for one in found]})
+    else:
+        tables.print_sessions(found, sys.stdout)
+
+
+def collect(
+    tmpdir: str | None, older_than: float | None, *, dry_run: bool, others: list[str], print_json: PrintJson | None
+) -> None:
+    """Remove dead sessions, and links of `short_tmpdir` that nobody needs. `others`: options that do not fit."""
+    if others:
+        raise click.UsageError(f"--sessions is about session directories: leave out {', '.join(others)}")
+    temps = session_dirs.temp_dirs(tmpdir, os.environ)
+    report = collect_sessions(temps, older_than=older_than or 0.0, dry_run=dry_run)
+    if not dry_run:
+        sweep_links()
+        run_tmpdir.sweep(temps)
+    if print_json:
+        print_json({"dry_run": dry_run, "temp_dirs": _paths(temps), **_report_as_json(report)})
+    else:
+        tables.print_session_report(report, sys.stdout, dry_run=dry_run)
+    for name, reason in report.failed:
+        click.echo(f"error: Cannot remove {tables.printable(name)}: {tables.printable(reason)}", err=True)
+    if report.failed:
+        sys.exit(1)
+
+
+def refuse_without_sessions(*given: object) -> None:
+    """Raise where options that need --sessions came without it."""
+    if any(value is not None for value in given):
+        raise click.UsageError("--tmpdir and --older-than are about session directories: add --sessions")
+
+
+def _report_as_json(report: Report) -> dict[str, Any]:
+    lists = {
+        name: [_as_json(one) for one in getattr(report, name)] for name in ("removed", "kept", "alive", "in_doubt")
+    }
+    return {**lists, "failed": report.failed, "freed_bytes": report.freed_bytes}
+
+
+def _as_json(one: Session) -> dict[str, Any]:
+    data = asdict(one)
+    times = {f"{name}_at": utc(when) if (when := data.pop(name)) else None for name in ("started", "last_written")}
+    return {**data, **times}
+
+
+def _paths(temps: list[Path]) -> list[str]:
+    return [os.fspath(temp) for temp in temps]

@@ -1,0 +1,157 @@
+"""The records of an entry: what proves that it is complete, and what is known about it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from functools import cache
+from typing import Any
+
+from ray_envcache import _fs
+from ray_envcache.layout import Entry
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ReadyRecord:
+    """The proof that an entry is complete, written last. Times are UTC ISO 8601, sizes bytes.
+
+    `path` is where it was built, the only place where it works. Of a layer `base` is the name of the entry it lies on
+    (its path, where that is in a lower store), and `content` the digest of its packages; both are "" for an
+    environment. `inherited` are files of packages used from elsewhere: path, size, mtime in ns. `hashes` says of how
+    many packages the lockfile has the hash, which uv then insists on: "all", "some" or "none"; with `no_build` nothing
+    was built from source.
+    """
+
+    key: str
+    path: str
+    created_at: str
+    project: str
+    source: str
+    python: str
+    base_python: str
+    base_python_file: tuple[int, int]
+    ray: str
+    packages: int
+    added: tuple[str, ...]
+    download_bytes: int
+    build_seconds: float
+    uv: str
+    boot_id: str
+    base: str
+    content: str
+    hashes: str
+    no_build: bool
+    inherited: tuple[tuple[str, int, int], ...]
+
+    def write(self, entry: Entry) -> None:
+        """Publish the entry: from now on it is handed out."""
+        _fs.write_json(entry.ready, {"schema_version": SCHEMA_VERSION, **asdict(self)})
+
+    @classmethod
+    def read(cls, entry: Entry) -> ReadyRecord | None:
+        """The record of an entry that may be handed out, else None: not ready, damaged, or its base Python changed.
+
+        Unknown fields are ignored: a newer version of this package may share the store.
+        """
+        data = _fs.read_json(entry.ready)
+        if data is None or data.get("schema_version") != SCHEMA_VERSION or data.get("key") != entry.key:
+            return None
+        try:
+            record = cls(**{field.name: _tuple(data[field.name]) for field in fields(cls)})
+        except KeyError:
+            return None
+        return record if record._holds(entry) else None
+
+    def _holds(self, entry: Entry) -> bool:
+        if not _is_same_place(self.path, os.fspath(entry.path)):
+            return False
+        if not is_unchanged(os.fspath(entry.python), self.base_python_file):
+            return False
+        if not all(is_unchanged(path, (size, changed)) for path, size, changed in self.inherited):
+            return False
+        if self.base and not os.path.exists(entry.path.parent / self.base / entry.ready.name):
+            return False
+        # Written before a crash of the machine and perhaps never brought to the disk: only what was synced counts.
+        return self.boot_id == boot_id() or entry.compiled.exists()
+
+
+@dataclass(frozen=True)
+class MeasuredRecord:
+    """Sizes in bytes. `exact` is False where `reclaimable_bytes` is a lower bound.
+
+    `probes` are files of the entry and their numbers of links when it was measured.
+    """
+
+    size_bytes: int
+    reclaimable_bytes: int
+    files: int
+    exact: bool
+    probes: tuple[tuple[str, int], ...]
+
+    def write(self, entry: Entry) -> None:
+        _fs.write_json(entry.measured, {"schema_version": SCHEMA_VERSION, **asdict(self)}, durable=False)
+
+    @classmethod
+    def read(cls, entry: Entry) -> MeasuredRecord | None:
+        data = _fs.read_json(entry.measured)
+        if data is None or data.get("schema_version") != SCHEMA_VERSION:
+            return None
+        try:
+            return cls(**{field.name: _tuple(data[field.name]) for field in fields(cls)})
+        except KeyError:
+            return None
+
+
+def file_identity(path: str) -> tuple[int, int] | None:
+    """Size and mtime (ns) of the file that `path` leads to, or None where it leads nowhere."""
+    try:
+        found = os.stat(path)  # the warm path
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def is_unchanged(path: str, was: Sequence[int]) -> bool:
+    """Whether the file that `path` leads to has this `file_identity`, give or take what images do to times.
+
+    The layers of an image keep whole seconds only, once it was pushed and pulled.
+    """
+    now = file_identity(path)
+    return now is not None and now[0] == was[0] and now[1] in {was[1], was[1] // 10**9 * 10**9}
+
+
+def _is_same_place(built: str, found: str) -> bool:
+    """Whether the place where an entry was built, which is in its scripts and links, leads to the one found here."""
+    try:
+        # Another spelling by way of links will do; the warm path asks nobody.
+        return built == found or os.path.samefile(built, found)
+    except OSError:
+        return False
+
+
+def utc_now() -> str:
+    """This moment, UTC, as ISO 8601 with seconds."""
+    return utc(datetime.now(timezone.utc).timestamp())
+
+
+def utc(seconds: float) -> str:
+    """A Unix time as UTC ISO 8601 with seconds."""
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+@cache
+def boot_id() -> str:
+    """Tells one run of the machine's kernel from the next; "" where the system has no such thing."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,165 @@
+"""What is in the store, for people: the state of each entry, who uses it, and its size."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from ray_envcache import _flock, holders, leases, lower, pins
+from ray_envcache.entry import ReadyRecord, utc
+from ray_envcache.layout import Entry, Layout, layout_of
+from ray_envcache.sizes import sizes
+
+
+@dataclass(frozen=True)
+class User:
+    """A process that uses an entry: by a lease (`kind` is its holder's) or by running from it ("process").
+
+    `since` is UTC ISO 8601. `cluster` is the Ray session it belongs to, "" where it belongs to none that lives.
+    """
+
+    pid: int
+    kind: str
+    cluster: str
+    job: str
+    command: str
+    since: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """One entry as people see it. Sizes in bytes; times in Unix seconds or, with `_at`, UTC ISO 8601.
+
+    `exact` is False where `reclaimable_bytes` is a lower bound. `in_use` may be true without a user whom we can name:
+    processes of other containers hold flocks, but have no number here. `base` is the key of the environment
+    that a layer lies on, `base_path` its place. `hashes` and `no_build` are those of the ready record. One that is
+    `readonly` is of a lower store: nobody reclaims anything from here.
+    """
+
+    key: str
+    state: str
+    in_use: bool
+    users: tuple[User, ...]
+    pinned: bool
+    size_bytes: int
+    reclaimable_bytes: int
+    exact: bool
+    created_at: str | None
+    last_used: float
+    python: str | None
+    ray: str | None
+    project: str | None
+    source: str | None
+    path: str
+    base: str | None = None
+    hashes: str | None = None
+    no_build: bool | None = None
+    readonly: bool = False
+    base_path: str | None = None
+
+
+def survey(layout: Layout, below: Iterable[Layout] = ()) -> list[Status]:
+    """All entries of the store, the least recently used first; then those of the stores below it."""
+    return [status for store in (layout, *below) for status in _survey(layout, store)]
+
+
+def _survey(layout: Layout, store: Layout) -> list[Status]:
+    entries = list(store.all_entries())
+    processes = _processes(store, entries)
+    try:
+        found = [_status(layout, entry, processes.get(entry.path.name, [])) for entry in entries]
+    except PermissionError as error:
+        if store.readonly:
+            raise lower.unreadable(store, error) from error
+        raise
+    return sorted(found, key=lambda one: (one.last_used, one.key))
+
+
+def status(layout: Layout, entry: Entry) -> Status:
+    """What is known about one entry, of the store `layout` or of one below it, at this moment."""
+    return _status(layout, entry, _processes(layout_of(entry), [entry]).get(entry.path.name, []))
+
+
+def _status(layout: Layout, entry: Entry, processes: list[holders.Process]) -> Status:
+    record, size = ReadyRecord.read(entry), sizes(layout, entry)
+    users = _users(layout, entry, processes)
+    base = entry.base(record.base) if record else None
+    return Status(
+        key=entry.key,
+        state=_state(layout, entry, record),
+        # In a lower store not even for a moment anything is taken that stands in the way of others.
+        in_use=bool(users) or not (entry.readonly or _flock.is_free(entry.in_use)),
+        users=users,
+        pinned=not entry.readonly and pins.is_pinned(layout, entry),
+        size_bytes=size.size_bytes,
+        reclaimable_bytes=0 if entry.readonly else size.reclaimable_bytes,
+        exact=entry.readonly or size.exact,
+        created_at=record.created_at if record else None,
+        last_used=last_used(entry),
+        python=record.python if record else None,
+        ray=record.ray if record else None,
+        project=record.project if record else None,
+        source=record.source if record else None,
+        path=os.fspath(entry.path),
+        base=base.key if base else None,
+        hashes=record.hashes if record else None,
+        no_build=record.no_build if record else None,
+        readonly=entry.readonly,
+        base_path=os.fspath(base.path) if base else None,
+    )
+
+
+def _users(layout: Layout, entry: Entry, processes: list[holders.Process]) -> tuple[User, ...]:
+    """Holders of leases and processes that run from the entry; who does both is counted once, by the lease."""
+    leased = [
+        User(**{name: holder.get(name, "") for name in ("pid", "kind", "cluster", "job", "command", "since")})
+        for holder in leases.live_leases(layout, entry.key)
+        if holder.get("entry") == layout.name_of(entry)
+    ]
+    known = {user.pid for user in leased}
+    running = [
+        User(one.pid, "process", ray_session(one.pid), "", one.command, utc(one.started))
+        for one in processes
+        if one.pid not in known
+    ]
+    return (*leased, *running)
+
+
+def ray_session(pid: int) -> str:
+    """The Ray session whose raylet started this process, "" where it has no raylet (any more)."""
+    import psutil
+
+    with suppress(psutil.Error):
+        for parent in psutil.Process(pid).parents():
+            for argument in parent.cmdline():
+                if parent.name() == "raylet" and argument.startswith(("--session-name=", "--session_name=")):
+                    return argument.partition("=")[2]
+    return ""
+
+
+def _processes(layout: Layout, entries: list[Entry]) -> dict[str, list[holders.Process]]:
+    """Who holds the flock of each entry now, by one look through all processes."""
+    inodes = {}
+    for entry in entries:
+        with suppress(OSError):
+            found = entry.in_use.stat()
+            inodes[found.st_dev, found.st_ino] = entry.path.name
+    return holders.flock_holders(inodes, layout.entries).by_name
+
+
+def _state(layout: Layout, entry: Entry, record: ReadyRecord | None) -> str:
+    if record is not None:
+        return "ready"
+    if entry.readonly:
+        return "building" if entry.building.exists() else "broken"
+    return "building" if _flock.is_held(layout.builder_flock(entry.key)) else "broken"
+
+
+def last_used(entry: Entry) -> float:
+    """When somebody last began or ceased to use the entry, in Unix seconds; 0 where that is not known."""
+    try:
+        return entry.in_use.stat().st_mtime
+    except OSError:
+        return 0.0

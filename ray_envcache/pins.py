@@ -1,0 +1,66 @@
+"""Pins: a person's claim on an environment. Nothing but `unpin` ends it."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from contextlib import suppress
+
+from ray_envcache import _disk, _fs
+from ray_envcache.entry import ReadyRecord, utc_now
+from ray_envcache.errors import ReadOnlyError, StoreError, UnknownKeyError
+from ray_envcache.layout import Entry, Layout, layout_of
+from ray_envcache.leases import claim
+
+
+def pin(layout: Layout, entry: Entry) -> None:
+    """Keep the environment of this key.
+
+    Raises UnknownKeyError where a collector was faster, StoreError where the disk has no room for the pin, and
+    ReadOnlyError where it is in a lower store.
+    """
+    if entry.readonly:
+        raise ReadOnlyError(
+            f"The environment {entry.path.name} cannot be pinned: `{layout_of(entry).root}` is read-only here",
+            f"its owner can: RAY_ENVCACHE_DIR={layout_of(entry).root} ray-envcache pin {entry.key[:12]}",
+        )
+    lease = claim(entry)
+    if lease is None:
+        raise UnknownKeyError(f"The environment {entry.path.name} was just removed", "ray-envcache build makes it anew")
+    # While the claim is held no collector can be between its look for pins and the removal.
+    with lease:
+        try:
+            _fs.write_json(layout.pin_of(entry.key), {"key": entry.key, "by": _user(), "since": utc_now()})
+        except OSError as error:
+            if error.errno not in _fs.FULL_DISK:
+                raise
+            raise StoreError(
+                f"No space left to note the pin of {entry.path.name}: {_disk.room_left(layout.pins)}", "make room"
+            ) from error
+
+
+def is_pinned(layout: Layout, entry: Entry) -> bool:
+    """Whether the entry is pinned, or a layer on it is."""
+    return layout.pin_of(entry.key).exists() or entry.path.name in _below_pinned(layout)
+
+
+def _below_pinned(layout: Layout) -> set[str]:
+    """The names of the entries on which pinned layers lie."""
+    pinned = [path.stem for path in layout.pins.glob("*.json")]
+    records = [ReadyRecord.read(entry) for key in pinned for entry in layout.entries_of(key)]
+    return {record.base for record in records if record}
+
+
+def unpin(layout: Layout, key: str) -> bool:
+    """Give the environment free; False where it was not pinned."""
+    try:
+        layout.pin_of(key).unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _user() -> str:
+    with suppress(KeyError):
+        return pwd.getpwuid(os.geteuid()).pw_name
+    return str(os.geteuid())

@@ -1,0 +1,205 @@
+"""Ray's side: the plugin in the runtime env agent of every node. Thin, asynchronous, and unable to fail at import.
+
+An exception while this module is imported, or in `__init__`, would take the whole node down. Everything that takes
+time happens in a child process (`agent_build`): the agent's event loop serves all runtime environments of the node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import shlex
+import sys
+import threading
+import time
+from dataclasses import asdict
+from typing import Any
+
+import ray
+from ray._private.runtime_env.plugin import RuntimeEnvPlugin
+
+from ray_envcache import agent_client, guard, probe, registration
+from ray_envcache.cluster_ray import ClusterRay
+from ray_envcache.errors import EnvCacheError, FieldValueError, StoreError
+from ray_envcache.layout import Layout, default_root
+from ray_envcache.leases import Holder, Lease
+from ray_envcache.spec import FIELD, EnvSpec, refuse_combinations
+from ray_envcache.store import Store
+
+FAILURE_SECONDS = 10.0
+"""How long a failure is repeated without another try: Ray asks three times, a second apart."""
+
+
+class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no types there
+    """Hands workers the interpreter of a shared environment, and holds a lease on it while this node refers to it."""
+
+    name = FIELD
+    # Before Ray's own plugins (10), so that what cannot work is refused before they install anything, and so that we
+    # can take away what they must not see: the guard, and the interpreter that Ray's hook for `uv run` sets.
+    priority = 5
+
+    def __init__(self) -> None:
+        # Ray reads it right after this constructor. A cap of zero makes `delete_uri` arrive exactly when the last
+        # reference of this node goes.
+        os.environ[f"RAY_RUNTIME_ENV_{FIELD.upper()}_CACHE_SIZE_GB"] = "0"
+        self._leases: dict[str, Lease] = {}
+        self._creating: dict[str, asyncio.Lock] = {}
+        self._failures: dict[str, tuple[float, EnvCacheError]] = {}
+        _collect_in_background()
+
+    @staticmethod
+    def validate(runtime_env_dict: dict[str, Any]) -> None:
+        """Raise FieldValueError for a field value, or a combination of fields, that can never work."""
+        if probe.is_probe(runtime_env_dict[FIELD]):
+            return
+        refuse_combinations(runtime_env_dict)
+        EnvSpec.parse(runtime_env_dict[FIELD])
+
+    def get_uris(self, runtime_env: Any) -> list[str]:
+        """One URI per field value (and working_dir, where the path is relative to it). Pure, and never raises.
+
+        Called for every runtime_env of the node, ours or not, before the working_dir is unpacked.
+        """
+        value = runtime_env.get(FIELD)
+        if value is None or probe.is_probe(value):
+            return []
+        text = json.dumps([value, runtime_env.get("working_dir")], sort_keys=True, default=str)
+        return [f"{FIELD}://{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:32]}"]
+
+    async def create(self, uri: str | None, runtime_env: Any, context: Any, logger: logging.Logger) -> float:
+        """Find or build the environment and take a lease on it. Cancelled, it leaves no process and no flock."""
+        if uri is None:
+            context.env_vars[probe.VARIABLE] = await _answer()
+            return 1.0
+        # Per URI, not per serialized environment: Data, Train and Tune make many of one field value.
+        async with self._creating.setdefault(uri, asyncio.Lock()):
+            if uri not in self._leases:
+                self._repeat_failure(uri)
+                self._leases[uri] = await self._lease(uri, runtime_env, context, logger)
+        return 1.0
+
+    def modify_context(self, uris: list[str], runtime_env: Any, context: Any, logger: logging.Logger) -> None:  # noqa: ARG002
+        """Start workers with the environment's interpreter, and put its `bin` first on their PATH."""
+        guard.disarm(runtime_env)
+        if not uris:
+            return
+        runtime_env.pop("py_executable", None)  # that of Ray's own hook for `uv run`; others were refused
+        entry = self._leases[uris[0]].entry
+        context.py_executable = shlex.quote(os.fspath(entry.python))
+        context.env_vars["VIRTUAL_ENV"] = os.fspath(entry.venv)
+        context.env_vars["PATH"] = f"{entry.bin}:{context.env_vars.get('PATH') or '${PATH}'}"
+        context.command_prefix += registration.worker_prefix(os.environ)
+
+    def delete_uri(self, uri: str, logger: logging.Logger) -> float:
+        """Release the lease: this node's last reference went. Deletes nothing."""
+        self._creating.pop(uri, None)
+        lease = self._leases.pop(uri, None)
+        if lease is not None:
+            logger.info("Released %s", lease.entry.path.name)
+            lease.release()
+            if not self._leases:
+                _collect_after_us()
+        return 1.0
+
+    async def _lease(self, uri: str, runtime_env: Any, context: Any, logger: logging.Logger) -> Lease:
+        try:
+            given = EnvSpec.parse(runtime_env[FIELD])
+            spec = _located(given, context)
+            store, cluster_ray, holder = Store.open(), ClusterRay(ray.__version__), _holder(logger)
+            lease = store.lookup(spec, cluster_ray, holder)
+            if lease is None:
+                # What travelled in a working_dir is what Ray pinned; it need not have all files of the driver's folder.
+                wanted = spec if os.path.isabs(given.path) else spec.with_content(None)
+                lease = await agent_client.build(
+                    store, wanted, cluster_ray, holder, logger, runtime_env.get("env_vars") or {}
+                )
+            elif any(store.wants_finishing(entry) for entry in lease.entries):
+                asyncio.get_running_loop().run_in_executor(None, store.finish_all, lease)
+        except EnvCacheError as error:
+            named = _on_this_node(error)
+            self._failures[uri] = (time.monotonic(), named)
+            # The driver gets this as text: what matters is not to be found below the tracebacks of our own insides.
+            raise named from None
+        except OSError as error:
+            trouble = StoreError(f"Cannot use the store: {error}", "ray-envcache dir shows where it is")
+            raise _on_this_node(trouble) from error
+        logger.info("Using %s for %s", lease.entry.path.name, spec.path)
+        return lease
+
+    def _repeat_failure(self, uri: str) -> None:
+        since, error = self._failures.pop(uri, (0.0, None))
+        if error is not None and time.monotonic() - since < FAILURE_SECONDS:
+            self._failures[uri] = (since, error)
+            # Another object each time: one that is raised again grows a longer traceback.
+            raise type(error)(error.message, error.hint)
+
+
+async def _answer() -> str:
+    """What a probe asks for. In a thread: a look at a store, and at uv, takes too long for the loop."""
+
+    def look() -> str:
+        from ray_envcache import doctor
+
+        return probe.encode(asdict(doctor.examine()))
+
+    return await asyncio.get_running_loop().run_in_executor(None, look)
+
+
+def _collect_in_background() -> None:
+    """Have idle environments collected, if it is time. In a thread: starting a process takes too long for the loop."""
+
+    def start() -> None:
+        from ray_envcache import autogc
+
+        autogc.trigger(Layout(default_root()), os.environ)
+
+    threading.Thread(target=start, daemon=True, name="envcache-gc").start()
+
+
+def _collect_after_us() -> None:
+    """Have idle environments collected when we are gone. At once: we are killed about 0.1 s after the last release.
+
+    Takes a few milliseconds: nobody waits for the child, and what is needed was imported when the node started.
+    """
+    from ray_envcache import autogc
+
+    autogc.trigger(Layout(default_root()), os.environ, after=os.getpid(), wait=False)
+
+
+def _located(spec: EnvSpec, context: Any) -> EnvSpec:
+    """The spec with an absolute path: relative ones start in this setup's own unpacked working_dir.
+
+    Taken from the `cd` that Ray's working_dir plugin put in front of the worker's command. The variable
+    RAY_RUNTIME_ENV_CREATE_WORKING_DIR would be another setup's, where two go on at once.
+    """
+    if os.path.isabs(spec.path):
+        return spec
+    prefix = context.command_prefix
+    if "cd" not in prefix:
+        raise FieldValueError(
+            f"A relative path without a working_dir to start from: `{spec.path}`",
+            "for tasks, jobs, Serve and Ray Client use ray_envcache.runtime_env(path), whose path is absolute",
+        )
+    return spec.with_path(os.path.join(shlex.split(prefix[prefix.index("cd") + 1])[0], spec.path))
+
+
+def _on_this_node(error: EnvCacheError) -> EnvCacheError:
+    """The error with the node's address in front: a cluster has many, and the driver sees only the text."""
+    address = _argument("node-ip-address")
+    where = f"Node {address} ({os.uname().nodename})" if address else f"Host {os.uname().nodename}"
+    return type(error)(f"{where}: {error.message}", error.hint)
+
+
+def _argument(name: str) -> str:
+    """An option of the command line by which the raylet started this agent; "" where it has none."""
+    option = f"--{name}="
+    return next((arg.removeprefix(option) for arg in sys.argv if arg.startswith(option)), "")
+
+
+def _holder(logger: logging.Logger) -> Holder:
+    session = os.path.basename(os.path.dirname(_argument("runtime-env-dir")))
+    job = logger.name.removeprefix("runtime_env_") if logger.name else ""
+    return Holder("agent", cluster=session, job=job, command="Ray's runtime env agent")

@@ -1,0 +1,245 @@
+"""What a path means: which kind of lockfile, where it lies, and which files decide what is installed.
+
+Nothing here starts a process or needs a TOML parser where no workspace is near: the warm path comes through.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from enum import Enum
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from ray_envcache import requirements
+from ray_envcache.errors import LockfileError
+
+_SCRIPT_BLOCK = re.compile(rb"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$")  # from PEP 723
+_PYLOCK = re.compile(r"pylock(\.[^.]+)?\.toml")
+KNOWN = "pyproject.toml, its folder, uv.lock, pylock.toml, pylock.NAME.toml, a requirements file (*.txt) or a script"
+
+
+class Kind(Enum):
+    """The kinds of lockfiles."""
+
+    UV = "uv.lock"
+    PYLOCK = "pylock.toml"
+    REQUIREMENTS = "requirements.txt"
+    SCRIPT = "script.py.lock"
+
+
+@dataclass(frozen=True)
+class Project:
+    """A lockfile and what belongs to it.
+
+    `folder` is where uv runs and relative paths start: of a workspace its root. `file` is the lockfile itself, of a
+    script the script. `member` is the folder of the member that is meant, from `folder`; "." is the root.
+    """
+
+    kind: Kind
+    folder: Path
+    file: Path
+    member: str = "."
+
+    @classmethod
+    def locate(cls, path: Path, package: str | None = None) -> Project:
+        """Find what `path` and the member `package` of its workspace mean. Raises LockfileError."""
+        if not path.exists():
+            raise LockfileError(
+                f"No such path: `{path}`",
+                "a relative path starts in the working_dir, if there is one, else in the driver's current directory",
+            )
+        if path.is_dir() or path.name in {"pyproject.toml", "uv.lock"}:
+            return _uv_project(path if path.is_dir() else path.parent, package)
+        found = _single_file(path)
+        if package is not None:
+            raise LockfileError(
+                f"`{path}` has no workspace with a member `{package}`", "leave out `package`, or name a pyproject.toml"
+            )
+        return found
+
+    def digest(self) -> str:
+        """The digest of the content that decides, "sha256:...": what a field value pins."""
+        digests = {os.path.relpath(path, self.folder): self._sha256(path) for path in self.inputs()}
+        return f"sha256:{hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()}"
+
+    def inputs(self) -> list[Path]:
+        """The files that decide what is installed."""
+        # Of other kinds too: uv takes settings from there, and some decide what a build from source gives.
+        places = {self.folder / "uv.toml", self.folder / "pyproject.toml", self.folder / self.member / "pyproject.toml"}
+        return [*self.lock_files(), *sorted(path for path in places if path.is_file())]
+
+    def lock_files(self) -> list[Path]:
+        """The files that say which versions and hashes."""
+        if self.kind is Kind.REQUIREMENTS:
+            return requirements.files(self.file)
+        return [self.file, _lock_of(self.file)] if self.kind is Kind.SCRIPT else [self.file]
+
+    def name(self) -> str:
+        """What people call it: the name in pyproject.toml, or that of the script, else that of the folder."""
+        if self.kind is Kind.SCRIPT:
+            return self.file.name
+        name = _inner(self.table(), "project").get("name") if self.kind is Kind.UV else None
+        return name if isinstance(name, str) and name.isprintable() else self.folder.name
+
+    def table(self) -> dict[str, Any]:
+        """The content of the member's pyproject.toml. Raises LockfileError."""
+        return read_toml(self.folder / self.member / "pyproject.toml", "see what `uv lock` says of it")
+
+    def settings(self) -> dict[str, Any]:
+        """What uv is told in the files of `folder`."""
+        # As uv has it: a uv.toml replaces the settings in pyproject.toml.
+        for name, keys in (("uv.toml", ()), ("pyproject.toml", ("tool", "uv"))):
+            if (self.folder / name).is_file():
+                return _inner(read_toml(self.folder / name, "repair it"), *keys)
+        return {}
+
+    def _sha256(self, path: Path) -> str:
+        content = path.read_bytes()
+        if self.kind is Kind.SCRIPT and path == self.file:
+            # What the rest of a script does decides nothing, and changes all the time.
+            content = _script_block(path, content)
+        return hashlib.sha256(content).hexdigest()
+
+
+def read_toml(path: Path, hint: str) -> dict[str, Any]:
+    """The content of a TOML file. Raises LockfileError."""
+    try:
+        return parse_toml(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise LockfileError(f"Cannot read `{path}`: {error}", hint) from error
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The content of a TOML text. Raises ValueError."""
+    if sys.version_info >= (3, 11):
+        import tomllib  # not on the warm path
+    else:
+        import tomli as tomllib
+    return tomllib.loads(text)
+
+
+def _uv_project(given: Path, package: str | None) -> Project:
+    if not (given / "pyproject.toml").is_file():
+        others = sorted(path.name for path in (*given.glob("pylock*.toml"), *given.glob("requirements*.txt")))
+        hint = (
+            f"name the lockfile itself, such as {others[0]}" if others else "run `uv init` there, or name another path"
+        )
+        raise LockfileError(f"No pyproject.toml in `{given}`", hint)
+    folder = _workspace_root(given)
+    if not (folder / "uv.lock").is_file():
+        raise LockfileError(
+            f"No uv.lock beside `{folder / 'pyproject.toml'}`",
+            "run `uv lock` there; if it is there, see that .gitignore does not keep it out of the working_dir",
+        )
+    member = os.path.relpath(given.resolve(), folder) if package is None and folder != given else "."
+    if package is not None:
+        member = _member(folder / "uv.lock", package)
+    return Project(Kind.UV, folder, folder / "uv.lock", member)
+
+
+def _single_file(path: Path) -> Project:
+    script = path.with_suffix("") if path.name.endswith(".py.lock") else path
+    if _PYLOCK.fullmatch(path.name):
+        return Project(Kind.PYLOCK, path.parent, path)
+    if path.suffix == ".txt":
+        return Project(Kind.REQUIREMENTS, path.parent, path)
+    if script.suffix != ".py":
+        raise LockfileError(f"Not a kind of lockfile: `{path}`", f"name {KNOWN}")
+    _script_block(script, script.read_bytes() if script.is_file() else b"")
+    if not _lock_of(script).is_file():
+        raise LockfileError(f"No `{_lock_of(script).name}` beside `{script}`", f"run `uv lock --script {script.name}`")
+    return Project(Kind.SCRIPT, path.parent, script)
+
+
+def _lock_of(script: Path) -> Path:
+    return script.with_name(f"{script.name}.lock")
+
+
+def _script_block(path: Path, content: bytes) -> bytes:
+    """What a script says of the packages it needs (PEP 723). Raises LockfileError where it says nothing."""
+    found = _SCRIPT_BLOCK.search(content.replace(b"\r\n", b"\n"))
+    if found is None:
+        raise LockfileError(
+            f"Not a script with a `# /// script` block: `{path}`",
+            f"`uv add --script {path.name} ray` writes one, `uv lock --script {path.name}` locks it; "
+            "or name the project's pyproject.toml",
+        )
+    return found["content"]
+
+
+def _member(lock: Path, package: str) -> str:
+    """The folder of a member of the workspace, as uv.lock has it. Raises LockfileError."""
+    # As uv writes it; reading the whole file as TOML takes longer than all else on the warm path.
+    name = re.escape(package)
+    entry = rf'name = "{name}"\n(?:version = .*\n)?source = {{ (?:editable|virtual|directory) = "([^"]*)" }}'
+    found = re.search(rf"^\[\[package\]\]\n{entry}", lock.read_text("utf-8"), re.MULTILINE)
+    if found and (lock.parent / found[1] / "pyproject.toml").is_file():
+        return found[1]
+    raise LockfileError(
+        f"The workspace in `{lock.parent}` has no member `{package}`",
+        f"its members: {', '.join(_members(lock)) or 'none'}; after adding one, run `uv lock`",
+    )
+
+
+def _members(lock: Path) -> list[str]:
+    manifest = _inner(read_toml(lock, "run `uv lock`"), "manifest")
+    return [str(name) for name in manifest.get("members", [])]
+
+
+def _workspace_root(folder: Path) -> Path:
+    """The root of the workspace that the project in `folder` is a member of, else the folder itself: as uv finds it."""
+    above = [(parent, text) for parent in folder.resolve().parents if (text := _pyproject(parent))]
+    if not any(b"workspace" in text for _, text in above):
+        return folder
+    if _is_root(read_toml(folder / "pyproject.toml", "repair it")):
+        return folder
+    for parent, _ in above:
+        table = read_toml(parent / "pyproject.toml", "repair it, or move the project out of there")
+        if _is_root(table):
+            workspace = _inner(table, "tool", "uv", "workspace")
+            return parent if _includes(workspace, os.path.relpath(folder.resolve(), parent)) else folder
+        if "project" in table:
+            break
+    return folder
+
+
+def _pyproject(folder: Path) -> bytes:
+    try:
+        return (folder / "pyproject.toml").read_bytes()
+    except OSError:
+        return b""
+
+
+def _is_root(table: dict[str, Any]) -> bool:
+    return "workspace" in _inner(table, "tool", "uv")
+
+
+def _inner(table: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """The table within tables, {} where there is none."""
+    for key in keys:
+        found = table.get(key)
+        table = found if isinstance(found, dict) else {}
+    return table
+
+
+def _includes(workspace: dict[str, Any], name: str) -> bool:
+    def matches(option: str) -> bool:
+        patterns = workspace.get(option, [])
+        return any(_matches(name.split("/"), os.path.normpath(str(pattern)).split("/")) for pattern in patterns)
+
+    return matches("members") and not matches("exclude")
+
+
+def _matches(name: list[str], pattern: list[str]) -> bool:
+    """Whether a path fits a pattern, part by part; `**` is any number of parts."""
+    if not pattern or not name:
+        return not name and all(part == "**" for part in pattern)
+    if pattern[0] == "**":
+        return _matches(name, pattern[1:]) or _matches(name[1:], pattern)
+    return fnmatchcase(name[0], pattern[0]) and _matches(name[1:], pattern[1:])

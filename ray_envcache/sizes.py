@@ -1,0 +1,85 @@
+"""How much an entry occupies, and what deleting it would free now, without walking through it each time."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from ray_envcache import _disk, shared_bytecode
+from ray_envcache.entry import MeasuredRecord
+from ray_envcache.layout import Entry, Layout
+
+_PROBES = 48
+
+
+def sizes(layout: Layout, entry: Entry) -> MeasuredRecord:
+    """The sizes of an entry: as recorded, where the record still holds, else measured anew (and recorded).
+
+    What deleting an entry frees changes without the entry: when uv's cache is cleaned, the entry becomes the only
+    owner of its files; and when another entry with the same packages comes or goes, of their bytecode. Some files,
+    spread over the tree, tell by their number of links. In a lower store nothing is recorded, and what it frees is
+    its owner's business.
+    """
+    record = MeasuredRecord.read(entry)
+    if record is not None and entry.readonly and record.size_bytes:
+        return record
+    if record is not None and all(_links(entry.path / name) == links for name, links in record.probes):
+        return record
+    return record_sizes(layout, entry)
+
+
+def record_sizes(layout: Layout, entry: Entry) -> MeasuredRecord:
+    """Measure an entry and keep the result, if there is room for it and the entry is finished."""
+    finished = entry.compiled.exists() and not entry.readonly
+    if finished and not entry.measured.exists():
+        # The record counts too: it must be there when it is measured.
+        _write(entry, MeasuredRecord(0, 0, 0, False, (("", -1),)))
+    # Bytecode that only this entry links to goes with it.
+    use = _disk.measure(entry.path, shared_bytecode.inodes(layout))
+    record = MeasuredRecord(use.size, use.reclaimable, use.files, use.exact, tuple(_probes(entry)))
+    if finished:
+        _write(entry, record)
+    return record
+
+
+def _write(entry: Entry, record: MeasuredRecord) -> None:
+    with suppress(OSError):
+        record.write(entry)
+
+
+def _probes(entry: Entry) -> list[tuple[str, int]]:
+    """Names and link counts of files spread evenly over the packages."""
+    chosen = [path for kind in _first_files(entry.site_packages) for path in _spread(kind)]
+    return [(os.path.relpath(path, entry.path), _links(path)) for path in chosen]
+
+
+def _spread(paths: list[Path]) -> list[Path]:
+    return sorted(paths)[:: max(1, len(paths) * 2 // _PROBES)]
+
+
+def _first_files(site_packages: Path) -> tuple[list[Path], list[Path]]:
+    """A file of each package that uv links like all the others, METADATA, and one of bytecode."""
+    try:
+        with os.scandir(site_packages) as found:
+            folders = [Path(item.path) for item in found if item.is_dir(follow_symlinks=False)]
+    except OSError:
+        return [], []
+    metadata = [folder / "METADATA" for folder in folders if folder.name.endswith(".dist-info")]
+    return metadata, [path for folder in [site_packages, *folders] if (path := _bytecode_in(folder))]
+
+
+def _bytecode_in(package: Path) -> Path | None:
+    """The last one by name: the first is that of `__init__`, which is often empty, and shared with everybody."""
+    with suppress(OSError):
+        folder = package / "__pycache__"
+        names = [name for name in os.listdir(folder) if name.endswith(".pyc")]
+        return folder / max(names) if names else None
+    return None
+
+
+def _links(path: Path) -> int:
+    try:
+        return os.lstat(path).st_nlink
+    except OSError:
+        return 0

@@ -1,0 +1,297 @@
+"""The store: from a field value to a lease on the one environment of this host that fits it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_envcache import _flock, _fs, _process, exports, interpreter, lockfile
+from ray_envcache.entry import file_identity, is_unchanged
+from ray_envcache.errors import LockfileError, UnknownKeyError
+from ray_envcache.key import compute_key, digest_of, layer_key
+from ray_envcache.layout import Entry, Layout, default_root, layout_of
+from ray_envcache.leases import Holder, Lease, claim_ready
+from ray_envcache.lockfile import ResolvedSet
+from ray_envcache.lower import lower_stores
+from ray_envcache.project import Project
+from ray_envcache.root import prepare_root
+from ray_envcache.spec import EnvSpec
+
+if TYPE_CHECKING:
+    from ray_envcache.builder import Observer
+    from ray_envcache.cluster_ray import AnyRay
+    from ray_envcache.environment import EnvironmentPlan
+    from ray_envcache.inherit import Inherited
+
+_MEMO_SCHEMA = 2
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a lookup depends on. `project` is None where only the pinned digest is known on this node.
+
+    With `editable` local packages are imported from where they are developed.
+    """
+
+    spec: EnvSpec
+    project: Project | None
+    executable: str
+    memo: str
+    editable: bool = False
+
+
+class Store:
+    """The environments of one user on one host. Any number of processes may use one store at the same time.
+
+    `lower` are the stores whose environments are used too, where they are, and never changed.
+    """
+
+    def __init__(self, layout: Layout, lower: tuple[Layout, ...] = ()) -> None:
+        self.layout = layout
+        self.lower = lower
+
+    @classmethod
+    def open(cls, root: Path | None = None) -> Store:
+        """Open the store at `root` (default: $RAY_ENVCACHE_DIR, else the user's cache directory), made if need be.
+
+        With the lower stores that $RAY_ENVCACHE_READONLY_DIRS names. Raises StoreError where it cannot be private,
+        shared between processes, or written; and where a lower one is not to be trusted.
+        """
+        layout = Layout(root or default_root())
+        prepare_root(layout)
+        return cls(layout, lower_stores(layout, os.environ))
+
+    def lookup(self, spec: EnvSpec, ray: AnyRay, holder: Holder) -> Lease | None:
+        """The warm path: one hash, one read, and a lease where the environment is there; else None.
+
+        Raises LockfileError (no such file, wrong digest), InterpreterError, and StoreError where a lower store cannot
+        be trusted. Starts no process, imports little.
+        """
+        return self._warm(self._inputs(spec, ray), holder, may_look=False)
+
+    def acquire(
+        self,
+        spec: EnvSpec,
+        ray: AnyRay,
+        holder: Holder,
+        observer: Observer | None = None,
+        *,
+        check_current: bool = False,
+        editable: bool = False,
+        finish: bool = True,
+    ) -> Lease:
+        """A lease on the environment for `spec`, which is built first if need be, once on this host whoever asks.
+
+        `spec.path` is absolute. That the lockfile matches pyproject.toml is checked with `check_current`, or where no
+        digest is pinned: a pinned one was checked where it was made, and on a node the indexes may be configured
+        otherwise. With `editable` local packages are imported from their folders, and edits show at once. Unless
+        `finish` is False, what is missing of bytecode is compiled in the background. Raises the errors of `lookup`,
+        RayVersionError and BuildError; then the store is as before.
+        """
+        inputs = replace(self._inputs(spec, ray), editable=editable)
+        lease = self._warm(inputs, holder, may_look=True)
+        if lease is None:
+            # Not on the warm path.
+            from ray_envcache.builder import Silent
+
+            plan = self._plan(inputs, ray, check_current=check_current or spec.digest is None)
+            lease = self._build(inputs, plan, holder, observer or Silent())
+        if finish:
+            self.finish_all(lease)
+        return lease
+
+    def _build(self, inputs: Inputs, plan: EnvironmentPlan, holder: Holder, observer: Observer) -> Lease:
+        from ray_envcache import layers, room  # not on the warm path
+        from ray_envcache.builder import Build
+
+        lease = self._claim_lower(plan.key, holder)
+        if lease is None:
+            room.ensure_room(self.layout, plan)
+            lease = Build(self.layout, plan, holder, observer).lease()
+        self._remember(inputs, lease.entry, plan)
+        if not (plan.resolved.local and inputs.spec.install_project):
+            return lease
+        with lease:
+            make = layers.editable_plan if inputs.editable else layers.layer_plan
+            layer = make(inputs.spec, plan, lease.entry)
+            found = self._claim_lower(layer.key, holder)
+            return found or Build(self.layout, layer, holder, observer).lease()
+
+    def _claim_lower(self, key: str, holder: Holder) -> Lease | None:
+        """A lease on an environment of ours or, before it would be built, of a lower store."""
+        return self._claim_any(key, holder) if self.lower else None
+
+    def _claim_any(self, key: str, holder: Holder) -> Lease | None:
+        entries = (entry for layout in (self.layout, *self.lower) for entry in layout.entries_of(key))
+        leases = (claim_ready(entry, self.layout, holder) for entry in entries)
+        return next((lease for lease in leases if lease), None)
+
+    def _plan(self, inputs: Inputs, ray: AnyRay, *, check_current: bool) -> EnvironmentPlan:
+        """What a build for `inputs` would be. Asks uv and the interpreter; changes nothing."""
+        from ray_envcache import inherit  # not on the warm path
+        from ray_envcache.environment import EnvironmentPlan
+
+        project = inputs.project or _locate_pinned(inputs.spec)
+        python = interpreter.probe(inputs.executable)
+        ray.require_fit(python)
+        resolved = lockfile.resolve(inputs.spec, project, python)
+        if check_current:
+            # After reading it: a lockfile that cannot be read says more than that it does not match.
+            exports.require_current(project, python)
+        version, added = ray.version_in(resolved), ray.additions(resolved, python)
+        resolved, added, inherited = inherit.split(resolved, added, inputs.spec)
+        return EnvironmentPlan(
+            key=compute_key(resolved, added, python, _outside(inputs.spec, inherited)),
+            resolved=resolved,
+            added=added,
+            interpreter=python,
+            folder=project.folder,
+            project=project.name(),
+            ray=version,
+            inherited=tuple(inherited),
+            system_site_packages=inputs.spec.system_site_packages,
+        )
+
+    def find(self, prefix: str) -> list[Entry]:
+        """The entries of the key that starts with `prefix`, newest first, those of lower stores last.
+
+        Raises UnknownKeyError: none, or several keys.
+        """
+        everything = [sorted(layout.all_entries(), reverse=True) for layout in (self.layout, *self.lower)]
+        found = [entry for entries in everything for entry in entries if entry.path.name.startswith(prefix)]
+        keys = {entry.key for entry in found}
+        if len(keys) != 1 or not prefix:
+            trouble = "No environment" if not keys else f"{len(keys)} environments"
+            raise UnknownKeyError(
+                f"{trouble} in the store with a key that starts with `{prefix}`", "ray-envcache list shows the keys"
+            )
+        return found
+
+    def finish_all(self, lease: Lease) -> None:
+        """Start what finishes the entries of a lease, where that is missing."""
+        for entry in lease.entries:
+            if self.wants_finishing(entry):
+                self.finish(entry)
+
+    def wants_finishing(self, entry: Entry) -> bool:
+        """Whether bytecode and sizes are missing and nobody is at it, in a store that we may write to."""
+        if entry.readonly or entry.compiled.exists():
+            return False
+        return not _flock.is_held(self.layout.finishing_flock(entry))
+
+    def finish(self, entry: Entry) -> None:
+        """Start the process that compiles bytecode and measures sizes; it outlives us and delays nobody.
+
+        Where it cannot be started (no memory, no processes left), whoever uses the entry next tries again.
+        """
+        command: list[str | Path] = [sys.executable, "-m", "ray_envcache.bytecode", self.layout.root, entry.path.name]
+        with suppress(OSError, subprocess.CalledProcessError):
+            _process.start_detached(command, environ=dict(os.environ))
+
+    def _inputs(self, spec: EnvSpec, ray: AnyRay) -> Inputs:
+        executable = interpreter.base_executable(spec.python)
+        project, digest = _digest_of(spec)
+        depends = [_MEMO_SCHEMA, digest, spec.selection(), interpreter.fingerprint(executable), ray.fingerprint()]
+        return Inputs(spec, project, executable, digest_of(depends)[:32])
+
+    def _warm(self, inputs: Inputs, holder: Holder, *, may_look: bool) -> Lease | None:
+        memo, entry = self._recall(inputs)
+        if entry is None:
+            return None
+        if memo.get("local") and inputs.spec.install_project:
+            content = inputs.spec.content or (may_look and _content(inputs, memo["local"]))
+            if not content:
+                return None
+            entry = self.layout.first_entry(layer_key(entry.key, content))
+        # Else evicted and built again since the memo was written, or in a lower store.
+        return claim_ready(entry, self.layout, holder) or self._claim_any(entry.key, holder)
+
+    def _recall(self, inputs: Inputs) -> tuple[dict[str, Any], Entry | None]:
+        """What our memo says, else that of a lower store; and the environment, None where nothing said holds."""
+        for layout in (self.layout, *self.lower):
+            if memo := _fs.read_json(layout.memo_of(inputs.memo)):
+                entry = layout.entry(str(memo.get("entry")))
+                files = memo.get("files", {}).items()
+                # In a store that is searched now, not only when somebody noted it.
+                searched = entry and (not entry.readonly or layout_of(entry) in self.lower)
+                if searched and all(was and is_unchanged(path, was) for path, was in files):
+                    return memo, entry
+        return {}, None
+
+    def _remember(self, inputs: Inputs, entry: Entry, plan: EnvironmentPlan) -> None:
+        files = {path: file_identity(path) for path in plan.resolved.local_files()}
+        # Relative: another checkout of the same project has its packages elsewhere.
+        local = [[one.name, os.path.relpath(one.path, plan.folder), one.editable] for one in plan.resolved.local]
+        # Without room for it the next lookup is merely slower.
+        with suppress(OSError):
+            memo = {"entry": self.layout.name_of(entry), "files": files, "local": local}
+            _fs.write_json(self.layout.memo_of(inputs.memo), memo, durable=False)
+
+
+def _outside(spec: EnvSpec, inherited: list[Inherited]) -> list[Any]:
+    """What an environment uses from outside of the store; nothing, mostly."""
+    visible = ["system site-packages"] if spec.system_site_packages else []
+    return [*visible, *(one.identity() for one in inherited)]
+
+
+def _content(inputs: Inputs, local: list[list[Any]]) -> str | None:
+    """The digest of the local packages as they are now, None where their folders cannot be known."""
+    from ray_envcache import layers  # not on the warm path of an agent
+
+    if inputs.project is None:
+        return None
+    folder = inputs.project.folder
+    packages = [lockfile.LocalPackage(name, (folder / path).resolve(), editable) for name, path, editable in local]
+    return layers.digest_of_editable(packages) if inputs.editable else layers.digest_of(layers.look(packages))
+
+
+def _locate_pinned(spec: EnvSpec) -> Project:
+    """The project whose content was pinned elsewhere, mostly on the driver's host."""
+    try:
+        return Project.locate(Path(spec.path), spec.package)
+    except LockfileError as error:
+        where = "this node needs the files at the same path (image, shared disk), or the job a working_dir with them"
+        raise LockfileError(error.message, f"{where} and a relative path; {error.hint}") from error
+
+
+def digest_of_files(spec: EnvSpec) -> str:
+    """The digest of the project files that `spec` (with an absolute path) means. Raises LockfileError."""
+    return _digest_of(spec)[1]
+
+
+def digest_of_local(spec: EnvSpec, resolved: ResolvedSet) -> str | None:
+    """The digest of the local packages that `spec` installs, as they are now; None where there are none."""
+    from ray_envcache import layers  # for drivers only
+
+    if not (resolved.local and spec.install_project):
+        return None
+    return layers.digest_of(layers.look(resolved.local))
+
+
+def require_buildable(spec: EnvSpec, ray: AnyRay) -> ResolvedSet:
+    """Raise what `Store.acquire` would raise for bad input, without a store and without building anything."""
+    python = interpreter.probe(interpreter.base_executable(spec.python))
+    ray.require_fit(python)
+    project = Project.locate(Path(spec.path), spec.package)
+    resolved = lockfile.resolve(spec, project, python)
+    exports.require_current(project, python)
+    ray.additions(resolved, python)
+    return resolved
+
+
+def _digest_of(spec: EnvSpec) -> tuple[Project | None, str]:
+    try:
+        project = Project.locate(Path(spec.path), spec.package)
+    except LockfileError:
+        # An ignored uv.lock does not travel in a working_dir; where the environment it pins is known, nobody needs it.
+        if spec.digest is None:
+            raise
+        return None, spec.digest
+    digest = project.digest()
+    lockfile.check_digest(spec, project, digest)
+    return project, digest
