@@ -1,0 +1,140 @@
+"""Real Ray clusters, of the oldest and the newest Ray that is supported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import uv
+
+from ray_envcache import leases
+from ray_envcache.layout import Layout
+from tests import support
+
+REPOSITORY = Path(__file__).parents[2]
+OLDEST, NEWEST = "2.51.1", "newest"
+
+
+@pytest.fixture(scope="session", params=[OLDEST, NEWEST])
+def python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a venv with that Ray and this package; it runs drivers, raylets and agents."""
+    venv = tmp_path_factory.mktemp("cluster") / "venv"
+    requirement = "ray" if request.param == NEWEST else f"ray=={request.param}"
+    support.run_uv("venv", f"--python={sys.executable}", venv, cwd=REPOSITORY)
+    support.run_uv("pip", "install", f"--python={venv}", requirement, REPOSITORY, cwd=REPOSITORY)
+    return venv / "bin" / "python"
+
+
+@dataclass
+class Host:
+    """One store, one temp directory for Ray, and the drivers that tests run there."""
+
+    python: Path
+    folder: Path
+    temp: Path
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.folder / "store")
+
+    def environ(self, **more: str) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))}
+        # Ray phones home and colours its output otherwise; sessions of a test go with its temp directory.
+        quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(self.temp), "RAY_AUTH_MODE": "disabled"}
+        # These tests themselves may run under `uv run`: no driver but the one of that test is meant to notice.
+        alone = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_ENVCACHE_DIR": str(self.layout.root)}
+        return {**kept, **quiet, **alone, **more}
+
+    def start(
+        self, code: str, *arguments: str | Path, before: tuple[str | Path, ...] = (), **environ: str
+    ) -> subprocess.Popen[str]:
+        """Start a driver. It is gone at the end of the test, whatever happens."""
+        script = self.folder / f"driver-{len(self.started)}.py"
+        script.write_text(textwrap.dedent(code))
+        child = subprocess.Popen(
+            [*before, self.python, script, *map(str, arguments)],
+            cwd=self.folder,
+            env=self.environ(**environ),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.started.append(child)
+        return child
+
+    def run(self, code: str, *arguments: str | Path, **options: Any) -> Any:
+        """Run a driver to its end; the last line of its stdout is JSON."""
+        child = self.start(code, *arguments, **options)
+        out, err = child.communicate()
+        assert child.returncode == 0, f"{out}\n{err}"
+        return json.loads(out.splitlines()[-1])
+
+    def project(self, name: str, dependencies: list[str] | None = None, extra: str = "") -> Path:
+        """A project whose own packages come from the host's wheels, and ray from the cluster."""
+        # Ray is added by us, from the index: only what the project names comes from the folder.
+        folder = self.folder / name
+        support.make_project(folder, self.wheels, dependencies or [], extra=extra)
+        pyproject = folder / "pyproject.toml"
+        pyproject.write_text(pyproject.read_text().replace("no-index = true\n", ""))
+        support.run_uv("lock", cwd=folder)
+        return pyproject
+
+    @property
+    def wheels(self) -> Path:
+        (self.folder / "wheels").mkdir(exist_ok=True)
+        return self.folder / "wheels"
+
+    def holders(self) -> list[dict[str, Any]]:
+        """Who holds a lease now, other than the compilers of bytecode."""
+        keys = {entry.key for entry in self.layout.all_entries()}
+        found = [holder for key in keys for holder in leases.live_leases(self.layout, key)]
+        return [holder for holder in found if holder["kind"] != "bytecode"]
+
+
+@pytest.fixture
+def host(python: Path, tmp_path: Path) -> Iterator[Host]:
+    with run_host(python, tmp_path) as one:
+        yield one
+
+
+@contextmanager
+def run_host(python: Path, folder: Path) -> Iterator[Host]:
+    """A host whose drivers are gone at the end."""
+    # Sockets of Ray have at most 107 bytes: pytest's own folders are too deep.
+    with support.short_folder() as temp:
+        one = Host(python, folder, temp)
+        try:
+            yield one
+        finally:
+            for child in one.started:
+                child.kill()
+                child.wait()
+                for stream in (child.stdin, child.stdout, child.stderr):
+                    if stream is not None:
+                        stream.close()
+            _stop_compilers(one)
+
+
+def _stop_compilers(host: Host) -> None:
+    """Nobody will use these environments again; their bytecode would only take time from the tests to come."""
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if "ray_envcache.bytecode" in command and any(part.startswith(str(host.folder)) for part in command):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def uv_binary() -> str:
+    return os.fspath(uv.find_uv_bin())

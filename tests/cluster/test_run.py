@@ -1,0 +1,306 @@
+"""Unmodified Ray programs: `ray-envcache run -- python main.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ray_envcache.inventory import survey
+from ray_envcache.run_tmpdir import sweep
+from ray_envcache.session_dirs import RUN_PREFIX, temp_dirs
+from ray_envcache.session_gc import collect_sessions
+from tests import support
+from tests.cluster.conftest import NEWEST, Host
+
+pytestmark = [pytest.mark.cluster, pytest.mark.parametrize("python", [NEWEST], indirect=True)]
+
+# A framework that nobody may change: it starts a cluster of its own, deep inside.
+FRAMEWORK = """
+import json, os, sys
+import ray
+
+def main(arguments):
+    ray.init(num_cpus=2, include_dashboard=False)
+
+    @ray.remote
+    def load(number):
+        import framework.words
+        return framework.words.WORD * number
+
+    @ray.remote
+    def join(*parts):
+        import importlib.util
+        return "".join(parts), sys.executable, importlib.util.find_spec("ray_envcache") is None
+
+    text, python, alone = ray.get(join.remote(*[load.remote(number) for number in range(3)]))
+    session = ray._private.worker._global_node.get_session_dir_path()
+    print(json.dumps({"text": text, "python": python, "alone": alone, "session": session, "pid": os.getpid()}), flush=True)
+    if "wait" in arguments:
+        sys.stdin.read()
+    if "fail" in arguments:
+        raise SystemExit(3)
+    ray.shutdown()
+"""
+
+
+@pytest.fixture
+def program(host: Host) -> Path:
+    """The folder of a project with a package in src layout and a program."""
+    folder = host.folder / "program"
+    (folder / "src" / "framework").mkdir(parents=True)
+    (folder / "src" / "framework" / "__init__.py").write_text(FRAMEWORK)
+    (folder / "src" / "framework" / "words.py").write_text("WORD = 'x'\n")
+    (folder / "main.py").write_text("import framework, sys\nframework.main(sys.argv[1:])\n")
+    (folder / "backend.py").write_text(support.SRC_BACKEND.format(name="framework") + EDITABLE)
+    version = support.run_python("import ray; print(ray.__version__)", python=host.python).strip()
+    (folder / "pyproject.toml").write_text(
+        '[project]\nname = "framework"\nversion = "1.0"\nrequires-python = ">=3.10"\n'
+        f'dependencies = ["ray=={version}"]\n'
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    )
+    support.run_uv("lock", cwd=folder)
+    return folder
+
+
+EDITABLE = """
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+    info = "framework-1.0.dist-info"
+    with zipfile.ZipFile(pathlib.Path(wheel_directory) / "framework-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("framework.pth", str(pathlib.Path("src").resolve()))
+        wheel.writestr(info + "/METADATA", "Metadata-Version: 2.2\\nName: framework\\nVersion: 1.0\\n")
+        wheel.writestr(info + "/WHEEL", "Wheel-Version: 1.0\\nGenerator: tests\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr(info + "/RECORD", "")
+    return "framework-1.0-py3-none-any.whl"
+"""
+
+
+def start(host: Host, program: Path, *arguments: str, options: tuple[str | Path, ...] = ()) -> subprocess.Popen[str]:
+    command = [host.python, "-m", "ray_envcache", "run", *options, "--", *arguments]
+    environ = host.environ(UV_PYTHON=sys.executable)
+    child = subprocess.Popen(
+        command,
+        cwd=program,
+        env=environ,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    host.started.append(child)
+    return child
+
+
+def run(host: Host, program: Path, *arguments: str, options: tuple[str | Path, ...] = ()) -> tuple[int, str, str]:
+    child = start(host, program, *arguments, options=options)
+    out, err = child.communicate()
+    return child.returncode, out, err
+
+
+def said(child: subprocess.Popen[str]) -> dict[str, str]:
+    assert child.stdout is not None
+    line = child.stdout.readline()
+    assert line, child.communicate()
+    found: dict[str, str] = json.loads(line)
+    return found
+
+
+@pytest.fixture
+def disk(host: Host) -> Iterator[Path]:
+    """A small file system of its own, with a long path, for sessions."""
+    place = host.folder / ("long" * 40)
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", place], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield place
+    subprocess.run(["umount", "-l", place], check=False)
+
+
+def test_four_at_once_on_a_small_disk(host: Host, program: Path, disk: Path) -> None:
+    """One environment, four clusters, edits that show at once; the disk holds little during and nothing after."""
+    (program / "src" / "framework" / "words.py").write_text("WORD = 'edited'\n")
+    children = [start(host, program, "python", "main.py", options=("--tmpdir", disk)) for _ in range(4)]
+    most = 0
+    while any(child.poll() is None for child in children):
+        usage = os.statvfs(disk)
+        most = max(most, (usage.f_blocks - usage.f_bfree) * usage.f_frsize)
+    results = [(child.returncode, *child.communicate()) for child in children]
+    assert [status for status, _, _ in results] == [0] * 4, results
+    found = [json.loads(out.splitlines()[-1]) for _, out, _ in results]
+    assert {one["text"] for one in found} == {"edited" * 3}
+    assert {one["alone"] for one in found} == {True}
+    assert len({one["python"] for one in found}) == 1
+    assert found[0]["python"].startswith(str(host.layout.entries))
+    assert most < 60_000_000
+    assert list(disk.iterdir()) == []
+    # The environment, and the layer of the program's own package.
+    assert len(list(host.layout.all_entries())) == 2
+    assert not any(
+        status.in_use for status in survey(host.layout) if not {user.kind for user in status.users} <= {"bytecode"}
+    )
+
+
+def test_failed_run_keeps_its_logs_and_its_status(host: Host, program: Path) -> None:
+    """The exit code is the program's; the session goes, its logs stay and are named."""
+    status, out, err = run(host, program, "python", "main.py", "fail")
+    assert status == 3
+    session = json.loads(out.splitlines()[-1])["session"]
+    (line,) = [line for line in err.splitlines() if "logs of the failed run" in line]
+    logs = Path(line.partition(": ")[2].partition(": ")[2])
+    assert (logs / "raylet.out").exists()
+    assert logs.name == os.path.basename(session)
+    assert list(host.temp.rglob("sockets")) == []
+
+
+def test_keep_session(host: Host, program: Path) -> None:
+    """Whoever wants it keeps all of it."""
+    status, _, err = run(host, program, "python", "main.py", options=("--keep-session",))
+    assert status == 0
+    assert "--keep-session" in err
+    assert len([path for path in host.temp.rglob("session_*/logs") if "latest" not in str(path)]) == 1
+
+
+def test_signals_and_the_end(host: Host, program: Path) -> None:
+    """A signal reaches the program, and the program's end by a signal is ours; nothing of the cluster is left."""
+    child = start(host, program, "python", "main.py", "wait")
+    pid = int(said(child)["pid"])
+    family = psutil.Process(pid).children(recursive=True)
+    child.send_signal(signal.SIGTERM)
+    child.communicate()
+    # Ray's own handler for SIGTERM in a driver makes it the exit status.
+    assert child.returncode in {signal.SIGTERM, -signal.SIGTERM, 128 + signal.SIGTERM}
+    support.wait_until(lambda: not psutil.pid_exists(pid), "the program is gone")
+    support.wait_until(lambda: not any(process.is_running() for process in family), "its cluster is gone")
+    assert list(host.temp.rglob("sockets")) == []
+
+
+def test_killed_run_leaves_the_program_alone(host: Host, program: Path) -> None:
+    """After SIGKILL of us the program goes on and holds its environment; what it leaves goes with `gc --sessions`."""
+    child = start(host, program, "python", "main.py", "wait")
+    about = said(child)
+    other = start(host, program, "python", "main.py", "wait")
+    session = said(other)["session"]
+    child.kill()
+    child.wait()
+    pid = int(about["pid"])
+    assert psutil.pid_exists(pid)
+    collected = subprocess.check_output(
+        [host.python, "-m", "ray_envcache", "gc", "--all"], env=host.environ(), text=True
+    )
+    assert "2 in use" in collected
+    support.kill_tree(pid)
+
+    def gone() -> bool:
+        # As `gc --sessions --tmpdir` does, which leaves a session of the last minute in doubt: it might be starting.
+        report = collect_sessions(temp_dirs(host.temp, {}), starting=0)
+        return any(one.name == os.path.basename(about["session"]) for one in report.removed)
+
+    support.wait_until(gone, "the dead session was removed", 60)
+    # The other one is undisturbed.
+    assert os.path.isdir(session)
+    assert other.poll() is None
+    assert other.stdin is not None
+    other.stdin.close()
+    assert other.wait(60) == 0
+    assert not os.path.exists(session)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["nonsense"], 127, "No such command: `nonsense`"),
+        (["./data.txt"], 127, "Cannot run|No such command"),
+        (["bash", "-c", "exit 7"], 7, ""),
+        (["bash", "-c", "kill -9 $$"], -9, ""),
+        (["bash", "-c", "cat; echo $VIRTUAL_ENV"], 0, ""),
+    ],
+)
+def test_commands(host: Host, program: Path, arguments: list[str], status: int, says: str) -> None:
+    """Any command: its status is ours, by signal too; a missing one is 127."""
+    import re
+
+    (program / "data.txt").write_text("no program")
+    (program / "data.txt").chmod(0o755)
+    found, out, err = run(host, program, *arguments)
+    assert found == status, err
+    assert re.search(says, err)
+    assert "Traceback" not in err
+    if "VIRTUAL_ENV" in arguments[-1]:
+        assert out.strip().startswith(str(host.layout.entries))
+    assert list(host.temp.iterdir()) == []
+
+
+def test_bad_input_before_the_command_starts(host: Host, program: Path) -> None:
+    """No project, no lockfile, an outdated one, a temp directory that is missing: status 2, and no command ran."""
+    witness = host.folder / "ran"
+    command = ("touch", str(witness))
+    (host.folder / "empty").mkdir()
+    cases: list[tuple[Path, tuple[str | Path, ...], str]] = [
+        (host.folder / "empty", (), "No project"),
+        (program, ("--project", host.folder / "empty"), "No pyproject.toml"),
+        (program, ("--tmpdir", host.folder / "nowhere"), "nowhere"),
+    ]
+    for folder, options, says in cases:
+        status, _, err = run(host, folder, *command, options=options)
+        assert (status, says in err) == (2, True), err
+        assert "hint: " in err
+    text = (program / "pyproject.toml").read_text()
+    (program / "pyproject.toml").write_text(text.replace("dependencies = [", "dependencies = ['six', "))
+    status, _, err = run(host, program, *command)
+    assert (status, "no longer matches" in err) == (2, True), err
+    (program / "uv.lock").unlink()
+    status, _, err = run(host, program, *command)
+    assert (status, "run `uv lock`" in err) == (2, True), err
+    assert not witness.exists()
+    assert not list(host.temp.iterdir())
+
+
+CLEAN = """
+import json, os, sys
+import ray, ray_envcache
+try:
+    with ray_envcache.clean_sessions(sys.argv[1]):
+        ray.init(num_cpus=1, include_dashboard=False)
+        assert ray.get(ray.remote(lambda: 1).remote()) == 1
+        during = os.listdir(sys.argv[1])
+        if sys.argv[2] == "fail":
+            raise RuntimeError
+        ray.shutdown()
+except RuntimeError:
+    pass
+print(json.dumps([len(during), "RAY_TMPDIR" in os.environ and os.environ["RAY_TMPDIR"] == sys.argv[3]]))
+"""
+
+
+@pytest.mark.parametrize("end", ["well", "fail"])
+def test_clean_sessions_in_a_program(host: Host, end: str) -> None:
+    """Around ray.init in a program of one's own: nothing is left, and of a failure the logs."""
+    place = host.folder / ("long" * 40)
+    place.mkdir()
+    assert host.run(CLEAN, place, end, host.temp) == [1, True]
+    left = [path for path in place.rglob("*") if path.is_file()]
+    assert all("logs" in path.parts for path in left)
+    assert bool(left) is (end == "fail")
+    assert list(place.rglob("sockets")) == []
+
+
+def test_remains_of_killed_runs_are_swept(host: Host, tmp_path: Path) -> None:
+    """`gc --sessions` removes the directory of a run whose sessions are gone, not one that may just begin, nor logs."""
+    old, new, logs = (tmp_path / f"{RUN_PREFIX}{name}" for name in ("old", "new", "logs"))
+    for folder in (old, new, logs):
+        (folder / "ray").mkdir(parents=True)
+    (logs / "logs").mkdir()
+    for folder in (old, logs):
+        os.utime(folder / "ray", (1, 1))
+    sweep(temp_dirs(tmp_path, {}))
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == [
+        logs.relative_to(tmp_path), logs.relative_to(tmp_path) / "logs", new.relative_to(tmp_path), new.relative_to(tmp_path) / "ray",
+    ]  # fmt: skip

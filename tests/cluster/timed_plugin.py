@@ -1,0 +1,104 @@
+"""Loaded by agents in the plugin's place: the same plugin, but it notes how long each step keeps the agent's event loop.
+
+The longest ones go, as JSON, to the file that ENVCACHE_TEST_STEPS names: seconds on the wall, seconds of the thread's
+CPU, and how often the thread lost its CPU meanwhile, since a loaded machine makes every step look long. Beside them are
+the URIs that Ray refers to: those that it had created, and did not give back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import time
+from collections.abc import Callable, Coroutine, Generator
+from functools import partial
+from typing import Any
+
+from ray_envcache.plugin import EnvCachePlugin
+
+_longest: dict[str, dict[str, float]] = {}
+_referenced: set[str] = set()
+
+
+def timed(name: str, step: Callable[[], Any]) -> Any:
+    """Do one step, and note how long it took."""
+    preempted, cpu, wall = _preemptions(), time.thread_time(), time.perf_counter()
+    try:
+        return step()
+    finally:
+        _note(name, time.perf_counter() - wall, time.thread_time() - cpu, _preemptions() - preempted)
+
+
+def _preemptions() -> int:
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
+
+
+def _note(name: str, wall: float, cpu: float, preempted: int) -> None:
+    known = _longest.setdefault(name, {"count": 0, "wall": 0.0, "cpu": 0.0, "preempted": 0})
+    known["count"] += 1
+    longer = wall > known["wall"]
+    if longer:
+        known |= {"wall": wall, "preempted": preempted}
+    if cpu > known["cpu"]:
+        known["cpu"] = cpu
+    elif not longer:
+        return
+    _write()
+
+
+def _write() -> None:
+    file = os.environ["ENVCACHE_TEST_STEPS"]
+    with open(f"{file}.new", "w", encoding="ascii") as new:
+        json.dump({"steps": _longest, "referenced": sorted(_referenced)}, new)
+    os.replace(f"{file}.new", file)
+
+
+class _Stepwise:
+    """A coroutine that notes how long it runs each time before it waits for something."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        self._coroutine = coroutine
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        name, step = "create, first step", partial(self._coroutine.send, None)
+        while True:
+            try:
+                awaited = timed(name, step)
+            except StopIteration as stop:
+                return stop.value
+            try:
+                value = yield awaited
+            except BaseException as error:  # noqa: BLE001  # passed on, cancellation above all
+                step = partial(self._coroutine.throw, error)
+            else:
+                step = partial(self._coroutine.send, value)
+            name = "create, later steps"
+
+
+class TimedPlugin(EnvCachePlugin):
+    """The plugin, timed."""
+
+    @staticmethod
+    def validate(runtime_env_dict: dict[str, Any]) -> None:
+        timed("validate", lambda: EnvCachePlugin.validate(runtime_env_dict))
+
+    def get_uris(self, runtime_env: Any) -> list[str]:
+        found: list[str] = timed("get_uris", lambda: EnvCachePlugin.get_uris(self, runtime_env))
+        return found
+
+    async def create(self, uri: str | None, runtime_env: Any, context: Any, logger: Any) -> float:
+        size: float = await _Stepwise(super().create(uri, runtime_env, context, logger))
+        if uri is not None:
+            _referenced.add(uri)
+        _write()
+        return size
+
+    def modify_context(self, uris: list[str], runtime_env: Any, context: Any, logger: Any) -> None:
+        timed("modify_context", lambda: EnvCachePlugin.modify_context(self, uris, runtime_env, context, logger))
+
+    def delete_uri(self, uri: str, logger: Any) -> float:
+        size: float = timed("delete_uri", lambda: EnvCachePlugin.delete_uri(self, uri, logger))
+        _referenced.discard(uri)
+        _write()
+        return size

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ray_envcache import registration
+from ray_envcache.cluster_ray import installed_ray
+from ray_envcache.leases import Holder, Lease
+from ray_envcache.spec import EnvSpec
+from ray_envcache.store import Store
+from tests import support
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the long runs to those who ask for them (`-m slow`), whatever else `-m` says."""
+    if "slow" in config.getoption("markexpr"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible() -> None:
+    """Where we were started in the background of a shell, which ignores Ctrl-C for us, child processes must not inherit
+    that: tests interrupt them.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _trap_the_default_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A test that forgets to choose a store must fail, not fill the user's: this root cannot be made."""
+    trap = tmp_path_factory.mktemp("trap") / "file"
+    trap.write_text("you forgot to choose a store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ENVCACHE_DIR", str(trap / "you-forgot-to-choose-a-store"))
+        # Importing the package registered it here; tests that want that say so.
+        for name in (registration.HOOK, registration.PLUGINS, registration.UV_RUN, registration.CHAINED_UV_RUN):
+            patch.delenv(name, raising=False)
+        # Whoever runs us with this one means our own environment: a `uv sync` of a test would replace it.
+        patch.delenv("UV_PROJECT_ENVIRONMENT", raising=False)
+        yield
+
+
+@pytest.fixture
+def wheels(tmp_path: Path) -> Path:
+    """A folder of wheels with a ray that only says its version."""
+    folder = tmp_path / "wheels"
+    support.make_fake_ray(folder)
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """An empty store, which is also the default one of child processes."""
+    root = tmp_path / "store"
+    monkeypatch.setenv("RAY_ENVCACHE_DIR", str(root))
+    return Store.open(root)
+
+
+Acquire = Callable[[Path], Lease]
+
+
+@pytest.fixture
+def acquire(store: Store) -> Iterator[Acquire]:
+    """Acquire the environment of a project from the store; released at the end of the test."""
+    taken: list[Lease] = []
+
+    def acquire(path: Path) -> Lease:
+        lease = store.acquire(EnvSpec.parse(path), installed_ray(), Holder("test"))
+        taken.append(lease)
+        return lease
+
+    yield acquire
+    for lease in taken:
+        lease.release()
+
+
+@pytest.fixture
+def children() -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes that a test starts; whatever happens they are gone after it."""
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for child in started:
+        child.kill()
+        child.wait()
+        for stream in (child.stdin, child.stdout, child.stderr):
+            if stream is not None:
+                stream.close()

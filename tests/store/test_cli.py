@@ -1,0 +1,189 @@
+"""The command line, as a process: what it prints where, and what it exits with."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ray_envcache
+from ray_envcache import registration
+from ray_envcache.store import Store
+from tests import support
+
+
+def run(*arguments: str | Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run `ray-envcache` with these arguments."""
+    command = [sys.executable, "-m", "ray_envcache", *map(str, arguments)]
+    return subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def project(tmp_path: Path, wheels: Path) -> Path:
+    support.make_wheel(wheels, "wanted")
+    return support.make_project(tmp_path / "my-project", wheels, ["ray", "wanted"])
+
+
+def listed() -> list[dict[str, Any]]:
+    data = json.loads(run("list", "--json").stdout)
+    assert data["schema_version"] == 1
+    found: list[dict[str, Any]] = data["envs"]
+    return found
+
+
+def test_build_prints_the_interpreter_on_stdout_and_talks_on_stderr(store: Store, project: Path) -> None:
+    """Scripts can use what `build` prints; the second time it says nothing else."""
+    first, second = run("build", project), run("build", project.parent)
+    assert first.returncode == second.returncode == 0
+    assert Path(first.stdout.strip()).samefile(second.stdout.strip())
+    assert "Building the environment of my-project: 2 packages" in first.stderr
+    assert second.stderr == ""
+
+
+def test_list_json_has_the_schema(store: Store, project: Path) -> None:
+    """Exactly the documented fields, bytes as integers, UTC times."""
+    run("build", project)
+    (one,) = listed()
+    assert set(one) == {
+        "key", "state", "in_use", "holders", "pinned", "size_bytes", "reclaimable_bytes", "created_at", "last_used_at",
+        "python", "ray", "source", "path", "base", "hashes", "no_build", "readonly",
+    }  # fmt: skip
+    assert (one["state"], one["pinned"], one["ray"]) == ("ready", False, support.RAY_VERSION)
+    assert one["size_bytes"] >= one["reclaimable_bytes"] >= 0
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", one["created_at"])
+    assert Path(one["path"]).is_relative_to(store.layout.entries)
+
+
+def test_list_names_holders(store: Store, project: Path) -> None:
+    """Whoever holds a lease appears with pid and kind, and the table counts them."""
+    from ray_envcache.cluster_ray import installed_ray
+    from ray_envcache.leases import Holder
+    from ray_envcache.spec import EnvSpec
+
+    with store.acquire(EnvSpec.parse(project), installed_ray(), Holder("agent", cluster="session_1")):
+        (one,) = listed()
+        assert one["in_use"]
+        holder = next(holder for holder in one["holders"] if holder["kind"] == "agent")
+        assert (holder["pid"], holder["cluster"]) == (os.getpid(), "session_1")
+
+
+def test_list_of_an_empty_store(store: Store) -> None:
+    """Nothing to show is no error."""
+    done = run("list")
+    assert done.returncode == 0
+    assert done.stdout.startswith("0 environments")
+
+
+def test_list_table_has_key_project_and_totals(store: Store, project: Path) -> None:
+    """The table names the project, and the footer counts."""
+    run("build", project)
+    lines = run("list").stdout.splitlines()
+    assert lines[0].split() == [
+        "KEY",
+        "PROJECT",
+        "PYTHON",
+        "RAY",
+        "STATE",
+        "USERS",
+        "SIZE",
+        "RECLAIMABLE",
+        "CREATED",
+        "LAST",
+        "USED",
+    ]
+    assert "my-project" in lines[1]
+    assert lines[-1].startswith("1 environment, ")
+
+
+def test_rm_refuses_what_is_in_use_and_says_by_whom(
+    store: Store, project: Path, children: list[subprocess.Popen[str]]
+) -> None:
+    """A process that runs from the environment keeps it; afterwards `rm` removes it."""
+    python = run("build", project).stdout.strip()
+    key = listed()[0]["key"]
+    user = subprocess.Popen(
+        [python, "-c", "print('up', flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    children.append(user)
+    assert user.stdout is not None
+    assert user.stdout.readline() == "up\n"
+    refused = run("rm", key[:8])
+    assert refused.returncode == 1
+    assert "cannot be removed" in refused.stderr
+    assert "hint: " in refused.stderr
+    user.communicate("\n")
+    assert run("rm", key[:8]).returncode == 0
+    assert listed() == []
+
+
+@pytest.mark.parametrize("key", ["zzz", "../../etc", ""])
+def test_rm_of_an_unknown_key(store: Store, key: str) -> None:
+    """A key that is not there, or is no key, is an error with a hint."""
+    done = run("rm", key)
+    assert done.returncode == 1
+    assert "ray-envcache list shows the keys" in done.stderr
+
+
+def test_dir_prints_the_root(store: Store) -> None:
+    """`dir` says where the store is, without making it."""
+    assert run("dir").stdout.strip() == str(store.layout.root)
+    assert not (store.layout.root / "elsewhere").exists()
+    assert run("dir", RAY_ENVCACHE_DIR=str(store.layout.root / "elsewhere")).stdout.strip().endswith("elsewhere")
+
+
+def test_env_prints_exports_that_a_shell_understands(store: Store) -> None:
+    """eval "$(ray-envcache env)" registers plugin and hook, and keeps what others registered."""
+    other = json.dumps([{"class": "it's.a.Plugin"}])
+    script = f'eval "$({sys.executable} -m ray_envcache env)"; printf %s "$RAY_RUNTIME_ENV_PLUGINS"'
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={**os.environ, registration.PLUGINS: other},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [plugin["class"] for plugin in json.loads(done.stdout)] == ["it's.a.Plugin", registration.PLUGIN_CLASS]
+
+
+def test_version(store: Store) -> None:
+    """`--version` is the package's."""
+    assert run("--version").stdout.split()[-1] == ray_envcache.__version__
+
+
+def test_exit_codes(store: Store, tmp_path: Path) -> None:
+    """1 something failed, 2 usage, 3 store unusable; one sentence and a hint on stderr, nothing on stdout."""
+    broken = tmp_path / "file"
+    broken.touch()
+    cases = [
+        (run("build", tmp_path / "nowhere"), 1),
+        (run("build", tmp_path, "--extra", "--evil"), 2),
+        (run("nonsense"), 2),
+        (run("list", RAY_ENVCACHE_DIR=str(broken / "store")), 3),
+    ]
+    assert [done.returncode for done, _ in cases] == [code for _, code in cases]
+    assert all(done.stdout == "" and "rror: " in done.stderr and "Traceback" not in done.stderr for done, _ in cases)
+
+
+def test_interrupted_build_exits_130(
+    store: Store, tmp_path: Path, wheels: Path, children: list[subprocess.Popen[str]]
+) -> None:
+    """Ctrl-C ends `build` like any other command, without a traceback."""
+    import signal
+
+    started = tmp_path / "started"
+    support.make_sdist(wheels, "slow", code=f"pathlib.Path({str(started)!r}).touch(); time.sleep(600)")
+    slow = support.make_project(tmp_path / "slow-project", wheels, ["ray", "slow"])
+    child = subprocess.Popen([sys.executable, "-m", "ray_envcache", "build", slow], stderr=subprocess.PIPE, text=True)
+    children.append(child)
+    support.wait_until(started.exists, "the build began")
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate()
+    assert child.returncode == 130
+    assert "Traceback" not in said
+    assert list(store.layout.entries.iterdir()) == []

@@ -1,0 +1,266 @@
+"""What tests are made of: small wheels, small projects, child processes that are always reaped."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import itertools
+import os
+import stat
+import subprocess
+import sys
+import tarfile
+import tempfile
+import textwrap
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import uv
+
+from ray_envcache.cluster_ray import installed_ray
+
+RAY_VERSION = installed_ray().version
+
+
+def make_wheel(
+    folder: Path,
+    name: str,
+    version: str = "1.0",
+    *,
+    modules: Mapping[str, str] | None = None,
+    requires: Iterable[str] = (),
+    tag: str = "py3-none-any",
+    scripts: Mapping[str, str] | None = None,
+) -> Path:
+    """A wheel with these modules ({file name: text}; by default one empty module), entry points and requirements."""
+    module = name.replace("-", "_")
+    files = dict(modules if modules is not None else {f"{module}.py": f"VERSION = {version!r}\n"})
+    info = f"{module}-{version}.dist-info"
+    needs = "".join(f"Requires-Dist: {need}\n" for need in requires)
+    files[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}"
+    files[f"{info}/WHEEL"] = f"Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: {tag}\n"
+    if scripts:
+        lines = "".join(f"{script} = {target}\n" for script, target in scripts.items())
+        files[f"{info}/entry_points.txt"] = f"[console_scripts]\n{lines}"
+    files[f"{info}/RECORD"] = (
+        "".join(f"{path},{_record_hash(text)}\n" for path, text in files.items()) + f"{info}/RECORD,,\n"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    wheel = folder / f"{module}-{version}-{tag}.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path, text in files.items():
+            # A fixed date: the same content always gives the same wheel, and the same hash.
+            archive.writestr(zipfile.ZipInfo(path, (2020, 1, 1, 0, 0, 0)), text)
+    return wheel
+
+
+def _record_hash(text: str) -> str:
+    digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+    return f"sha256={digest},{len(text.encode())}"
+
+
+def make_fake_ray(folder: Path, version: str = RAY_VERSION) -> Path:
+    """A wheel that looks like ray to whoever only imports it, and needs nothing."""
+    return make_wheel(folder, "ray", version, modules={"ray/__init__.py": f"__version__ = {version!r}\n"})
+
+
+def make_project(
+    folder: Path,
+    wheels: Path,
+    dependencies: Sequence[str] = (),
+    *,
+    extra: str = "",
+    requires_python: str = ">=3.10",
+    lock: bool = True,
+) -> Path:
+    """A project whose packages come from the folder `wheels` alone; returns its pyproject.toml."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pyproject = folder / "pyproject.toml"
+    pyproject.write_text(
+        textwrap.dedent(f"""\
+        [project]
+        name = "{folder.name.replace(" ", "-")}"
+        version = "0.1"
+        requires-python = "{requires_python}"
+        dependencies = {list(dependencies)!r}
+        """)
+        + extra
+        + textwrap.dedent(f"""
+        [tool.uv]
+        package = false
+        no-index = true
+        find-links = ["{wheels}"]
+        """),
+    )
+    if lock:
+        run_uv("lock", cwd=folder)
+    return pyproject
+
+
+def run_uv(*arguments: str | os.PathLike[str], cwd: Path, **more: str) -> str:
+    """Run uv, with `more` in its environment; a failure fails the test with its output."""
+    environ = {**os.environ, "UV_PYTHON": sys.executable, "UV_PYTHON_DOWNLOADS": "never"}
+    environ.pop("VIRTUAL_ENV", None)
+    environ.update(more)
+    done = subprocess.run(
+        [uv.find_uv_bin(), *arguments], cwd=cwd, env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_python(
+    code: str, *arguments: str, environ: Mapping[str, str] | None = None, python: Path | str = sys.executable
+) -> str:
+    """Run a Python program to its end and return its stdout; a failure fails the test with its output."""
+    done = subprocess.run(
+        [python, "-c", textwrap.dedent(code), *arguments],
+        env={**os.environ, **(environ or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
+    """Wait for a condition. The deadline guards against a hang; no test measures time with it."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"still not so after {seconds} s: {what}"
+        time.sleep(0.02)
+
+
+_BACKEND = """\
+import pathlib, sys, time, zipfile
+
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    {code}
+    name = "{module}-{version}-py3-none-any.whl"
+    info = "{module}-{version}.dist-info"
+    with zipfile.ZipFile(pathlib.Path(wheel_directory) / name, "w") as wheel:
+        wheel.writestr("{module}.py", f"SETTINGS = {{config_settings!r}}\\n")
+        wheel.writestr(info + "/METADATA", "Metadata-Version: 2.2\\nName: {name}\\nVersion: {version}\\n")
+        wheel.writestr(info + "/WHEEL", "Wheel-Version: 1.0\\nGenerator: tests\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr(info + "/RECORD", "")
+    return name
+"""
+
+
+SRC_BACKEND = """\
+import pathlib, zipfile
+
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    info = "{name}-1.0.dist-info"
+    with zipfile.ZipFile(pathlib.Path(wheel_directory) / "{name}-1.0-py3-none-any.whl", "w") as wheel:
+        for path in sorted(pathlib.Path("src").rglob("*.py")):
+            wheel.write(path, path.relative_to("src"))
+        wheel.writestr(info + "/METADATA", "Metadata-Version: 2.2\\nName: {name}\\nVersion: 1.0\\n")
+        wheel.writestr(info + "/WHEEL", "Wheel-Version: 1.0\\nGenerator: tests\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr(info + "/entry_points.txt", "[console_scripts]\\n{name}-script = {name}:main\\n")
+        wheel.writestr(info + "/RECORD", "")
+    return "{name}-1.0-py3-none-any.whl"
+"""
+
+
+def make_sdist(
+    folder: Path, name: str, version: str = "1.0", *, code: str = "pass", requires: Sequence[str] = ()
+) -> Path:
+    """A source package whose build backend, which needs `requires`, runs `code` (one line) before it makes the wheel.
+
+    The package has a module that says what the build was given: `SETTINGS`.
+    """
+    module = name.replace("-", "_")
+    files = {
+        "PKG-INFO": f"Metadata-Version: 2.2\nName: {name}\nVersion: {version}\n",
+        "pyproject.toml": (
+            f'[build-system]\nrequires = {list(requires)!r}\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+            f'[project]\nname = "{name}"\nversion = "{version}"\n'
+        ),
+        "backend.py": _BACKEND.format(module=module, name=name, version=version, code=code),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    sdist = folder / f"{module}-{version}.tar.gz"
+    with tarfile.open(sdist, "w:gz") as archive:
+        for path, text in files.items():
+            member = tarfile.TarInfo(f"{module}-{version}/{path}")
+            member.size = len(text.encode())
+            archive.addfile(member, io.BytesIO(text.encode()))
+    return sdist
+
+
+def make_witness(folder: Path, log: Path) -> Path:
+    """A wheel that notes every start of an interpreter that has it: a line with its prefix and whether it is isolated.
+
+    The builder checks a new environment with one isolated interpreter, and nobody else starts isolated ones: so many
+    isolated lines, so many builds. Nothing of the package under test takes part in the counting.
+    """
+    note = f"import os, sys\nwith open({str(log)!r}, 'a') as log:\n    log.write(f'{{sys.prefix}} {{sys.flags.isolated}}\\n')\n"
+    modules = {"envcache_witness.py": note, "envcache_witness.pth": "import envcache_witness\n"}
+    return make_wheel(folder, "envcache-witness", modules=modules)
+
+
+def count_builds(log: Path) -> int:
+    """How many environments with the witness were built."""
+    return sum(line.endswith(" 1") for line in log.read_text().splitlines()) if log.exists() else 0
+
+
+def files_with(needles: Sequence[bytes], *tops: Path) -> list[Path]:
+    """The files below these folders whose name or content has one of the needles.
+
+    What others remove while we read is not kept by anyone: it is passed over. At least one file must be there.
+    """
+    found, seen = [], 0
+    for folder, _, names in itertools.chain.from_iterable(map(os.walk, tops)):
+        for path in (Path(folder, name) for name in names):
+            with suppress(FileNotFoundError):
+                text = os.fsencode(path.name) + (path.read_bytes() if stat.S_ISREG(path.lstat().st_mode) else b"")
+                seen += 1
+                if any(needle in text for needle in needles):
+                    found.append(path)
+    assert seen
+    return found
+
+
+@contextmanager
+def short_folder() -> Iterator[Path]:
+    """A temporary folder with a short path."""
+    with tempfile.TemporaryDirectory(prefix="re", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and everything it started: of a driver, its whole local cluster.
+
+    By descent, since Ray's agents overwrite their command lines.
+    """
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def container() -> list[str]:
+    """What to put in front of a command that is to run like a container's: first in a pid namespace, with its own /proc.
+
+    It ends with the process that this starts. Skips where that is not allowed.
+    """
+    powers = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    command = ["unshare", *powers, "--pid", "--fork", "--kill-child", "--mount-proc"]
+    done = subprocess.run([*command, "true"], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"needs `unshare` to work here: {done.stderr}")
+    return command
+
+
+def first_of_container(pid: int) -> psutil.Process:
+    """The first process inside; it takes all others with it."""
+    (first,) = psutil.Process(pid).children()
+    return first
