@@ -12,8 +12,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -27,17 +28,19 @@ from ray_envcache.store import Store
 _MAX_LINE = 1 << 20
 
 
-async def build(
+@asynccontextmanager
+async def built(
     store: Store,
     spec: EnvSpec,
     ray: ClusterRay,
     holder: Holder,
     logger: logging.Logger,
     env_vars: Mapping[str, str] = MappingProxyType({}),
-) -> Lease:
-    """Have the environment built, or wait for whoever builds it. Raises what `Store.acquire` raises.
+) -> AsyncIterator[Callable[[], Lease]]:
+    """Have the environment built, or wait for whoever builds it. Yields what claims it: that touches the disk.
 
-    Of `env_vars` uv gets what it needs to reach indexes, by way of the child's environment: in no file, and no log.
+    Nobody collects the environment while the context lasts. Raises what `Store.acquire` raises. Of `env_vars` uv gets
+    what it needs to reach indexes, by way of the child's environment: in no file, and no log.
     """
     request = {
         "root": os.fspath(store.layout.root),
@@ -60,8 +63,8 @@ async def build(
     try:
         child.stdin.write(json.dumps(request).encode() + b"\n")
         name = await _listen(child, logger)
-        # The child holds a lease until its stdin closes: nobody collects the entry before we have ours.
-        return _claim(store, name, holder)
+        # The child holds a lease until its stdin closes.
+        yield partial(_claim, store, name, holder)
     finally:
         child.stdin.close()
         await _end(child)

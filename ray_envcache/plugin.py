@@ -1,7 +1,9 @@
 """Ray's side: the plugin in the runtime env agent of every node. Thin, asynchronous, and unable to fail at import.
 
-An exception while this module is imported, or in `__init__`, would take the whole node down. Everything that takes
-time happens in a child process (`agent_build`): the agent's event loop serves all runtime environments of the node.
+An exception while this module is imported, or in `__init__`, would take the whole node down. The agent's event loop
+serves all runtime environments of the node, so nothing here keeps it waiting: what takes long happens in a child
+process (`agent_build`), and what touches the disk in a thread, since any file operation may wait for seconds on a disk
+that is busy writing.
 """
 
 from __future__ import annotations
@@ -13,10 +15,13 @@ import logging
 import os
 import shlex
 import sys
-import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import ray
 from ray._private.runtime_env.plugin import RuntimeEnvPlugin
@@ -28,6 +33,8 @@ from ray_envcache.layout import Layout, default_root
 from ray_envcache.leases import Holder, Lease
 from ray_envcache.spec import FIELD, EnvSpec, refuse_combinations
 from ray_envcache.store import Store
+
+T = TypeVar("T")
 
 FAILURE_SECONDS = 10.0
 """How long a failure is repeated without another try: Ray asks three times, a second apart."""
@@ -48,7 +55,10 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         self._leases: dict[str, Lease] = {}
         self._creating: dict[str, asyncio.Lock] = {}
         self._failures: dict[str, tuple[float, EnvCacheError]] = {}
-        _collect_in_background()
+        # Our own: the loop's default ones may be busy with what is Ray's.
+        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="envcache")
+        with suppress(RuntimeError):  # no thread can be started: whoever comes later collects
+            self._threads.submit(_collect_in_background)
 
     @staticmethod
     def validate(runtime_env_dict: dict[str, Any]) -> None:
@@ -95,29 +105,30 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
 
     def delete_uri(self, uri: str, logger: logging.Logger) -> float:
         """Release the lease: this node's last reference went. Deletes nothing."""
-        self._creating.pop(uri, None)
+        creating = self._creating.get(uri)
+        if creating is not None and not creating.locked():
+            del self._creating[uri]
         lease = self._leases.pop(uri, None)
         if lease is not None:
-            logger.info("Released %s", lease.entry.path.name)
-            lease.release()
-            if not self._leases:
-                _collect_after_us()
+            self._threads.submit(_give_back, lease, logger, is_last=not self._leases)
         return 1.0
 
     async def _lease(self, uri: str, runtime_env: Any, context: Any, logger: logging.Logger) -> Lease:
+        lease = None
         try:
             given = EnvSpec.parse(runtime_env[FIELD])
-            spec = _located(given, context)
-            store, cluster_ray, holder = Store.open(), ClusterRay(ray.__version__), _holder(logger)
-            lease = store.lookup(spec, cluster_ray, holder)
+            spec, cluster_ray, holder = _located(given, context), ClusterRay(ray.__version__), _holder(logger)
+            store = await self._in_thread(Store.open)
+            lease = await self._in_thread(partial(store.lookup, spec, cluster_ray, holder))
             if lease is None:
                 # What travelled in a working_dir is what Ray pinned; it need not have all files of the driver's folder.
                 wanted = spec if os.path.isabs(given.path) else spec.with_content(None)
-                lease = await agent_client.build(
-                    store, wanted, cluster_ray, holder, logger, runtime_env.get("env_vars") or {}
-                )
-            elif any(store.wants_finishing(entry) for entry in lease.entries):
-                asyncio.get_running_loop().run_in_executor(None, store.finish_all, lease)
+                env_vars = runtime_env.get("env_vars") or {}
+                async with agent_client.built(store, wanted, cluster_ray, holder, logger, env_vars) as claim:
+                    lease = await self._in_thread(claim)
+            else:
+                # Nobody waits for it: what a killed compiler left undone is begun again.
+                self._threads.submit(store.finish_all, lease)
         except EnvCacheError as error:
             named = _on_this_node(error)
             self._failures[uri] = (time.monotonic(), named)
@@ -126,8 +137,21 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         except OSError as error:
             trouble = StoreError(f"Cannot use the store: {error}", "ray-envcache dir shows where it is")
             raise _on_this_node(trouble) from error
+        except asyncio.CancelledError:
+            if lease is not None:
+                self._threads.submit(_give_back, lease, logger, is_last=False)
+            raise
         logger.info("Using %s for %s", lease.entry.path.name, spec.path)
         return lease
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        """Do what touches the disk. Who is cancelled meanwhile gives back the lease that comes of it."""
+        done = self._threads.submit(work)
+        try:
+            return await asyncio.shield(asyncio.wrap_future(done))
+        except asyncio.CancelledError:
+            done.add_done_callback(_release_unwanted)
+            raise
 
     def _repeat_failure(self, uri: str) -> None:
         since, error = self._failures.pop(uri, (0.0, None))
@@ -135,6 +159,22 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
             self._failures[uri] = (since, error)
             # Another object each time: one that is raised again grows a longer traceback.
             raise type(error)(error.message, error.hint)
+
+
+def _give_back(lease: Lease, logger: logging.Logger, *, is_last: bool) -> None:
+    try:
+        lease.release()
+        logger.info("Released %s", lease.entry.path.name)
+    except OSError as error:
+        # The claim itself went first; what people are told of it is swept by whoever collects.
+        logger.warning("The remains of the lease on %s stay: %s", lease.entry.path.name, error)
+    if is_last:
+        _collect_after_us()
+
+
+def _release_unwanted(done: Future[Any]) -> None:
+    if not done.cancelled() and done.exception() is None and isinstance(done.result(), Lease):
+        done.result().release()
 
 
 async def _answer() -> str:
@@ -149,14 +189,10 @@ async def _answer() -> str:
 
 
 def _collect_in_background() -> None:
-    """Have idle environments collected, if it is time. In a thread: starting a process takes too long for the loop."""
+    """Have idle environments collected, if it is time."""
+    from ray_envcache import autogc
 
-    def start() -> None:
-        from ray_envcache import autogc
-
-        autogc.trigger(Layout(default_root()), os.environ)
-
-    threading.Thread(target=start, daemon=True, name="envcache-gc").start()
+    autogc.trigger(Layout(default_root()), os.environ)
 
 
 def _collect_after_us() -> None:

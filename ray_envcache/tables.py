@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 from typing import Any, TextIO
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+import click
 
 from ray_envcache.collector import Report
 from ray_envcache.findings import ERROR
-from ray_envcache.inventory import Status
+from ray_envcache.inventory import Status, User
 from ray_envcache.session_gc import Report as SessionReport
 from ray_envcache.sessions import Session
 from ray_envcache.units import format_duration, format_size
@@ -21,36 +19,32 @@ from ray_envcache.units import format_duration, format_size
 KEY_LENGTH = 12
 """Digits of a key that people see; commands take any unambiguous start."""
 
-_UNLIMITED_WIDTH = 250
-
 
 def print_environments(found: list[Status], stream: TextIO) -> None:
     """The environments of a store with a footer of totals."""
-    table = _table(
-        ("KEY", "PROJECT", "PYTHON", "RAY", "STATE", "USERS", "SIZE", "RECLAIMABLE", "CREATED", "LAST USED"),
-        {"SIZE", "RECLAIMABLE", "USERS"},
-    )
-    for one in _layers_below_their_environments(found):
-        state = one.state + (", pinned" if one.pinned else "") + (", read-only" if one.readonly else "")
-        # In use by nobody we can name: a process of another container.
-        users = str(len(one.users)) if one.users else ("?" if one.in_use else "-")
-        project = ("└ " if one.base else "") + (one.project or "-")
-        least = "" if one.exact else "at least "
-        table.add_row(
-            one.key[:KEY_LENGTH], project, one.python or "-", one.ray or "-", state, users,
-            format_size(one.size_bytes), least + format_size(one.reclaimable_bytes),
-            _ago(_seconds(one.created_at)), _ago(one.last_used),
-        )  # fmt: skip
-    console = _console(stream)
-    if found:
-        console.print(table)
+    columns = ("KEY", "PROJECT", "PYTHON", "RAY", "STATE", "USERS", "SIZE", "RECLAIMABLE", "CREATED", "LAST USED")
+    rows = [_environment(one) for one in _layers_below_their_environments(found)]
+    _print_table(columns, rows, stream, numeric={"SIZE", "RECLAIMABLE", "USERS"})
     ours, lower = [one for one in found if not one.readonly], [one for one in found if one.readonly]
     total, reclaimable = sum(one.size_bytes for one in ours), sum(one.reclaimable_bytes for one in ours)
     # Files that several environments have are in the size of each; only all of these together free them.
     shared, least = (" (shared files counted in each)", "at least ") if len(ours) > 1 else ("", "")
     count = _count(len(ours), "environment")
     below = f"; in read-only stores {len(lower)}, {format_size(sum(one.size_bytes for one in lower))}" if lower else ""
-    console.print(f"{count}, {format_size(total)}{shared}, {least}{format_size(reclaimable)} reclaimable{below}")
+    _say(f"{count}, {format_size(total)}{shared}, {least}{format_size(reclaimable)} reclaimable{below}", stream)
+
+
+def _environment(one: Status) -> Sequence[str]:
+    state = one.state + (", pinned" if one.pinned else "") + (", read-only" if one.readonly else "")
+    # In use by nobody we can name: a process of another container.
+    users = str(len(one.users)) if one.users else ("?" if one.in_use else "-")
+    project = ("└ " if one.base else "") + (one.project or "-")
+    least = "" if one.exact else "at least "
+    return (
+        one.key[:KEY_LENGTH], project, one.python or "-", one.ray or "-", state, users,
+        format_size(one.size_bytes), least + format_size(one.reclaimable_bytes),
+        _ago(_seconds(one.created_at)), _ago(one.last_used),
+    )  # fmt: skip
 
 
 def _layers_below_their_environments(found: list[Status]) -> list[Status]:
@@ -63,54 +57,52 @@ def _layers_below_their_environments(found: list[Status]) -> list[Status]:
 
 def print_users(status: Status, stream: TextIO) -> None:
     """What keeps one environment."""
-    console = _console(stream)
     reasons = _count(len(status.users), "user") + (", pinned" if status.pinned else "")
-    console.print(f"{status.key[:KEY_LENGTH]} of {status.project or '-'}: {status.state}, {reasons}")
+    _say(f"{status.key[:KEY_LENGTH]} of {status.project or '-'}: {status.state}, {reasons}", stream)
     if status.users:
-        table = _table(("PID", "KIND", "COMMAND", "CLUSTER", "JOB", "SINCE"), {"PID"})
-        for user in status.users:
-            cluster = user.cluster or ("- (dead)" if user.command.startswith("ray::") else "-")
-            since = _ago(_seconds(user.since))
-            table.add_row(str(user.pid), user.kind, user.command, cluster, user.job or "-", since)
-        console.print(table)
+        columns = ("PID", "KIND", "COMMAND", "CLUSTER", "JOB", "SINCE")
+        _print_table(columns, map(_user, status.users), stream, numeric={"PID"})
     elif status.in_use:
-        console.print("in use by processes that cannot be named from here, such as those of another container")
+        _say("in use by processes that cannot be named from here, such as those of another container", stream)
     elif status.readonly:
-        console.print("nobody here uses it; what is in a read-only store stays, whatever is collected here")
+        _say("nobody here uses it; what is in a read-only store stays, whatever is collected here", stream)
     elif not status.pinned:
-        console.print("nothing keeps it: the next `ray-envcache gc` takes it when it is old enough")
+        _say("nothing keeps it: the next `ray-envcache gc` takes it when it is old enough", stream)
+
+
+def _user(user: User) -> Sequence[str]:
+    cluster = user.cluster or ("- (dead)" if user.command.startswith("ray::") else "-")
+    return (str(user.pid), user.kind, user.command, cluster, user.job or "-", _ago(_seconds(user.since)))
 
 
 def print_report(report: Report, stream: TextIO, *, dry_run: bool) -> None:
     """What a collection did, or would do: a line for each environment, and one that sums up."""
-    console = _console(stream)
     if report.skipped:
-        console.print(f"Nothing done: {report.skipped}")
+        _say(f"Nothing done: {report.skipped}", stream)
         return
     verb = "Would remove" if dry_run else "Removed"
     for one in report.removed:
-        console.print(f"{verb} {one.key[:KEY_LENGTH]} of {one.project}, {format_size(one.freed_bytes)}: {one.reason}")
+        what = f"{one.key[:KEY_LENGTH]} of {one.project}, {format_size(one.freed_bytes)}"
+        _say(f"{verb} {what}: {one.reason}", stream)
     least = "" if all(one.exact for one in report.removed) else "at least "
     freed = f"{'free' if dry_run else 'freed'} {least}{format_size(report.freed_bytes)}"
     stays = f"{report.in_use} in use, {report.pinned} pinned, {len(report.failed)} failed"
     logical = format_size(report.logical_bytes)
-    console.print(f"{verb} {_count(len(report.removed), 'environment')}, {freed} ({logical} logical); {stays}")
+    _say(f"{verb} {_count(len(report.removed), 'environment')}, {freed} ({logical} logical); {stays}", stream)
 
 
 def print_sessions(found: list[Session], stream: TextIO) -> None:
     """The session directories of Ray with a footer of totals."""
-    table = _table(("SESSION", "STATE", "SIZE", "AGE", "LAST WRITTEN", "HOLDS", "WHY"), {"SIZE"})
-    for one in found:
-        age = format_duration(max(time.time() - one.started, 0)) if one.started else "-"
-        cells = (one.name, one.state, format_size(one.size_bytes), age, _ago(one.last_written), _holds(one), one.why)
-        # Names are Ray's only as long as nobody else makes one: no control characters, no markup.
-        table.add_row(*(Text(printable(cell)) for cell in cells))
-    console = _console(stream)
-    if found:
-        console.print(table)
+    columns = ("SESSION", "STATE", "SIZE", "AGE", "LAST WRITTEN", "HOLDS", "WHY")
+    _print_table(columns, map(_session, found), stream, numeric={"SIZE"})
     dead = [one for one in found if one.state == "dead"]
     total, freed = sum(one.size_bytes for one in found), sum(one.reclaimable_bytes for one in dead)
-    console.print(f"{_count(len(found), 'session')}, {format_size(total)}; {len(dead)} dead, {format_size(freed)}")
+    _say(f"{_count(len(found), 'session')}, {format_size(total)}; {len(dead)} dead, {format_size(freed)}", stream)
+
+
+def _session(one: Session) -> Sequence[str]:
+    age = format_duration(max(time.time() - one.started, 0)) if one.started else "-"
+    return (one.name, one.state, format_size(one.size_bytes), age, _ago(one.last_written), _holds(one), one.why)
 
 
 def _holds(one: Session) -> str:
@@ -120,37 +112,34 @@ def _holds(one: Session) -> str:
 
 def print_session_report(report: SessionReport, stream: TextIO, *, dry_run: bool) -> None:
     """What a collection of sessions did, or would do: a line for each that goes or is in doubt, one that sums up."""
-    console = _console(stream)
     verb = "Would remove" if dry_run else "Removed"
     for one in report.removed:
-        console.print(Text(f"{verb} {printable(one.path)}, {format_size(one.reclaimable_bytes)}: {one.why}"))
+        _say(f"{verb} {one.path}, {format_size(one.reclaimable_bytes)}: {one.why}", stream)
     for one in report.in_doubt:
-        console.print(Text(f"Kept {printable(one.path)}, in doubt: {printable(one.why)}"))
+        _say(f"Kept {one.path}, in doubt: {one.why}", stream)
     least = "" if all(one.exact for one in report.removed) else "at least "
     freed = f"{'free' if dry_run else 'freed'} {least}{format_size(report.freed_bytes)}"
     stays = f"{len(report.alive)} alive, {len(report.in_doubt)} in doubt"
     kept = f", {len(report.kept)} dead but younger" if report.kept else ""
-    console.print(
-        f"{verb} {_count(len(report.removed), 'session')}, {freed}; {stays}{kept}, {len(report.failed)} failed"
-    )
+    counted = _count(len(report.removed), "session")
+    _say(f"{verb} {counted}, {freed}; {stays}{kept}, {len(report.failed)} failed", stream)
 
 
 def print_nodes(nodes: list[dict[str, Any]], stream: TextIO) -> None:
     """The nodes of a cluster, as `doctor_nodes.NodeReport` has them; key and seconds where environments were built."""
     built = any(node["seconds"] is not None for node in nodes)
     columns = ("NODE", "HOST", "PLUGIN", "STORE", "FREE", "RAY", "PYTHON", "UV", *(("KEY", "SECONDS") if built else ()))
-    table = _table(columns, {"FREE", "SECONDS"})
-    for node in nodes:
-        free = node["free_bytes"]
-        cells = [
-            node_name(node), node["host"], _plugin(node), _store(node), "-" if free is None else format_size(free),
-            node["ray"] or "-", node["python"] or "-", node["uv"] or "-",
-        ]  # fmt: skip
-        if built:
-            seconds = node["seconds"]
-            cells += [(node["key"] or "-")[:KEY_LENGTH], "-" if seconds is None else f"{seconds:.1f}"]
-        table.add_row(*(Text(printable(cell)) for cell in cells))
-    _console(stream).print(table)
+    rows = [_node(node)[: len(columns)] for node in nodes]
+    _print_table(columns, rows, stream, numeric={"FREE", "SECONDS"})
+
+
+def _node(node: dict[str, Any]) -> Sequence[str]:
+    free, seconds = node["free_bytes"], node["seconds"]
+    return (
+        node_name(node), node["host"], _plugin(node), _store(node), "-" if free is None else format_size(free),
+        node["ray"] or "-", node["python"] or "-", node["uv"] or "-", (node["key"] or "-")[:KEY_LENGTH],
+        "-" if seconds is None else f"{seconds:.1f}",
+    )  # fmt: skip
 
 
 def node_name(node: dict[str, Any]) -> str:
@@ -177,16 +166,29 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _table(columns: Iterable[str], numeric: set[str]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in columns:
-        table.add_column(name, justify="right" if name in numeric else "left", no_wrap=True)
-    return table
+def _print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], stream: TextIO, numeric: Collection[str]
+) -> None:
+    """Columns below their names, nothing at all where there are no rows. No cell is ever cut: people copy from here.
+
+    By hand: a thousand rows take rich half a second.
+    """
+    cells = [[printable(cell) for cell in row] for row in rows]
+    if not cells:
+        return
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    sides = [str.rjust if name in numeric else str.ljust for name in columns]
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(pad(cell, width) for pad, cell, width in zip(sides, row, widths, strict=True)).rstrip()
+
+    click.secho(line(columns), file=stream, bold=True)
+    click.echo("\n".join(map(line, cells)), file=stream)
 
 
-def _console(stream: TextIO) -> Console:
-    # In a pipe nothing is cut: whoever reads it wants all of it.
-    return Console(file=stream, width=None if stream.isatty() else _UNLIMITED_WIDTH, highlight=False)
+def _say(text: str, stream: TextIO) -> None:
+    # Names and paths in it are others'.
+    click.echo(printable(text), file=stream)
 
 
 def _seconds(moment: str | None) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -19,34 +20,59 @@ import uv
 
 from ray_envcache import leases
 from ray_envcache.layout import Layout
+from ray_envcache.store import Store
 from tests import support
 
 REPOSITORY = Path(__file__).parents[2]
 OLDEST, NEWEST = "2.51.1", "newest"
+with_both_rays = pytest.mark.parametrize("python", [OLDEST, NEWEST], indirect=True)
+"""For tests whose run with the oldest Ray is part of CI: of the others it is only with `-m slow`."""
 
 
-@pytest.fixture(scope="session", params=[OLDEST, NEWEST])
+@pytest.fixture(scope="session", params=[pytest.param(OLDEST, marks=pytest.mark.slow), NEWEST])
 def python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of a venv with that Ray and this package; it runs drivers, raylets and agents."""
     venv = tmp_path_factory.mktemp("cluster") / "venv"
     requirement = "ray" if request.param == NEWEST else f"ray=={request.param}"
     support.run_uv("venv", f"--python={sys.executable}", venv, cwd=REPOSITORY)
-    support.run_uv("pip", "install", f"--python={venv}", requirement, REPOSITORY, cwd=REPOSITORY)
+    # With bytecode, whatever the tests' own environment says of it: each of a cluster's processes would compile ray.
+    support.run_uv("pip", "install", "--compile-bytecode", f"--python={venv}", requirement, REPOSITORY, cwd=REPOSITORY)
     return venv / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def bytecode(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a store shares among its environments, once it has had one with ray: else each test compiles that anew."""
+    with run_host(python, tmp_path_factory.mktemp("bytecode")) as host:
+        command: list[str | Path] = [python, "-m", "ray_envcache", "build", host.project("project")]
+        done = subprocess.run(command, env=host.environ(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return host.layout.bytecode
 
 
 @dataclass
 class Host:
-    """One store, one temp directory for Ray, and the drivers that tests run there."""
+    """One store, one temp directory for Ray, and the drivers that tests run there.
+
+    Its stores have the `bytecode` from the start, where that is given.
+    """
 
     python: Path
     folder: Path
     temp: Path
+    bytecode: Path | None = None
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
     def layout(self) -> Layout:
         return Layout(self.folder / "store")
+
+    def store(self, name: str) -> Path:
+        """The root of a store, empty but for bytecode."""
+        layout = Store.open(self.folder / name).layout
+        if self.bytecode:
+            shutil.copytree(self.bytecode, layout.bytecode, copy_function=os.link)
+        return layout.root
 
     def environ(self, **more: str) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))}
@@ -104,17 +130,18 @@ class Host:
 
 
 @pytest.fixture
-def host(python: Path, tmp_path: Path) -> Iterator[Host]:
-    with run_host(python, tmp_path) as one:
+def host(python: Path, bytecode: Path, tmp_path: Path) -> Iterator[Host]:
+    with run_host(python, tmp_path, bytecode) as one:
+        one.store("store")
         yield one
 
 
 @contextmanager
-def run_host(python: Path, folder: Path) -> Iterator[Host]:
+def run_host(python: Path, folder: Path, bytecode: Path | None = None) -> Iterator[Host]:
     """A host whose drivers are gone at the end."""
     # Sockets of Ray have at most 107 bytes: pytest's own folders are too deep.
     with support.short_folder() as temp:
-        one = Host(python, folder, temp)
+        one = Host(python, folder, temp, bytecode)
         try:
             yield one
         finally:

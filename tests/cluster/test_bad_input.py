@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests import support
-from tests.cluster.conftest import NEWEST, Host
+from tests.cluster.conftest import NEWEST, Host, with_both_rays
 
 pytestmark = pytest.mark.cluster
 
@@ -81,6 +81,7 @@ def cases(host: Host) -> dict[str, tuple[Any, str]]:
     }
 
 
+@with_both_rays
 def test_agent_refuses_with_the_cause(host: Host) -> None:
     """Every fault of a task's field is a RuntimeEnvSetupError with our words; the store stays empty of entries."""
     import json

@@ -50,6 +50,7 @@ def wrong(node: dict[str, Any], state: str) -> dict[str, str]:
 def test_doctor(host: Host) -> None:
     """Every node is asked at once, with its CPUs taken too; what is wrong on one is said of that one, and what to do."""
     project = host.project("project")
+    host.store("two")
     (host.folder / "file").touch()
     (host.folder / "other version").mkdir()
     (host.folder / "other version" / "sitecustomize.py").write_text(

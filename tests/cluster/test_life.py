@@ -19,7 +19,7 @@ import pytest
 
 from ray_envcache.inventory import survey
 from tests import support
-from tests.cluster.conftest import NEWEST, Host
+from tests.cluster.conftest import NEWEST, Host, with_both_rays
 
 pytestmark = pytest.mark.cluster
 
@@ -70,6 +70,7 @@ def listed(host: Host) -> list[dict[str, Any]]:
     return found
 
 
+@with_both_rays
 def test_environment_goes_by_itself_after_shutdown(host: Host, project: Path) -> None:
     """With RAY_ENVCACHE_UNUSED_FOR=0 it is gone a few seconds after `ray.shutdown()`, and nobody called anything."""
     code = """
@@ -175,6 +176,7 @@ def kill(process: psutil.Process) -> None:
         process.kill()
 
 
+@with_both_rays
 def test_chaos(host: Host, project: Path) -> None:
     """SIGKILL of all parts while a collector runs all the time: no task loses a module, no lease outlives its holder."""
     chaos(host, project, ("worker", "raylet", "driver", "agent"))

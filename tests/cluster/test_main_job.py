@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import support
-from tests.cluster.conftest import NEWEST, Host, uv_binary
+from tests.cluster.conftest import NEWEST, Host, uv_binary, with_both_rays
 
 pytestmark = pytest.mark.cluster
 
@@ -44,6 +44,7 @@ def witness(host: Host) -> Path:
     return log
 
 
+@with_both_rays
 def test_first_cluster_builds_second_reuses(host: Host, witness: Path) -> None:
     """Two clusters one after the other: one build; tasks, actors, python and pip are the environment's, ray the cluster's."""
     project = host.project("project", ["envcache-witness"])
@@ -56,6 +57,7 @@ def test_first_cluster_builds_second_reuses(host: Host, witness: Path) -> None:
     assert host.holders() == []
 
 
+@with_both_rays
 def test_four_clusters_at_once_on_an_empty_store_build_once(host: Host, witness: Path) -> None:
     """Whoever comes first builds, the others wait and reuse."""
     project = host.project("project", ["envcache-witness"])
@@ -181,8 +183,9 @@ def test_clusters_without_the_field_are_as_before(host: Host) -> None:
     ray.init(num_cpus=1, include_dashboard=False)
     print(json.dumps(ray.get(ray.remote(lambda: __import__("sys").executable).remote()) == sys.executable))
     """
-    assert host.run(code) is True
-    assert not host.layout.root.exists()
+    elsewhere = host.folder / "elsewhere"
+    assert host.run(code, RAY_ENVCACHE_DIR=str(elsewhere)) is True
+    assert not elsewhere.exists()
 
 
 def test_driver_that_is_killed_while_it_builds(host: Host) -> None:

@@ -68,13 +68,13 @@ def test_every_host_builds_once(host: Host) -> None:
     found.append(ray.get(on("d", env)))
     print(json.dumps(sorted(set(found))))
     """
-    roots = {name: f"{host.folder}/store-{name}" for name in "abcd"}
+    roots = {name: str(host.store(f"store-{name}")) for name in "abcd"}
     found = run(host, body, project, roots)
     key = Path(found[0]).parent.name
     assert found == [f"{root}/v1/entries/{key}/venv" for root in roots.values()]
     builds = [line.split()[0] for line in log.read_text().splitlines() if line.endswith(" 1")]
     assert sorted(builds) == found
-    assert not host.layout.root.exists()
+    assert [*host.layout.all_entries()] == []
 
 
 @pytest.mark.parametrize("python", [NEWEST], indirect=True)
@@ -91,7 +91,7 @@ def test_lockfile_by_working_dir(host: Host) -> None:
     os.rename(folder, folder + "-moved")
     print(json.dumps(ray.get([on(name, {}) for name in roots])))
     """
-    roots = {name: f"{host.folder}/store-{name}" for name in "ab"}
+    roots = {name: str(host.store(f"store-{name}")) for name in "ab"}
     found = run(host, body, folder, roots)
     assert [prefix.partition("/v1/")[0] for prefix in found] == [*roots.values()]
     assert len({Path(prefix).parent.name for prefix in found}) == 1
@@ -104,6 +104,7 @@ def test_nodes_that_cannot(host: Host) -> None:
     (host.folder / "no uv").mkdir()
     (host.folder / "no uv" / "uv.py").write_text("def find_uv_bin():\n    raise FileNotFoundError\n")
     (host.folder / "file").touch()
+    host.store("store-good")
     body = """
     project, folder = arguments
     at = lambda name: {"RAY_ENVCACHE_DIR": f"{folder}/store-{name}"}

@@ -292,15 +292,16 @@ def test_clean_sessions_in_a_program(host: Host, end: str) -> None:
     assert list(place.rglob("sockets")) == []
 
 
-def test_remains_of_killed_runs_are_swept(host: Host, tmp_path: Path) -> None:
+def test_remains_of_killed_runs_are_swept(host: Host) -> None:
     """`gc --sessions` removes the directory of a run whose sessions are gone, not one that may just begin, nor logs."""
-    old, new, logs = (tmp_path / f"{RUN_PREFIX}{name}" for name in ("old", "new", "logs"))
+    place = host.temp
+    old, new, logs = (place / f"{RUN_PREFIX}{name}" for name in ("old", "new", "logs"))
     for folder in (old, new, logs):
         (folder / "ray").mkdir(parents=True)
     (logs / "logs").mkdir()
     for folder in (old, logs):
         os.utime(folder / "ray", (1, 1))
-    sweep(temp_dirs(tmp_path, {}))
-    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == [
-        logs.relative_to(tmp_path), logs.relative_to(tmp_path) / "logs", new.relative_to(tmp_path), new.relative_to(tmp_path) / "ray",
+    sweep(temp_dirs(place, {}))
+    assert sorted(path.relative_to(place) for path in place.rglob("*")) == [
+        logs.relative_to(place), logs.relative_to(place) / "logs", new.relative_to(place), new.relative_to(place) / "ray",
     ]  # fmt: skip

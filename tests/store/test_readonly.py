@@ -193,8 +193,13 @@ def test_agent(below: Store, image: Layout, project: Path) -> None:
     """An agent whose warm path finds nothing has its child look further, and gets its lease on the lower entry."""
     spec = EnvSpec.parse(project)
     assert below.lookup(spec, installed_ray(), Holder("agent")) is None
-    ask = agent_client.build(below, spec, installed_ray(), Holder("agent"), logging.getLogger("test"))
-    with asyncio.run(ask) as lease:
+
+    async def ask() -> Lease:
+        logger = logging.getLogger("test")
+        async with agent_client.built(below, spec, installed_ray(), Holder("agent"), logger) as claim:
+            return claim()
+
+    with asyncio.run(ask()) as lease:
         assert lease.entry == environment_of(image)
         (told,) = leases.live_leases(below.layout, lease.entry.key)
         assert (told["kind"], told["entry"]) == ("agent", str(lease.entry.path))

@@ -79,7 +79,7 @@ def python(request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest
     # The old Serve does not run with a newer protobuf.
     ray = [f"ray[{EXTRAS}]"] if request.param == NEWEST else [f"ray[{EXTRAS}]=={request.param}", "protobuf<7"]
     support.run_uv("venv", f"--python={sys.executable}", venv, cwd=REPOSITORY)
-    support.run_uv("pip", "install", f"--python={venv}", *ray, wheel, cwd=REPOSITORY)
+    support.run_uv("pip", "install", "--compile-bytecode", f"--python={venv}", *ray, wheel, cwd=REPOSITORY)
     return venv / "bin" / "python"
 
 
