@@ -33,6 +33,14 @@ def _interruptible() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _bytecode_is_written() -> Iterator[None]:
+    """Where a machine forbids it, each of the thousands of child processes would compile all that it imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _trap_the_default_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A test that forgets to choose a store must fail, not fill the user's: this root cannot be made."""
     trap = tmp_path_factory.mktemp("trap") / "file"
