@@ -110,7 +110,10 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
             del self._creating[uri]
         lease = self._leases.pop(uri, None)
         if lease is not None:
-            self._threads.submit(_give_back, lease, logger, is_last=not self._leases)
+            if not self._leases:
+                # Before anything that may wait: we are killed about 0.1 s after the last release.
+                self._threads.submit(_collect_after_us)
+            self._threads.submit(_give_back, lease, logger)
         return 1.0
 
     async def _lease(self, uri: str, runtime_env: Any, context: Any, logger: logging.Logger) -> Lease:
@@ -139,7 +142,7 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
             raise _on_this_node(trouble) from error
         except asyncio.CancelledError:
             if lease is not None:
-                self._threads.submit(_give_back, lease, logger, is_last=False)
+                self._threads.submit(_give_back, lease, logger)
             raise
         logger.info("Using %s for %s", lease.entry.path.name, spec.path)
         return lease
@@ -161,15 +164,13 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
             raise type(error)(error.message, error.hint)
 
 
-def _give_back(lease: Lease, logger: logging.Logger, *, is_last: bool) -> None:
+def _give_back(lease: Lease, logger: logging.Logger) -> None:
     try:
         lease.release()
         logger.info("Released %s", lease.entry.path.name)
     except OSError as error:
         # The claim itself went first; what people are told of it is swept by whoever collects.
         logger.warning("The remains of the lease on %s stay: %s", lease.entry.path.name, error)
-    if is_last:
-        _collect_after_us()
 
 
 def _release_unwanted(done: Future[Any]) -> None:
@@ -196,7 +197,7 @@ def _collect_in_background() -> None:
 
 
 def _collect_after_us() -> None:
-    """Have idle environments collected when we are gone. At once: we are killed about 0.1 s after the last release.
+    """Have idle environments collected when we are gone: the child waits for that.
 
     Takes a few milliseconds: nobody waits for the child, and what is needed was imported when the node started.
     """
