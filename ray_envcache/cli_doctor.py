@@ -18,6 +18,7 @@ from ray_envcache.doctor import check_lockfile, examine
 from ray_envcache.doctor_nodes import SAYS
 from ray_envcache.errors import ClusterError, EnvCacheError
 from ray_envcache.findings import ERROR, OK
+from ray_envcache.units import printable
 
 SCHEMA_VERSION = 1
 _MODULE = "ray_envcache.doctor_cluster"  # by name: it imports ray
@@ -98,7 +99,7 @@ def _print_findings(findings: Iterable[dict[str, str]], place: str = "") -> None
 
 def _printable(text: str) -> str:
     # What nodes say comes from other machines: no control characters.
-    return "\n       ".join(map(tables.printable, text.splitlines()))
+    return "\n       ".join(map(printable, text.splitlines()))
 
 
 def _print_cluster(data: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from ray_envcache.entry import utc
 from ray_envcache.session_gc import Report, collect_sessions
 from ray_envcache.sessions import Session, survey
 from ray_envcache.tmpdir import sweep_links
+from ray_envcache.units import printable
 
 PrintJson = Callable[[dict[str, Any]], None]
 
@@ -50,7 +51,7 @@ def collect(
     else:
         tables.print_session_report(report, sys.stdout, dry_run=dry_run)
     for name, reason in report.failed:
-        click.echo(f"error: Cannot remove {tables.printable(name)}: {tables.printable(reason)}", err=True)
+        click.echo(f"error: Cannot remove {printable(name)}: {printable(reason)}", err=True)
     if report.failed:
         sys.exit(1)
 

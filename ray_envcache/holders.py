@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from ray_envcache.units import printable
+
 _PROC = Path("/proc")
 _KERNEL_THREAD = 0x00200000  # PF_KTHREAD, linux/sched.h
 _DELETED = " (deleted)"
@@ -132,7 +134,7 @@ def describe(pid: int) -> Process | None:
         return None
     shown = [os.fsdecode(argument)[:60] for argument in arguments if argument.strip()][:3]
     command = " ".join(shown) or f"[{about.name}]"
-    return Process(pid, _unix_time(about.start_ticks), _printable(command), user)
+    return Process(pid, _unix_time(about.start_ticks), printable(command), user)
 
 
 def start_token(pid: int) -> str:
@@ -288,8 +290,3 @@ def _has_ended(about: _Stat) -> bool:
 def _unix_time(start_ticks: int) -> float:
     booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     return round(booted + start_ticks / os.sysconf("SC_CLK_TCK"), 2)
-
-
-def _printable(text: str) -> str:
-    """Take the teeth out of control characters: a command line is shown in terminals."""
-    return "".join(character if character.isprintable() else "?" for character in text)

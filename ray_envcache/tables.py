@@ -14,7 +14,7 @@ from ray_envcache.findings import ERROR
 from ray_envcache.inventory import Status, User
 from ray_envcache.session_gc import Report as SessionReport
 from ray_envcache.sessions import Session
-from ray_envcache.units import format_duration, format_size
+from ray_envcache.units import format_duration, format_size, printable
 
 KEY_LENGTH = 12
 """Digits of a key that people see; commands take any unambiguous start."""
@@ -155,11 +155,6 @@ def _plugin(node: dict[str, Any]) -> str:
 def _store(node: dict[str, Any]) -> str:
     unusable = any((found["name"], found["state"]) == ("store", ERROR) for found in node["findings"])
     return "unusable" if unusable else node["store"] or "-"
-
-
-def printable(text: str) -> str:
-    """Take the teeth out of control characters."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _count(number: int, noun: str) -> str:

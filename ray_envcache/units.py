@@ -1,4 +1,4 @@
-"""Sizes and durations as people write and read them."""
+"""Sizes, durations and names as people write and read them."""
 
 from __future__ import annotations
 
@@ -80,3 +80,8 @@ def format_duration(seconds: float) -> str:
         if count or length == 1:
             return f"{count} {name}{'' if count == 1 else 's'}"
     raise AssertionError(seconds)
+
+
+def printable(text: str) -> str:
+    """The text without the teeth of control characters: names and command lines of others are shown in terminals."""
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -95,6 +95,17 @@ def test_same_process_excludes_itself(path: Path) -> None:
     assert not _flock.is_held(path)
 
 
+def check_held_by_child(path: Path, parent: subprocess.Popen[str]) -> None:
+    """The flock outlives the parent, who prints the pid of its child, and ends with the child."""
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    assert _flock.is_held(path)
+    os.kill(child, signal.SIGKILL)
+    support.wait_until(lambda: not _flock.is_held(path), "the flock is free")
+
+
 def test_fork_keeps(path: Path, start: Start) -> None:
     """A forked child keeps the flock when its parent is killed, and frees it by its own end."""
     parent = start(
@@ -111,13 +122,7 @@ def test_fork_keeps(path: Path, start: Start) -> None:
         """,
         path,
     )
-    assert parent.stdout is not None
-    child = int(parent.stdout.readline())
-    parent.kill()
-    parent.wait()
-    assert _flock.is_held(path)
-    os.kill(child, signal.SIGKILL)
-    support.wait_until(lambda: not _flock.is_held(path), "the flock is free")
+    check_held_by_child(path, parent)
 
 
 def test_exec_drops(path: Path, start: Start) -> None:
@@ -271,13 +276,7 @@ def test_children_keep_it(path: Path, start: Start) -> None:
         """,
         path,
     )
-    assert parent.stdout is not None
-    child = int(parent.stdout.readline())
-    parent.kill()
-    parent.wait()
-    assert _flock.is_held(path)
-    os.kill(child, signal.SIGKILL)
-    support.wait_until(lambda: not _flock.is_held(path), "the flock is free")
+    check_held_by_child(path, parent)
 
 
 def test_stress(path: Path, tmp_path: Path) -> None:
