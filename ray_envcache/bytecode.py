@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib.util import MAGIC_NUMBER, cache_from_source, source_hash
 from pathlib import Path
 
-from ray_envcache import _flock, _fs, shared_bytecode
+from ray_envcache import _flock, _fs, _testpoints, shared_bytecode
 from ray_envcache.entry import utc_now
 from ray_envcache.layout import Entry, Layout
 from ray_envcache.leases import Holder, claim_ready
@@ -50,10 +50,12 @@ def finish(layout: Layout, entry: Entry) -> bool:
 
 
 def _finish_claimed(layout: Layout, entry: Entry) -> bool:
+    _testpoints.reach("finishing-claimed")
     lease = claim_ready(entry, layout, Holder("bytecode", command="compiles bytecode"))
     if lease is None:
         return False
     with lease:
+        _testpoints.reach("finishing-leased")
         if entry.compiled.exists():
             return False
         _finish(layout, entry)

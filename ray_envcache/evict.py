@@ -136,13 +136,23 @@ def _users(layout: Layout, entry: Entry) -> str:
 
 
 def _ask_compiler_to_stop(layout: Layout, entry: Entry) -> None:
-    """The process that compiles bytecode gives way to everybody."""
+    """The process that compiles bytecode gives way to everybody.
+
+    Its flock comes first and its lease last, and both are free in this order too: until then it is there.
+    """
     deadline = time.monotonic() + YIELD_SECONDS
-    for holder in leases.live_leases(layout, entry.key):
-        mine = holder.get("entry") == entry.path.name and holder.get("pids") == leases.pid_namespace()
-        if holder.get("kind") == "bytecode" and mine:
-            # Its lease is live, so this is still the process that wrote it.
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(int(holder["pid"]), signal.SIGTERM)
-    while _flock.is_held(layout.finishing_flock(entry)) and time.monotonic() < deadline:
+    while _stop_compilers(layout, entry) or _flock.is_held(layout.finishing_flock(entry)):
+        if time.monotonic() > deadline:
+            return
         time.sleep(0.01)
+
+
+def _stop_compilers(layout: Layout, entry: Entry) -> bool:
+    """Ask those that have told their lease; False where there are none, or only some in other containers."""
+    mine = {"kind": "bytecode", "entry": entry.path.name, "pids": leases.pid_namespace()}
+    compilers = [holder for holder in leases.live_leases(layout, entry.key) if mine.items() <= holder.items()]
+    for holder in compilers:
+        # Its lease is live, so this is still the process that wrote it.
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(int(holder["pid"]), signal.SIGTERM)
+    return bool(compilers)

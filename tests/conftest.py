@@ -76,11 +76,14 @@ Acquire = Callable[[Path], Lease]
 
 @pytest.fixture
 def acquire(store: Store) -> Iterator[Acquire]:
-    """Acquire the environment of a project from the store; released at the end of the test."""
+    """Acquire the environment of a project from the store; released at the end of the test.
+
+    Nobody compiles its bytecode in the background: a test that removes something would meet that process or not.
+    """
     taken: list[Lease] = []
 
     def acquire(path: Path) -> Lease:
-        lease = store.acquire(EnvSpec.parse(path), installed_ray(), Holder("test"))
+        lease = store.acquire(EnvSpec.parse(path), installed_ray(), Holder("test"), finish=False)
         taken.append(lease)
         return lease
 

@@ -23,7 +23,12 @@ import psutil
 import pytest
 import uv
 
+from ray_envcache import bytecode
 from ray_envcache.cluster_ray import installed_ray
+from ray_envcache.layout import Entry
+from ray_envcache.leases import Holder
+from ray_envcache.spec import EnvSpec
+from ray_envcache.store import Store
 
 RAY_VERSION = installed_ray().version
 
@@ -101,6 +106,18 @@ def make_project(
     if lock:
         run_uv("lock", cwd=folder)
     return pyproject
+
+
+def build_finished(store: Store, project: Path) -> Entry:
+    """Build an environment with all its bytecode, which nobody holds when this returns.
+
+    Finished here: a process in the background could come late, and be seen with its flock's file open.
+    """
+    with store.acquire(EnvSpec.parse(project), installed_ray(), Holder("test"), finish=False) as lease:
+        entry = lease.entry
+    bytecode.finish_now(store.layout, entry)
+    assert entry.measured.exists()
+    return entry
 
 
 def run_uv(*arguments: str | os.PathLike[str], cwd: Path, **more: str) -> str:

@@ -46,11 +46,7 @@ def make(tmp_path: Path, wheels: Path, store: Store) -> Make:
     def make(name: str) -> Entry:
         support.make_wheel(wheels, name, modules={f"{name}.py": f"DATA = '{name * 200_000}'[:200_000]\n"})
         project = support.make_project(tmp_path / f"project-{name}", wheels, ["ray", name])
-        with store.acquire(EnvSpec.parse(project), installed_ray(), Holder("test")) as lease:
-            entry = lease.entry
-        support.wait_until(entry.measured.exists, "the environment is finished")
-        support.wait_until(lambda: not leases.live_leases(store.layout, entry.key), "the background process is gone")
-        return entry
+        return support.build_finished(store, project)
 
     return make
 
@@ -122,9 +118,7 @@ def test_reclaimable_follows_the_cache_of_uv(
     monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv-cache"))
     support.make_wheel(wheels, "aa", modules={"aa.py": "x = '" + "a" * 500_000 + "'\n"})
     project = support.make_project(tmp_path / "project", wheels, ["ray", "aa"])
-    with store.acquire(EnvSpec.parse(project), installed_ray(), Holder("test")) as lease:
-        entry = lease.entry
-    support.wait_until(entry.measured.exists, "the environment is finished")
+    entry = support.build_finished(store, project)
     before = sizes(store.layout, entry).reclaimable_bytes
     support.run_uv("cache", "clean", cwd=tmp_path)
     assert sizes(store.layout, entry).reclaimable_bytes >= before + 500_000
@@ -252,10 +246,7 @@ def test_user_that_comes_while_it_is_removed_gets_a_new_one(
 ) -> None:
     """Frozen in the middle of a removal, the collector never gives anybody the entry; the user has another built."""
     project = support.make_project(tmp_path / "project", wheels, ["ray"])
-    with store.acquire(EnvSpec.parse(project), installed_ray(), Holder("test")) as lease:
-        entry = lease.entry
-    support.wait_until(entry.measured.exists, "the environment is finished")
-    support.wait_until(lambda: not leases.live_leases(store.layout, entry.key), "the background process is gone")
+    entry = support.build_finished(store, project)
     points = tmp_path / "points"
     points.mkdir()
     (points / f"stop-{point}").touch()
@@ -355,9 +346,7 @@ def test_gc_works_on_a_full_disk(tmp_path: Path, wheels: Path) -> None:
     try:
         store = Store.open(disk / "store")
         project = support.make_project(tmp_path / "project", wheels, ["ray"])
-        with store.acquire(EnvSpec.parse(project), installed_ray(), Holder("test")) as lease:
-            entry = lease.entry
-        support.wait_until(entry.measured.exists, "the environment is finished")
+        entry = support.build_finished(store, project)
         with suppress(OSError), (disk / "ballast").open("wb", buffering=0) as file:
             while file.write(b"x" * 4096):
                 pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +14,6 @@ import pytest
 from ray_envcache import _flock, leases, registration
 from ray_envcache.autogc import INTERVAL
 from ray_envcache.layout import Entry
-from ray_envcache.leases import Lease
 from ray_envcache.plugin import EnvCachePlugin
 from ray_envcache.store import Store
 from tests import support
@@ -40,13 +39,9 @@ def project(tmp_path: Path, wheels: Path) -> Path:
 
 
 @pytest.fixture
-def entry(acquire: Callable[[Path], Lease], project: Path) -> Entry:
+def entry(store: Store, project: Path) -> Entry:
     """The environment of the project: ready, finished, and used by nobody."""
-    lease = acquire(project)
-    support.wait_until(lease.entry.compiled.exists, "its bytecode is complete")
-    lease.release()
-    support.wait_until(lambda: _flock.is_free(lease.entry.in_use), "nobody uses it")
-    return lease.entry
+    return support.build_finished(store, project)
 
 
 def create(plugin: EnvCachePlugin, project: Path) -> asyncio.Task[float]:

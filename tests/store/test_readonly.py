@@ -416,7 +416,7 @@ def test_moved_store(store: Store, copy: Layout, image: Layout, project: Path, m
     link.symlink_to(image.root)
     for root, built in ((copy.root, 1), (link, 0)):
         monkeypatch.setenv(lower.VARIABLE, str(root))
-        with acquire(Store.open(store.layout.root), project) as lease:
+        with acquire(Store.open(store.layout.root), project, finish=False) as lease:
             assert lease.entry.path.is_relative_to(store.layout.root if built else link)
         for one in own_entries(store):
             _fs.remove_tree(one.path)

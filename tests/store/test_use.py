@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import psutil
 import pytest
 
 from ray_envcache import _fs, leases
-from ray_envcache.bytecode import finish
 from ray_envcache.cluster_ray import installed_ray
 from ray_envcache.entry import MeasuredRecord
 from ray_envcache.errors import InUseError
@@ -34,13 +34,7 @@ def entry(tmp_path: Path, wheels: Path, store: Store) -> Entry:
         "wanted",
         modules={"wanted/__init__.py": "", "wanted/deep/__init__.py": "VALUE = 1\n", "wanted/bad.py": "def (:\n"},
     )
-    project = support.make_project(tmp_path / "project", wheels, ["ray", "wanted"])
-    # Finished here: a background process could come late, and be seen with its flock's file open.
-    with store.acquire(EnvSpec.parse(project), installed_ray(), Holder("test"), finish=False) as lease:
-        entry = lease.entry
-    finish(store.layout, entry)
-    assert entry.measured.exists()
-    return entry
+    return support.build_finished(store, support.make_project(tmp_path / "project", wheels, ["ray", "wanted"]))
 
 
 def start(entry: Entry, code: str, children: list[subprocess.Popen[str]]) -> subprocess.Popen[str]:
@@ -164,18 +158,29 @@ def test_bytecode_is_complete_and_imported(entry: Entry) -> None:
     assert record.size_bytes >= record.reclaimable_bytes > 0
 
 
-def test_background_compiler_gives_way(tmp_path: Path, wheels: Path, store: Store) -> None:
-    """Removing an entry does not wait for its bytecode: the compiler is told to stop."""
-    modules = {f"many/m{number}.py": "x = [" + "1, " * 20_000 + "]\n" for number in range(200)}
-    support.make_wheel(wheels, "many", modules={"many/__init__.py": "", **modules})
-    project = support.make_project(tmp_path / "project", wheels, ["ray", "many"])
+@pytest.mark.parametrize("late", [False, True])
+def test_background_compiler_gives_way(
+    tmp_path: Path, wheels: Path, store: Store, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Removing an entry does not wait for its bytecode: the compiler is told to stop, also one that only begins."""
+    begins, works = (tmp_path / f"stop-finishing-{point}" for point in ("claimed", "leased"))
+    works.touch()  # forever
+    if late:
+        begins.touch()
+    monkeypatch.setenv("RAY_ENVCACHE_TEST_POINTS", str(tmp_path))
+    project = support.make_project(tmp_path / "project", wheels, ["ray"])
     with store.acquire(EnvSpec.parse(project), installed_ray(), Holder("test")) as lease:
         entry = lease.entry
 
     def kinds() -> list[str]:
         return [holder["kind"] for holder in leases.live_leases(store.layout, entry.key)]
 
-    support.wait_until(lambda: kinds() == ["bytecode"], "the compiler is at work")
+    if late:
+        support.wait_until((tmp_path / "reached-finishing-claimed").exists, "the compiler has its flock")
+        assert kinds() == []
+        threading.Timer(0.2, begins.unlink).start()
+    else:
+        support.wait_until(lambda: kinds() == ["bytecode"], "the compiler is at work")
     evict(store.layout, entry)
     assert not entry.path.exists()
     assert list(store.layout.trash.iterdir()) == []
