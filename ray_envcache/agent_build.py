@@ -1,8 +1,8 @@
 """The agent's build process: one request on stdin, JSON lines on stdout, gone when stdin closes.
 
 `{"log": ...}` while it works, then `{"ready": <entry>}` or `{"error": ...}`. It holds a lease on the entry until its
-stdin closes, so that the agent can take its own. If the agent dies, or is cancelled, stdin closes early: then the
-build is abandoned, uv and what it started are killed, and the store is left as it was.
+stdin closes, so that the agent can take its own. If the agent dies, stdin closes early, and if its set-up is cancelled
+SIGTERM comes: then the build is abandoned, uv and what it started are killed, and the store is left as it was.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ def _watch(abandoned: threading.Event) -> None:
 
 
 def _abandon(*_: object) -> NoReturn:
+    # Once: a second signal would end the clean-up in its middle.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(1)
 
 

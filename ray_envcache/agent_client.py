@@ -1,20 +1,22 @@
-"""How the agent has an environment built: in a child process, watched without blocking, gone when cancelled.
+"""How the agent has an environment built: in a child process, watched by a thread, gone when abandoned.
 
 A child, because an agent that is killed for want of memory takes the node with it, and because only a process can be
-stopped in the middle of anything.
+stopped in the middle of anything. A thread, because on a host where many workers start at once the mere start of a
+process takes longer than the agent's event loop may wait.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
-from functools import partial
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
@@ -25,55 +27,111 @@ from ray_envcache.leases import Holder, Lease, claim_ready
 from ray_envcache.spec import EnvSpec
 from ray_envcache.store import Store
 
-_MAX_LINE = 1 << 20
+GRACE_SECONDS = 10.0
+"""How long a build process may clean up behind itself before it is killed."""
 
 
-@asynccontextmanager
-async def built(
-    store: Store,
-    spec: EnvSpec,
-    ray: ClusterRay,
-    holder: Holder,
-    logger: logging.Logger,
-    env_vars: Mapping[str, str] = MappingProxyType({}),
-) -> AsyncIterator[Callable[[], Lease]]:
-    """Have the environment built, or wait for whoever builds it. Yields what claims it: that touches the disk.
+class Build:
+    """Has an environment built, or waits for whoever builds it.
 
-    Nobody collects the environment while the context lasts. Raises what `Store.acquire` raises. Of `env_vars` uv gets
-    what it needs to reach indexes, by way of the child's environment: in no file, and no log.
+    `lease` becomes the claim on it, or the error that `Store.acquire` raised; `over` follows. By then nothing is left
+    of the process. Of `env_vars` uv gets what it needs to reach indexes, by way of the child's environment: in no
+    file, and no log.
     """
-    request = {
-        "root": os.fspath(store.layout.root),
-        "field": spec.to_field(),
-        "ray": ray.version,
-        "cluster": holder.cluster,
-    }
-    child = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "ray_envcache.agent_build",
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, **_uv.relevant(env_vars)},
-        start_new_session=True,
-        limit=_MAX_LINE,
-    )
-    assert child.stdin is not None
+
+    def __init__(
+        self,
+        store: Store,
+        spec: EnvSpec,
+        ray: ClusterRay,
+        holder: Holder,
+        logger: logging.Logger,
+        env_vars: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.lease: Future[Lease] = Future()
+        self.over: Future[None] = Future()
+        self._store, self._holder, self._logger = store, holder, logger
+        self._request = {
+            "root": os.fspath(store.layout.root),
+            "field": spec.to_field(),
+            "ray": ray.version,
+            "cluster": holder.cluster,
+        }
+        self._environ = {**os.environ, **_uv.relevant(env_vars)}
+        self._abandoned = False
+        self._child: subprocess.Popen[bytes] | None = None
+        # A daemon: an agent that ends does not wait for it, and by its end the child's stdin closes.
+        threading.Thread(target=self._work, name="envcache-build", daemon=True).start()
+
+    def abandon(self) -> None:
+        """Stop: nobody wants it any more, and a lease that still comes is given back. Returns at once."""
+        self._abandoned = True
+        self._stop_if_abandoned()
+        self.lease.add_done_callback(_give_back)
+        impatient = threading.Timer(GRACE_SECONDS, self._kill)
+        impatient.daemon = True
+        impatient.start()
+        self.over.add_done_callback(lambda _: impatient.cancel())
+
+    def _kill(self) -> None:
+        if self._child is not None and self._child.returncode is None:
+            _kill_tree(self._child.pid)
+
+    def _stop_if_abandoned(self) -> None:
+        # Asked by both, the one who starts the child and the one who abandons it, whoever is second.
+        if self._abandoned and self._child is not None:
+            self._child.terminate()
+
+    def _work(self) -> None:
+        try:
+            lease = self._run()
+        except BaseException as error:  # noqa: BLE001  # passed on to whoever waits
+            self.lease.set_exception(error)
+        else:
+            self.lease.set_result(lease)
+        self.over.set_result(None)
+
+    def _run(self) -> Lease:
+        child = self._child = _start(self._environ)
+        try:
+            self._stop_if_abandoned()
+            assert child.stdin is not None
+            with suppress(BrokenPipeError):  # it ended already: what it left to say is read below
+                child.stdin.write(json.dumps(self._request).encode() + b"\n")
+                child.stdin.flush()
+            # The child holds a lease until its stdin closes.
+            return self._claim(_listen(child, self._logger))
+        finally:
+            _end(child)
+
+    def _claim(self, name: str) -> Lease:
+        entry = self._store.layout.entry(name)
+        lease = claim_ready(entry, self._store.layout, self._holder) if entry else None
+        if lease is None:
+            raise BuildError(f"The environment `{name}` vanished right after it was built", "try again")
+        return lease
+
+
+def _give_back(lease: Future[Lease]) -> None:
+    if lease.exception() is None:
+        lease.result().release()
+
+
+def _start(environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-m", "ray_envcache.agent_build"]
     try:
-        child.stdin.write(json.dumps(request).encode() + b"\n")
-        name = await _listen(child, logger)
-        # The child holds a lease until its stdin closes.
-        yield partial(_claim, store, name, holder)
-    finally:
-        child.stdin.close()
-        await _end(child)
+        return subprocess.Popen(command, env=environ, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+    except OSError as error:
+        raise BuildError(
+            f"Cannot start a process that builds: {error}", "has the node memory and processes left? (`ulimit -u`)"
+        ) from error
 
 
-async def _listen(child: asyncio.subprocess.Process, logger: logging.Logger) -> str:
+def _listen(child: subprocess.Popen[bytes], logger: logging.Logger) -> str:
     """Log what the child says until it names the entry. Raises the error it reports."""
     assert child.stdout is not None
-    async for raw in child.stdout:
+    for raw in child.stdout:
         message: dict[str, Any] = json.loads(raw)
         if "error" in message:
             raise EnvCacheError.from_json(message["error"])
@@ -81,32 +139,22 @@ async def _listen(child: asyncio.subprocess.Process, logger: logging.Logger) -> 
             return str(message["ready"])
         logger.info("%s", message.get("log", ""))
     assert child.stderr is not None
-    output = (await child.stderr.read()).decode(errors="replace")
+    output = child.stderr.read().decode(errors="replace")
     raise BuildError(
         f"The build process ended without an answer:\n{output[-1500:]}", "was it killed for want of memory?"
     )
 
 
-def _claim(store: Store, name: str, holder: Holder) -> Lease:
-    entry = store.layout.entry(name)
-    lease = claim_ready(entry, store.layout, holder) if entry else None
-    if lease is None:
-        raise BuildError(f"The environment `{name}` vanished right after it was built", "try again")
-    return lease
-
-
-async def _end(child: asyncio.subprocess.Process) -> None:
-    """Wait for the child, which ends when its stdin closes: it kills what it started and cleans up behind itself."""
-    # Shielded: a second cancellation must not leave it half done.
-    await asyncio.shield(asyncio.ensure_future(_reap(child)))
-
-
-async def _reap(child: asyncio.subprocess.Process) -> None:
-    with suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(child.wait(), timeout=10)
-        return
-    _kill_tree(child.pid)
-    await child.wait()
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Have the child end by closing its stdin: it kills what it started and cleans up behind itself."""
+    with child:
+        try:
+            with suppress(BrokenPipeError):
+                assert child.stdin is not None
+                child.stdin.close()
+            child.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            _kill_tree(child.pid)
 
 
 def _kill_tree(pid: int) -> None:

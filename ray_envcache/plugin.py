@@ -26,7 +26,8 @@ from typing import Any, TypeVar
 import ray
 from ray._private.runtime_env.plugin import RuntimeEnvPlugin
 
-from ray_envcache import agent_client, guard, probe, registration
+from ray_envcache import guard, probe, registration
+from ray_envcache.agent_client import Build
 from ray_envcache.cluster_ray import ClusterRay
 from ray_envcache.errors import EnvCacheError, FieldValueError, StoreError
 from ray_envcache.layout import Layout, default_root
@@ -35,6 +36,9 @@ from ray_envcache.spec import FIELD, EnvSpec, refuse_combinations
 from ray_envcache.store import Store
 
 T = TypeVar("T")
+
+THREADS = 4
+"""How many of our operations may wait for the disk at the same time."""
 
 FAILURE_SECONDS = 10.0
 """How long a failure is repeated without another try: Ray asks three times, a second apart."""
@@ -56,9 +60,12 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         self._creating: dict[str, asyncio.Lock] = {}
         self._failures: dict[str, tuple[float, EnvCacheError]] = {}
         # Our own: the loop's default ones may be busy with what is Ray's.
-        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="envcache")
+        self._threads = ThreadPoolExecutor(THREADS, "envcache")
         with suppress(RuntimeError):  # no thread can be started: whoever comes later collects
             self._threads.submit(_collect_in_background)
+            for _ in range(THREADS):
+                # All begin now: who starts a thread waits until it runs, which on a busy node is long for the loop.
+                self._threads.submit(time.sleep, 0.05)
 
     @staticmethod
     def validate(runtime_env_dict: dict[str, Any]) -> None:
@@ -117,18 +124,15 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         return 1.0
 
     async def _lease(self, uri: str, runtime_env: Any, context: Any, logger: logging.Logger) -> Lease:
-        lease = None
         try:
             given = EnvSpec.parse(runtime_env[FIELD])
             spec, cluster_ray, holder = _located(given, context), ClusterRay(ray.__version__), _holder(logger)
-            store = await self._in_thread(Store.open)
-            lease = await self._in_thread(partial(store.lookup, spec, cluster_ray, holder))
+            store, lease = await self._in_thread(partial(_look_up, spec, cluster_ray, holder), _discard)
             if lease is None:
                 # What travelled in a working_dir is what Ray pinned; it need not have all files of the driver's folder.
                 wanted = spec if os.path.isabs(given.path) else spec.with_content(None)
                 env_vars = runtime_env.get("env_vars") or {}
-                async with agent_client.built(store, wanted, cluster_ray, holder, logger, env_vars) as claim:
-                    lease = await self._in_thread(claim)
+                lease = await self._build(partial(Build, store, wanted, cluster_ray, holder, logger, env_vars))
             else:
                 # Nobody waits for it: what a killed compiler left undone is begun again.
                 self._threads.submit(store.finish_all, lease)
@@ -140,20 +144,26 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         except OSError as error:
             trouble = StoreError(f"Cannot use the store: {error}", "ray-envcache dir shows where it is")
             raise _on_this_node(trouble) from error
-        except asyncio.CancelledError:
-            if lease is not None:
-                self._threads.submit(_give_back, lease, logger)
-            raise
         logger.info("Using %s for %s", lease.entry.path.name, spec.path)
         return lease
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        """Do what touches the disk. Who is cancelled meanwhile gives back the lease that comes of it."""
+    async def _build(self, start: Callable[[], Build]) -> Lease:
+        """Have it built, in another process. Who is cancelled meanwhile waits until nothing is left of that."""
+        build = await self._in_thread(start, Build.abandon)
+        try:
+            return await asyncio.shield(asyncio.wrap_future(build.lease))
+        except asyncio.CancelledError:
+            build.abandon()
+            await asyncio.shield(asyncio.wrap_future(build.over))
+            raise
+
+    async def _in_thread(self, work: Callable[[], T], discard: Callable[[T], None]) -> T:
+        """Do what touches the disk. Who is cancelled meanwhile has what comes of it discarded."""
         done = self._threads.submit(work)
         try:
             return await asyncio.shield(asyncio.wrap_future(done))
         except asyncio.CancelledError:
-            done.add_done_callback(_release_unwanted)
+            done.add_done_callback(partial(_discard_result, discard))
             raise
 
     def _repeat_failure(self, uri: str) -> None:
@@ -173,9 +183,19 @@ def _give_back(lease: Lease, logger: logging.Logger) -> None:
         logger.warning("The remains of the lease on %s stay: %s", lease.entry.path.name, error)
 
 
-def _release_unwanted(done: Future[Any]) -> None:
-    if not done.cancelled() and done.exception() is None and isinstance(done.result(), Lease):
-        done.result().release()
+def _discard_result(discard: Callable[[T], None], done: Future[T]) -> None:
+    if done.exception() is None:
+        discard(done.result())
+
+
+def _look_up(spec: EnvSpec, ray: ClusterRay, holder: Holder) -> tuple[Store, Lease | None]:
+    store = Store.open()
+    return store, store.lookup(spec, ray, holder)
+
+
+def _discard(found: tuple[Store, Lease | None]) -> None:
+    if found[1] is not None:
+        found[1].release()
 
 
 async def _answer() -> str:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
-from ray_envcache import _flock, leases, registration
+from ray_envcache import _flock, agent_client, leases, registration
 from ray_envcache.autogc import INTERVAL
+from ray_envcache.errors import BuildError
 from ray_envcache.layout import Entry
 from ray_envcache.plugin import EnvCachePlugin
 from ray_envcache.store import Store
@@ -87,3 +91,46 @@ def test_slow_disk(plugin: EnvCachePlugin, store: Store, entry: Entry, project: 
     support.wait_until(lambda: entry.in_use.stat().st_mtime > 0, "the lease was taken")
     support.wait_until(lambda: _flock.is_free(entry.in_use), "it was given back")
     assert plugin._leases == {}
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_cancelled_build(
+    plugin: EnvCachePlugin, store: Store, tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch, *, deaf: bool
+) -> None:
+    """Who cancels a build waits until nothing is left of it, and the loop goes on meanwhile; who is deaf is killed."""
+    note = tmp_path / "note"
+    code = f"pathlib.Path({str(note)!r}).write_text(str(__import__('os').getppid())); time.sleep(600)"
+    support.make_sdist(wheels, "stuck", code=code)
+    project = support.make_project(tmp_path / "project", wheels, ["ray", "stuck"])
+    if deaf:
+        monkeypatch.setattr(agent_client, "GRACE_SECONDS", 0.1)
+        monkeypatch.setattr(subprocess.Popen, "terminate", lambda _child: None)
+
+    async def run() -> None:
+        creating = create(plugin, project)
+        await asyncio.to_thread(support.wait_until, lambda: note.exists() and note.read_text() != "", "it is building")
+        creating.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await creating
+
+    asyncio.run(run())
+    assert psutil.Process().children(recursive=True) == []
+    support.wait_until(lambda: not psutil.pid_exists(int(note.read_text())), "uv is gone")
+    if not deaf:
+        assert list(store.layout.entries.iterdir()) == list(store.layout.trash.iterdir()) == []
+    assert not any(_flock.is_held(path) for path in store.layout.flocks.iterdir())
+
+
+def test_build_process_that_dies(plugin: EnvCachePlugin, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an answer there is an error with what it said last, and one where it cannot be started at all."""
+
+    async def run() -> None:
+        await create(plugin, project)
+
+    monkeypatch.setenv("PYTHONHOME", "/nowhere")
+    with pytest.raises(BuildError, match=r"(?s)ended without an answer.*encodings"):
+        asyncio.run(run())
+    plugin._failures.clear()
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(BuildError, match=r"Cannot start a process that builds: .*/nowhere/python"):
+        asyncio.run(run())

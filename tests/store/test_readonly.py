@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
@@ -18,7 +17,8 @@ from typing import TypeAlias
 
 import pytest
 
-from ray_envcache import _flock, _fs, agent_client, entry, leases, lower
+from ray_envcache import _flock, _fs, entry, leases, lower
+from ray_envcache.agent_client import Build
 from ray_envcache.cluster_ray import installed_ray
 from ray_envcache.collector import collect
 from ray_envcache.entry import ReadyRecord, file_identity, is_unchanged
@@ -43,6 +43,7 @@ OTHER_USER += [f"--{kind}-caps=+dac_read_search" for kind in ("inh", "ambient") 
 # What a worker does, by a lease and without.
 USE = """
 import subprocess, sys
+from ray_envcache.agent_client import Build
 from ray_envcache.cluster_ray import installed_ray
 from ray_envcache.leases import Holder
 from ray_envcache.spec import EnvSpec
@@ -193,13 +194,8 @@ def test_agent(below: Store, image: Layout, project: Path) -> None:
     """An agent whose warm path finds nothing has its child look further, and gets its lease on the lower entry."""
     spec = EnvSpec.parse(project)
     assert below.lookup(spec, installed_ray(), Holder("agent")) is None
-
-    async def ask() -> Lease:
-        logger = logging.getLogger("test")
-        async with agent_client.built(below, spec, installed_ray(), Holder("agent"), logger) as claim:
-            return claim()
-
-    with asyncio.run(ask()) as lease:
+    build = Build(below, spec, installed_ray(), Holder("agent"), logging.getLogger("test"))
+    with build.lease.result() as lease:
         assert lease.entry == environment_of(image)
         (told,) = leases.live_leases(below.layout, lease.entry.key)
         assert (told["kind"], told["entry"]) == ("agent", str(lease.entry.path))

@@ -160,7 +160,7 @@ def test_bytecode_is_complete_and_imported(entry: Entry) -> None:
 
 @pytest.mark.parametrize("late", [False, True])
 def test_background_compiler_gives_way(
-    tmp_path: Path, wheels: Path, store: Store, monkeypatch: pytest.MonkeyPatch, late: bool
+    tmp_path: Path, wheels: Path, store: Store, monkeypatch: pytest.MonkeyPatch, *, late: bool
 ) -> None:
     """Removing an entry does not wait for its bytecode: the compiler is told to stop, also one that only begins."""
     begins, works = (tmp_path / f"stop-finishing-{point}" for point in ("claimed", "leased"))
