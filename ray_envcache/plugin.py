@@ -150,21 +150,26 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
     async def _build(self, start: Callable[[], Build]) -> Lease:
         """Have it built, in another process. Who is cancelled meanwhile waits until nothing is left of that."""
         build = await self._in_thread(start, Build.abandon)
+        over = asyncio.wrap_future(build.over)
         try:
-            return await asyncio.shield(asyncio.wrap_future(build.lease))
+            await asyncio.shield(over)
         except asyncio.CancelledError:
             build.abandon()
-            await asyncio.shield(asyncio.wrap_future(build.over))
+            await asyncio.shield(over)
             raise
+        return build.lease.result()
 
     async def _in_thread(self, work: Callable[[], T], discard: Callable[[T], None]) -> T:
         """Do what touches the disk. Who is cancelled meanwhile has what comes of it discarded."""
         done = self._threads.submit(work)
+        waited = asyncio.wrap_future(done)
         try:
-            return await asyncio.shield(asyncio.wrap_future(done))
+            await asyncio.wait([waited])
         except asyncio.CancelledError:
             done.add_done_callback(partial(_discard_result, discard))
+            waited.add_done_callback(asyncio.Future.exception)  # else asyncio complains that nobody asked for it
             raise
+        return waited.result()
 
     def _repeat_failure(self, uri: str) -> None:
         since, error = self._failures.pop(uri, (0.0, None))

@@ -209,7 +209,7 @@ def test_pinned_content_is_looked_up_without_a_look_at_the_files(store: Store, p
         field = ray_envcache.runtime_env(project)["envcache"]
         assert set(field) == {"path", "digest", "content"}
         edit(project, "X = 2")
-        with store.acquire(EnvSpec.parse(field), installed_ray(), Holder("test")) as same:
+        with store.acquire(EnvSpec.parse(field), installed_ray(), Holder("test"), finish=False) as same:
             assert same.entry == lease.entry
     _fs.remove_tree(lease.entry.path)
     with pytest.raises(DigestError, match="local packages"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import subprocess
@@ -27,7 +28,7 @@ LOGGER = logging.getLogger("test")
 
 
 @pytest.fixture
-def plugin(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[EnvCachePlugin]:
+def plugin(store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[EnvCachePlugin]:
     monkeypatch.setenv(INTERVAL, "off")
     # Set by the plugin for good: its process is the agent's, mostly.
     monkeypatch.setenv("RAY_RUNTIME_ENV_ENVCACHE_CACHE_SIZE_GB", "0")
@@ -35,6 +36,8 @@ def plugin(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[EnvCachePl
     made = EnvCachePlugin()
     yield made
     made._threads.shutdown()
+    gc.collect()
+    assert "never retrieved" not in caplog.text, "what asyncio says of errors that nobody waited for"
 
 
 @pytest.fixture
