@@ -190,6 +190,6 @@ def test_full_load(node: Node, jobs: int) -> None:
 
 
 def show(steps: dict[str, dict[str, Any]]) -> None:
-    print(f"{'longest step in the loop':<24} {'wall ms':>8} {'cpu ms':>8} {'preempted':>10} {'times':>6}")
+    print(f"{'longest step in the loop':<24} {'wall ms':>8} {'ours ms':>8} {'times':>6}")
     for name, one in sorted(steps.items()):
-        print(f"{name:<24} {one['wall'] * 1e3:8.2f} {one['cpu'] * 1e3:8.2f} {one['preempted']:10} {one['count']:6}")
+        print(f"{name:<24} {one['wall'] * 1e3:8.2f} {one['ours'] * 1e3:8.2f} {one['count']:6}")

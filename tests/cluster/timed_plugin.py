@@ -1,15 +1,14 @@
 """Loaded by agents in the plugin's place: the same plugin, but it notes how long each step keeps the agent's event loop.
 
-The longest ones go, as JSON, to the file that ENVCACHE_TEST_STEPS names: seconds on the wall, seconds of the thread's
-CPU, and how often the thread lost its CPU meanwhile, since a loaded machine makes every step look long. Beside them are
-the URIs that Ray refers to: those that it had created, and did not give back.
+The longest ones go, as JSON, to the file that ENVCACHE_TEST_STEPS names: seconds on the wall, and how many of them are
+ours, since on a loaded machine every step waits for a processor, which the kernel counts (proc(5), schedstat). Beside
+them are the URIs that Ray refers to: those that it had created, and did not give back.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import time
 from collections.abc import Callable, Coroutine, Generator
 from functools import partial
@@ -23,28 +22,26 @@ _referenced: set[str] = set()
 
 def timed(name: str, step: Callable[[], Any]) -> Any:
     """Do one step, and note how long it took."""
-    preempted, cpu, wall = _preemptions(), time.thread_time(), time.perf_counter()
+    queued, began = _queued(), time.perf_counter()
     try:
         return step()
     finally:
-        _note(name, time.perf_counter() - wall, time.thread_time() - cpu, _preemptions() - preempted)
+        wall = time.perf_counter() - began
+        _note(name, wall, wall - (_queued() - queued))
 
 
-def _preemptions() -> int:
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
+def _queued() -> float:
+    """For how many seconds this thread was ready to run, and others had the processors."""
+    with open("/proc/thread-self/schedstat", encoding="ascii") as file:
+        return int(file.read().split()[1]) / 1e9
 
 
-def _note(name: str, wall: float, cpu: float, preempted: int) -> None:
-    known = _longest.setdefault(name, {"count": 0, "wall": 0.0, "cpu": 0.0, "preempted": 0})
+def _note(name: str, wall: float, ours: float) -> None:
+    known = _longest.setdefault(name, {"count": 0, "wall": 0.0, "ours": 0.0})
     known["count"] += 1
-    longer = wall > known["wall"]
-    if longer:
-        known |= {"wall": wall, "preempted": preempted}
-    if cpu > known["cpu"]:
-        known["cpu"] = cpu
-    elif not longer:
-        return
-    _write()
+    if wall > known["wall"] or ours > known["ours"]:
+        known |= {"wall": max(wall, known["wall"]), "ours": max(ours, known["ours"])}
+        _write()
 
 
 def _write() -> None:
