@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import cache
 from typing import Any
@@ -61,7 +61,7 @@ class ReadyRecord:
         if data is None or data.get("schema_version") != SCHEMA_VERSION or data.get("key") != entry.key:
             return None
         try:
-            record = cls(**{field.name: _tuple(data[field.name]) for field in fields(cls)})
+            record = cls(**{name: _tuple(data[name]) for name in cls.__dataclass_fields__})
         except KeyError:
             return None
         return record if record._holds(entry) else None
@@ -101,7 +101,7 @@ class MeasuredRecord:
         if data is None or data.get("schema_version") != SCHEMA_VERSION:
             return None
         try:
-            return cls(**{field.name: _tuple(data[field.name]) for field in fields(cls)})
+            return cls(**{name: _tuple(data[name]) for name in cls.__dataclass_fields__})
         except KeyError:
             return None
 

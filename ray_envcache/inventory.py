@@ -66,10 +66,8 @@ def survey(layout: Layout, below: Iterable[Layout] = ()) -> list[Status]:
 
 
 def _survey(layout: Layout, store: Layout) -> list[Status]:
-    entries = list(store.all_entries())
-    processes = _processes(store, entries)
     try:
-        found = [_status(layout, entry, processes.get(entry.path.name, [])) for entry in entries]
+        found = _statuses(layout, store, list(store.all_entries()))
     except PermissionError as error:
         if store.readonly:
             raise lower.unreadable(store, error) from error
@@ -79,10 +77,18 @@ def _survey(layout: Layout, store: Layout) -> list[Status]:
 
 def status(layout: Layout, entry: Entry) -> Status:
     """What is known about one entry, of the store `layout` or of one below it, at this moment."""
-    return _status(layout, entry, _processes(layout_of(entry), [entry]).get(entry.path.name, []))
+    (found,) = _statuses(layout, layout_of(entry), [entry])
+    return found
 
 
-def _status(layout: Layout, entry: Entry, processes: list[holders.Process]) -> Status:
+def _statuses(layout: Layout, store: Layout, entries: list[Entry]) -> list[Status]:
+    """What is asked once for all, then each entry: there may be thousands."""
+    processes = _processes(store, entries)
+    pinned = set() if store.readonly else pins.pinned_keys(store)
+    return [_status(layout, entry, processes.get(entry.path.name, []), pinned=entry.key in pinned) for entry in entries]
+
+
+def _status(layout: Layout, entry: Entry, processes: list[holders.Process], *, pinned: bool) -> Status:
     record, size = ReadyRecord.read(entry), sizes(layout, entry)
     users = _users(layout, entry, processes)
     base = entry.base(record.base) if record else None
@@ -92,7 +98,7 @@ def _status(layout: Layout, entry: Entry, processes: list[holders.Process]) -> S
         # In a lower store not even for a moment anything is taken that stands in the way of others.
         in_use=bool(users) or not (entry.readonly or _flock.is_free(entry.in_use)),
         users=users,
-        pinned=not entry.readonly and pins.is_pinned(layout, entry),
+        pinned=pinned,
         size_bytes=size.size_bytes,
         reclaimable_bytes=0 if entry.readonly else size.reclaimable_bytes,
         exact=entry.readonly or size.exact,

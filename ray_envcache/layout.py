@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 VERSION = "v1"
@@ -24,15 +25,15 @@ class Entry:
     path: Path
     readonly: bool = False
 
-    @property
+    @cached_property
     def venv(self) -> Path:
         return self.path / "venv"
 
-    @property
+    @cached_property
     def bin(self) -> Path:
         return self.venv / "bin"
 
-    @property
+    @cached_property
     def python(self) -> Path:
         return self.bin / "python"
 
@@ -41,41 +42,41 @@ class Entry:
         """Where the venv keeps its packages; a path that does not exist before the venv does."""
         return next((self.venv / "lib").glob("python3.*"), self.venv / "lib") / "site-packages"
 
-    @property
+    @cached_property
     def ready(self) -> Path:
         return self.path / "ready.json"
 
-    @property
+    @cached_property
     def building(self) -> Path:
         return self.path / "building.json"
 
-    @property
+    @cached_property
     def compiled(self) -> Path:
         return self.path / "compiled.json"
 
-    @property
+    @cached_property
     def measured(self) -> Path:
         return self.path / "measured.json"
 
-    @property
+    @cached_property
     def staged_bytecode(self) -> Path:
         """Bytecode on its way to everybody; what a killed compiler left here the next one takes over."""
         return self.path / "bytecode"
 
-    @property
+    @cached_property
     def in_use(self) -> Path:
         return self.path / "in-use"
 
-    @property
+    @cached_property
     def build_log(self) -> Path:
         return self.path / "build.log"
 
-    @property
+    @cached_property
     def sources(self) -> Path:
         """Copies of local packages while they are built."""
         return self.path / "src"
 
-    @property
+    @cached_property
     def pylock(self) -> Path:
         return self.path / "pylock.toml"
 
@@ -91,65 +92,65 @@ class Layout:
     root: Path
     readonly: bool = False
 
-    @property
+    @cached_property
     def top(self) -> Path:
         return self.root / VERSION
 
-    @property
+    @cached_property
     def entries(self) -> Path:
         return self.top / "entries"
 
-    @property
+    @cached_property
     def leases(self) -> Path:
         return self.top / "leases"
 
-    @property
+    @cached_property
     def pins(self) -> Path:
         return self.top / "pins"
 
-    @property
+    @cached_property
     def memo(self) -> Path:
         return self.top / "memo"
 
-    @property
+    @cached_property
     def trash(self) -> Path:
         return self.top / "trash"
 
-    @property
+    @cached_property
     def bytecode(self) -> Path:
         """Bytecode that entries share, a folder for each Python; made when there is some."""
         return self.top / "bytecode"
 
-    @property
+    @cached_property
     def flocks(self) -> Path:
         return self.top / "flocks"
 
-    @property
+    @cached_property
     def collector_flock(self) -> Path:
         """The flock of the one collector at work."""
         return self.flocks / "collector"
 
-    @property
+    @cached_property
     def doctor_flock(self) -> Path:
         """The file on which it is tried whether flocks work."""
         return self.flocks / "doctor"
 
-    @property
+    @cached_property
     def clock(self) -> Path:
         """What the clocks said when the collector last looked."""
         return self.top / "clock.json"
 
-    @property
+    @cached_property
     def last_collection(self) -> Path:
         """Its mtime is when the collector last ran by itself."""
         return self.top / "last-collection"
 
-    @property
+    @cached_property
     def uv_cache(self) -> Path:
         """The cache of uv where the user's own is on another file system."""
         return self.root / "uv"
 
-    @property
+    @cached_property
     def cachedir_tag(self) -> Path:
         return self.root / "CACHEDIR.TAG"
 

@@ -41,14 +41,15 @@ def pin(layout: Layout, entry: Entry) -> None:
 
 def is_pinned(layout: Layout, entry: Entry) -> bool:
     """Whether the entry is pinned, or a layer on it is."""
-    return layout.pin_of(entry.key).exists() or entry.path.name in _below_pinned(layout)
+    return entry.key in pinned_keys(layout)
 
 
-def _below_pinned(layout: Layout) -> set[str]:
-    """The names of the entries on which pinned layers lie."""
-    pinned = [path.stem for path in layout.pins.glob("*.json")]
-    records = [ReadyRecord.read(entry) for key in pinned for entry in layout.entries_of(key)]
-    return {record.base for record in records if record}
+def pinned_keys(layout: Layout) -> set[str]:
+    """The keys of all that is pinned, and of what pinned layers lie on."""
+    pinned = {path.stem for path in layout.pins.glob("*.json")}
+    layers = [entry for key in pinned for entry in layout.entries_of(key)]
+    bases = [entry.base(record.base) for entry in layers if (record := ReadyRecord.read(entry))]
+    return pinned | {base.key for base in bases if base}
 
 
 def unpin(layout: Layout, key: str) -> bool:

@@ -65,7 +65,7 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
             self._threads.submit(_collect_in_background)
             for _ in range(THREADS):
                 # All begin now: who starts a thread waits until it runs, which on a busy node is long for the loop.
-                self._threads.submit(time.sleep, 0.05)
+                self._threads.submit(time.sleep, 0.005)
 
     @staticmethod
     def validate(runtime_env_dict: dict[str, Any]) -> None:
@@ -127,15 +127,12 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         try:
             given = EnvSpec.parse(runtime_env[FIELD])
             spec, cluster_ray, holder = _located(given, context), ClusterRay(ray.__version__), _holder(logger)
-            store, lease = await self._in_thread(partial(_look_up, spec, cluster_ray, holder), _discard)
+            store, lease = await self._in_thread(partial(self._look_up, spec, cluster_ray, holder), _discard)
             if lease is None:
                 # What travelled in a working_dir is what Ray pinned; it need not have all files of the driver's folder.
                 wanted = spec if os.path.isabs(given.path) else spec.with_content(None)
                 env_vars = runtime_env.get("env_vars") or {}
                 lease = await self._build(partial(Build, store, wanted, cluster_ray, holder, logger, env_vars))
-            else:
-                # Nobody waits for it: what a killed compiler left undone is begun again.
-                self._threads.submit(store.finish_all, lease)
         except EnvCacheError as error:
             named = _on_this_node(error)
             self._failures[uri] = (time.monotonic(), named)
@@ -146,6 +143,14 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
             raise _on_this_node(trouble) from error
         logger.info("Using %s for %s", lease.entry.path.name, spec.path)
         return lease
+
+    def _look_up(self, spec: EnvSpec, ray: ClusterRay, holder: Holder) -> tuple[Store, Lease | None]:
+        store = Store.open()
+        lease = store.lookup(spec, ray, holder)
+        if lease is not None and any(map(store.wants_finishing, lease.entries)):
+            # Nobody waits for it: what a killed compiler left undone is begun again.
+            self._threads.submit(store.finish_all, lease)
+        return store, lease
 
     async def _build(self, start: Callable[[], Build]) -> Lease:
         """Have it built, in another process. Who is cancelled meanwhile waits until nothing is left of that."""
@@ -191,11 +196,6 @@ def _give_back(lease: Lease, logger: logging.Logger) -> None:
 def _discard_result(discard: Callable[[T], None], done: Future[T]) -> None:
     if done.exception() is None:
         discard(done.result())
-
-
-def _look_up(spec: EnvSpec, ray: ClusterRay, holder: Holder) -> tuple[Store, Lease | None]:
-    store = Store.open()
-    return store, store.lookup(spec, ray, holder)
 
 
 def _discard(found: tuple[Store, Lease | None]) -> None:

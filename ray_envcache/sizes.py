@@ -10,7 +10,7 @@ from ray_envcache import _disk, shared_bytecode
 from ray_envcache.entry import MeasuredRecord
 from ray_envcache.layout import Entry, Layout
 
-_PROBES = 48
+_PROBES = 16
 
 
 def sizes(layout: Layout, entry: Entry) -> MeasuredRecord:
@@ -24,7 +24,7 @@ def sizes(layout: Layout, entry: Entry) -> MeasuredRecord:
     record = MeasuredRecord.read(entry)
     if record is not None and entry.readonly and record.size_bytes:
         return record
-    if record is not None and all(_links(entry.path / name) == links for name, links in record.probes):
+    if record is not None and all(_links(f"{entry.path}/{name}") == links for name, links in record.probes):
         return record
     return record_sizes(layout, entry)
 
@@ -78,7 +78,7 @@ def _bytecode_in(package: Path) -> Path | None:
     return None
 
 
-def _links(path: Path) -> int:
+def _links(path: str | Path) -> int:
     try:
         return os.lstat(path).st_nlink
     except OSError:

@@ -5,7 +5,6 @@ Pure: reads no file, so that the runtime env agent can derive Ray's URI from the
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import reprlib
@@ -125,6 +124,8 @@ def refuse_combinations(runtime_env: Mapping[str, Any]) -> None:
 def _refuse_unknown(value: dict[Any, Any]) -> None:
     for name in value:
         if name not in OPTIONS:
+            import difflib  # only for who mistyped
+
             close = difflib.get_close_matches(str(name)[:100], OPTIONS, n=1)
             meant = f"did you mean `{close[0]}`?" if close else f"the options are {', '.join(OPTIONS)}"
             raise FieldValueError(f"Unknown option in the envcache field: `{_shown(name)}`", meant)

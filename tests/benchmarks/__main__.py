@@ -10,6 +10,7 @@ import argparse
 import signal
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -50,11 +51,11 @@ def _run(arguments: argparse.Namespace) -> int:
     chosen = arguments.only or list(MEASURES)
     options = Options(arguments.project, arguments.repetitions, arguments.patience, arguments.smoke, arguments.clusters)
     results: list[Result] = []
-    with prepared(arguments.dir, arguments.uv_cache, smoke=arguments.smoke) as host:
+    with prepared(arguments.dir, arguments.uv_cache, smoke=arguments.smoke) as host, ExitStack() as stack:
         places = {"disk": host.disk} | ({"other": host.other} if host.other else {})
         about = machine.describe(places)
         print(*machine.lines(about), sep="\n", flush=True)
-        bench = Bench(host, options)
+        bench = Bench(host, options, stack)
         for name in chosen:
             print(f"{name} ...", file=sys.stderr, flush=True)
             result = Result(name)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from ray_envcache.errors import EnvCacheError
+from tests import index, support
 from tests.benchmarks import alternatives, processes, projects
 from tests.benchmarks.alternatives import Alternative, Kit, Work
 from tests.benchmarks.fleet import Fleet, Setting, entries_of, launch
@@ -41,6 +42,8 @@ class Bench:
 
     host: Host
     options: Options
+    stack: ExitStack
+    """What lives as long as the run."""
     _kits: dict[str, Kit] = field(default_factory=dict)
     _shared: dict[tuple[str, str, int], Fleet] = field(default_factory=dict)
 
@@ -80,10 +83,25 @@ class Bench:
         return self.made("witnessed", lambda folder: projects.write_witnessed(folder, wheels, log))
 
     def wide(self, count: int, *, real_ray: bool) -> Kit:
-        """A project of `count` tiny packages."""
+        """A project of `count` tiny packages, and ray: the real one, or one that only says its version.
+
+        With the latter all comes from an index on loopback, and uv has nothing heavy to do: what is left is the cost
+        per package.
+        """
         name = f"wide-{count}{'-ray' if real_ray else ''}"
         wheels = self.host.disk / f"wheels-{name}"
-        return self.made(name, lambda folder: projects.write_wide(folder, wheels, count, real_ray=real_ray))
+
+        def write(folder: Path) -> None:
+            for package in projects.wide_names(count):
+                support.make_wheel(wheels, package)
+            source = f'find-links = ["{wheels}"]\n'
+            if not real_ray:
+                support.make_fake_ray(wheels)
+                served = self.stack.enter_context(index.serve(wheels))
+                source = f'[[tool.uv.index]]\nurl = "{served.url}"\ndefault = true\n'
+            projects.write_wide(folder, count, source)
+
+        return self.made(name, write)
 
     def made(self, name: str, write: Callable[[Path], None]) -> Kit:
         """A project that `write` writes, locked; with what every alternative needs, made once."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,18 @@ def _copy(layout: Layout, template: Entry, record: dict[str, Any], key: str) -> 
     # Not durable: a thousand syncs take long.
     _fs.write_json(entry.ready, {**record, "key": key, "path": os.fspath(entry.path)}, durable=False)
     _fs.write_json(entry.compiled, {"compiled_at": utc_now(), "seconds": 1.0}, durable=False)
-    MeasuredRecord(700_000_000, 70_000_000, 20_000, exact=True, probes=()).write(entry)
+    MeasuredRecord(700_000_000, 70_000_000, 20_000, exact=True, probes=tuple(_probes(template, entry))).write(entry)
     shutil.copy(next(layout.memo.iterdir()), layout.memo_of(key))
+
+
+def _probes(template: Entry, entry: Entry) -> Iterator[tuple[str, int]]:
+    """The files by whose links it is known that a record of sizes still holds: as many as the template has."""
+    record = MeasuredRecord.read(template)
+    assert record is not None
+    for name, _ in record.probes:
+        (entry.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (entry.path / name).touch()
+        yield name, 1
 
 
 def add_files(entry: Entry, count: int) -> None:

@@ -48,18 +48,13 @@ def write(folder: Path, dependencies: tuple[str, ...], uv: str = "") -> None:
     )
 
 
-def write_wide(folder: Path, wheels: Path, count: int, *, real_ray: bool) -> None:
-    """A project of `count` tiny packages of this host, and ray: the real one, or one that only says its version.
+def write_wide(folder: Path, count: int, source: str) -> None:
+    """A project of `count` tiny packages and ray; `source` tells uv where they are."""
+    write(folder, wide_names(count), source)
 
-    With the latter nothing comes from an index, and uv has nothing heavy to do: what is left is the cost per package.
-    """
-    if not real_ray:
-        support.make_fake_ray(wheels)
-    names = tuple(f"wide-{number}" for number in range(count))
-    for name in names:
-        support.make_wheel(wheels, name)
-    index = "" if real_ray else "no-index = true\n"
-    write(folder, names, f'{index}find-links = ["{wheels}"]\n')
+
+def wide_names(count: int) -> tuple[str, ...]:
+    return tuple(f"wide-{number}" for number in range(count))
 
 
 def write_witnessed(folder: Path, wheels: Path, log: Path) -> None:

@@ -34,10 +34,10 @@ def gc(bench: Bench, result: Result) -> None:
 
 def list_entries(bench: Bench, result: Result) -> None:
     """`ray-envcache list` with 1000 entries, without the start of an interpreter that can only say its version."""
-    (entries,) = bench.pick([1000], [20])
-    folder = bench.wide(20, real_ray=False).project.folder
+    (entries,), (packages,) = bench.pick([1000], [20]), bench.pick([100], [20])
+    folder = bench.wide(packages, real_ray=False).project.folder
     with bench.host.folder() as root:
-        bench.build(folder, root / "store")
+        bench.finish(folder, root / "store")
         fabricate.fill(root / "store", entries)
 
         def command(*arguments: str) -> Callable[[], dict[str, float]]:
