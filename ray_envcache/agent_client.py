@@ -20,7 +20,6 @@ from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
-from ray_envcache import _uv
 from ray_envcache.cluster_ray import ClusterRay
 from ray_envcache.errors import BuildError, EnvCacheError
 from ray_envcache.leases import Holder, Lease, claim_ready
@@ -48,6 +47,8 @@ class Build:
         logger: logging.Logger,
         env_vars: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        from ray_envcache import _uv  # not where everything is built already
+
         self.lease: Future[Lease] = Future()
         self.over: Future[None] = Future()
         self._store, self._holder, self._logger = store, holder, logger

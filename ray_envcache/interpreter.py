@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ray_envcache import _process
 from ray_envcache.errors import InterpreterError
 
 _PROBE = """
@@ -77,6 +76,8 @@ def base_executable(python: str | None) -> str:
 
 def base_of(executable: str) -> str:
     """The real path of the interpreter below `executable`, which may be one of a virtual environment."""
+    from ray_envcache import _process  # not on the warm path
+
     program = "import sys; print(getattr(sys, '_base_executable', None) or sys.executable)"
     done = _process.run([executable, "-I", "-S", "-c", program], environ=clean_environ())
     if done.returncode != 0:
@@ -106,6 +107,8 @@ def probe(executable: str) -> Interpreter:
 
 def _ask(executable: str) -> str:
     import packaging  # not on the warm path
+
+    from ray_envcache import _process
 
     home = Path(packaging.__path__[0]).parent
     done = _process.run([executable, "-I", "-S", "-c", _PROBE, home, executable], environ=clean_environ())

@@ -85,12 +85,17 @@ def _statuses(layout: Layout, store: Layout, entries: list[Entry]) -> list[Statu
     """What is asked once for all, then each entry: there may be thousands."""
     processes = _processes(store, entries)
     pinned = set() if store.readonly else pins.pinned_keys(store)
-    return [_status(layout, entry, processes.get(entry.path.name, []), pinned=entry.key in pinned) for entry in entries]
+    leased = leases.leased_keys(layout)
+
+    def look(entry: Entry) -> Status:
+        users = _users(layout, entry, processes.get(entry.path.name, []), leased=entry.key in leased)
+        return _status(layout, entry, users, pinned=entry.key in pinned)
+
+    return [look(entry) for entry in entries]
 
 
-def _status(layout: Layout, entry: Entry, processes: list[holders.Process], *, pinned: bool) -> Status:
+def _status(layout: Layout, entry: Entry, users: tuple[User, ...], *, pinned: bool) -> Status:
     record, size = ReadyRecord.read(entry), sizes(layout, entry)
-    users = _users(layout, entry, processes)
     base = entry.base(record.base) if record else None
     return Status(
         key=entry.key,
@@ -117,20 +122,20 @@ def _status(layout: Layout, entry: Entry, processes: list[holders.Process], *, p
     )
 
 
-def _users(layout: Layout, entry: Entry, processes: list[holders.Process]) -> tuple[User, ...]:
+def _users(layout: Layout, entry: Entry, processes: list[holders.Process], *, leased: bool) -> tuple[User, ...]:
     """Holders of leases and processes that run from the entry; who does both is counted once, by the lease."""
-    leased = [
+    told = [
         User(**{name: holder.get(name, "") for name in ("pid", "kind", "cluster", "job", "command", "since")})
-        for holder in leases.live_leases(layout, entry.key)
+        for holder in (leases.live_leases(layout, entry.key) if leased else [])
         if holder.get("entry") == layout.name_of(entry)
     ]
-    known = {user.pid for user in leased}
+    known = {user.pid for user in told}
     running = [
         User(one.pid, "process", ray_session(one.pid), "", one.command, utc(one.started))
         for one in processes
         if one.pid not in known
     ]
-    return (*leased, *running)
+    return (*told, *running)
 
 
 def ray_session(pid: int) -> str:

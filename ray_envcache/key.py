@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ray_envcache.interpreter import Interpreter
-from ray_envcache.lockfile import ResolvedPackage, ResolvedSet
+if TYPE_CHECKING:
+    from ray_envcache.interpreter import Interpreter
+    from ray_envcache.lockfile import ResolvedPackage, ResolvedSet
 
 SCHEMA = 1
 """Raised when the same inputs would give other bytes on disk."""

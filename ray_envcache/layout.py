@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ VERSION = "v1"
 _ENTRY_NAME = re.compile(r"(?P<key>[0-9a-f]{32})-(?P<number>[1-9][0-9]*)")
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Entry:
     """The paths of one environment. An entry is never rebuilt in place: the next build takes the next `number`.
 
@@ -31,11 +31,11 @@ class Entry:
 
     @cached_property
     def bin(self) -> Path:
-        return self.venv / "bin"
+        return self.path / "venv/bin"
 
     @cached_property
     def python(self) -> Path:
-        return self.bin / "python"
+        return self.path / "venv/bin/python"
 
     @property
     def site_packages(self) -> Path:
@@ -197,13 +197,18 @@ class Layout:
 
     def entries_of(self, key: str) -> list[Entry]:
         """The entries of `key` on disk, newest first."""
-        return sorted((entry for entry in self.all_entries() if entry.key == key), reverse=True)
+        return newest_first(entry for entry in self.all_entries() if entry.key == key)
 
     def next_entry(self, key: str) -> Entry:
         """The paths for a new build of `key`; its caller holds the builder's flock."""
         taken = [entry.number for entry in self.entries_of(key)]
         number = max(taken, default=0) + 1
         return Entry(key, number, self.entries / f"{key}-{number}")
+
+
+def newest_first(entries: Iterable[Entry]) -> list[Entry]:
+    """The entries by key, of each key the newest build first."""
+    return sorted(entries, key=lambda entry: (entry.key, -entry.number))
 
 
 def layout_of(entry: Entry) -> Layout:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ray_envcache import _uv, exports
-from ray_envcache.errors import DigestError, InterpreterError, LockfileError
+from ray_envcache.errors import InterpreterError, LockfileError
 from ray_envcache.interpreter import Interpreter
 from ray_envcache.project import Kind, Project
 from ray_envcache.requirements import path_of
@@ -101,15 +101,6 @@ class ResolvedSet:
     def download_size(self) -> int:
         """Bytes of all artifacts, as far as the lockfile knows them."""
         return sum(package.size for package in self.packages)
-
-
-def check_digest(spec: EnvSpec, project: Project, digest: str) -> None:
-    """Raise DigestError where the field value pins other content than the files have."""
-    if spec.digest is not None and spec.digest != digest:
-        raise DigestError(
-            f"The files in `{project.folder}` have the digest {digest[:19]}…, the field value pins {spec.digest[:19]}…",
-            "bring this node's files up to date, or make the field value anew with ray_envcache.runtime_env()",
-        )
 
 
 def resolve(spec: EnvSpec, project: Project, interpreter: Interpreter) -> ResolvedSet:

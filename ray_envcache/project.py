@@ -16,7 +16,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ray_envcache import requirements
 from ray_envcache.errors import LockfileError
 
 _SCRIPT_BLOCK = re.compile(rb"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$")  # from PEP 723
@@ -77,6 +76,8 @@ class Project:
     def lock_files(self) -> list[Path]:
         """The files that say which versions and hashes."""
         if self.kind is Kind.REQUIREMENTS:
+            from ray_envcache import requirements  # for this kind only
+
             return requirements.files(self.file)
         return [self.file, _lock_of(self.file)] if self.kind is Kind.SCRIPT else [self.file]
 

@@ -8,7 +8,7 @@ import stat
 from functools import cache
 from pathlib import Path
 
-from ray_envcache import _disk, _fs
+from ray_envcache import _fs
 from ray_envcache.errors import StoreError
 from ray_envcache.layout import Layout
 
@@ -17,7 +17,7 @@ Signature: 8a477f597d28d172789f06886806bc55
 # This directory holds the environments of ray-envcache. Backups may leave it out (https://bford.info/cachedir/).
 """
 # PATH is separated by colons, Ray expands `$` in variables, uv writes the path into activation scripts.
-_UNUSABLE = re.compile(r"[\x00-\x1f\x7f:$\"'`\\]")
+_UNUSABLE = r"[\x00-\x1f\x7f:$\"'`\\]"
 
 
 def prepare_root(layout: Layout) -> None:
@@ -30,6 +30,8 @@ def prepare_root(layout: Layout) -> None:
         _make(layout)
         found = layout.root.stat()
     except OSError as error:
+        from ray_envcache import _disk
+
         full = error.errno in _fs.FULL_DISK
         figures = f", {_disk.room_left(layout.root)}" if full else ""
         raise StoreError(
@@ -71,7 +73,7 @@ def _is_tagged(tag: Path) -> bool:
 
 def require_usable_name(root: Path, variable: str = "RAY_ENVCACHE_DIR") -> None:
     """Raise StoreError where no store can be at `root`, as `variable` says."""
-    if bad := _UNUSABLE.search(os.fspath(root)):
+    if bad := re.search(_UNUSABLE, os.fspath(root)):
         raise StoreError(
             f"The store's path {os.fspath(root)!r} has {bad.group()!r} in it, which PATH or shebangs cannot carry",
             f"choose another place: {variable}=/path/to/store",
@@ -80,6 +82,8 @@ def require_usable_name(root: Path, variable: str = "RAY_ENVCACHE_DIR") -> None:
 
 @cache
 def _require_local(root: str, _device: int) -> None:
+    from ray_envcache import _disk  # once in a process: not where a node starts
+
     kind = _disk.free_space(Path(root)).kind
     if _disk.is_network(kind) and os.environ.get("RAY_ENVCACHE_ALLOW_NETWORK_FS") != "1":
         raise StoreError(

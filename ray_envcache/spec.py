@@ -14,12 +14,13 @@ from typing import Any
 
 from ray_envcache.errors import FieldValueError
 
-_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,254}[A-Za-z0-9])?")  # as PEP 508, and short enough for a file name
-_PATTERN = re.compile(r"[A-Za-z0-9*](?:[A-Za-z0-9._*-]{0,254}[A-Za-z0-9*])?")  # the same, with stars
-_VERSION = re.compile(r"3(?:\.[0-9]{1,2}(?:\.[0-9]{1,2})?)?")
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_UNUSABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and bytes that are not text
-_UV_RUN = re.compile(r"(\S*/)?uv run\b")
+# Texts: `re` compiles each when it is first used, not in every agent that imports this.
+_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,254}[A-Za-z0-9])?"  # as PEP 508, and short enough for a file name
+_PATTERN = r"[A-Za-z0-9*](?:[A-Za-z0-9._*-]{0,254}[A-Za-z0-9*])?"  # the same, with stars
+_VERSION = r"3(?:\.[0-9]{1,2}(?:\.[0-9]{1,2})?)?"
+_DIGEST = r"sha256:[0-9a-f]{64}"
+_UNUSABLE = "[\x00-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters, and bytes that are not text
+_UV_RUN = r"(\S*/)?uv run\b"
 _MAX_PATH = 4096  # PATH_MAX of Linux, bytes
 _MAX_SHOWN = 200
 
@@ -114,7 +115,7 @@ def refuse_combinations(runtime_env: Mapping[str, Any]) -> None:
             )
     executable = str(runtime_env.get("py_executable") or "uv run")
     # Ray's own hook for drivers under `uv run` sets it unasked; ours replaces it.
-    if not _UV_RUN.match(executable):
+    if not re.match(_UV_RUN, executable):
         raise FieldValueError(
             f"`py_executable` beside `{FIELD}` in one runtime_env: both choose what workers run",
             f"leave `py_executable` out: `{FIELD}` sets it",
@@ -136,7 +137,7 @@ def _path(value: Any) -> str:
         value = os.fspath(value)
     if not isinstance(value, str) or not value:
         raise FieldValueError(f"The envcache field has no usable path: `{_shown(value)}`", f"write {SHAPE}")
-    if _UNUSABLE.search(value) or len(value.encode()) > _MAX_PATH:
+    if re.search(_UNUSABLE, value) or len(value.encode()) > _MAX_PATH:
         raise FieldValueError(
             f"The path in the envcache field is too long or has control characters: `{_shown(value)}`",
             "name the project's pyproject.toml, its folder, or uv.lock",
@@ -144,7 +145,7 @@ def _path(value: Any) -> str:
     return value
 
 
-def _names(value: dict[Any, Any], option: str, form: re.Pattern[str] = _NAME) -> tuple[str, ...]:
+def _names(value: dict[Any, Any], option: str, form: str = _NAME) -> tuple[str, ...]:
     names = value.get(option)
     if names is None:
         return ()
@@ -154,7 +155,7 @@ def _names(value: dict[Any, Any], option: str, form: re.Pattern[str] = _NAME) ->
             f'write {{"{option}": ["name"]}}',
         )
     for name in names:
-        if not form.fullmatch(name):
+        if not re.fullmatch(form, name):
             raise FieldValueError(
                 f"Not a valid name in `{option}` of the envcache field: `{_shown(name)}`",
                 "letters, digits, `-`, `_` and `.`, as in pyproject.toml",
@@ -165,7 +166,7 @@ def _names(value: dict[Any, Any], option: str, form: re.Pattern[str] = _NAME) ->
 def _package(value: Any) -> str | None:
     if value is None:
         return None
-    if isinstance(value, str) and _NAME.fullmatch(value):
+    if isinstance(value, str) and re.fullmatch(_NAME, value):
         return _normalized(value)
     raise FieldValueError(
         f"`package` in the envcache field is not the name of one package: `{_shown(value)}`",
@@ -180,7 +181,7 @@ def _normalized(name: str) -> str:
 def _python(value: Any) -> str | None:
     if value is None:
         return None
-    if isinstance(value, str) and (_VERSION.fullmatch(value) or os.path.isabs(value)):  # a string from JSON
+    if isinstance(value, str) and (re.fullmatch(_VERSION, value) or os.path.isabs(value)):  # a string from JSON
         return _path(value)
     raise FieldValueError(
         f"`python` in the envcache field is neither a version nor an absolute path: `{_shown(value)}`",
@@ -201,7 +202,7 @@ def _digest(value: dict[Any, Any], option: str) -> str | None:
     digest = value.get(option)
     if digest is None:
         return None
-    if isinstance(digest, str) and _DIGEST.fullmatch(digest):
+    if isinstance(digest, str) and re.fullmatch(_DIGEST, digest):
         return digest
     raise FieldValueError(
         f"`{option}` in the envcache field is not of the form sha256:<64 hex digits>: `{_shown(digest)}`",

@@ -10,13 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_envcache import _flock, _fs, _process, exports, interpreter, lockfile
+from ray_envcache import _flock, _fs, interpreter
 from ray_envcache.entry import file_identity, is_unchanged
-from ray_envcache.errors import LockfileError, UnknownKeyError
+from ray_envcache.errors import DigestError, LockfileError, UnknownKeyError
 from ray_envcache.key import compute_key, digest_of, layer_key
-from ray_envcache.layout import Entry, Layout, default_root, layout_of
+from ray_envcache.layout import Entry, Layout, default_root, layout_of, newest_first
 from ray_envcache.leases import Holder, Lease, claim_ready
-from ray_envcache.lockfile import ResolvedSet
 from ray_envcache.lower import lower_stores
 from ray_envcache.project import Project
 from ray_envcache.root import prepare_root
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from ray_envcache.cluster_ray import AnyRay
     from ray_envcache.environment import EnvironmentPlan
     from ray_envcache.inherit import Inherited
+    from ray_envcache.lockfile import ResolvedSet
 
 _MEMO_SCHEMA = 2
 
@@ -133,7 +133,7 @@ class Store:
 
     def _plan(self, inputs: Inputs, ray: AnyRay, *, check_current: bool) -> EnvironmentPlan:
         """What a build for `inputs` would be. Asks uv and the interpreter; changes nothing."""
-        from ray_envcache import inherit  # not on the warm path
+        from ray_envcache import exports, inherit, lockfile  # not on the warm path
         from ray_envcache.environment import EnvironmentPlan
 
         project = inputs.project or _locate_pinned(inputs.spec)
@@ -162,7 +162,7 @@ class Store:
 
         Raises UnknownKeyError: none, or several keys.
         """
-        everything = [sorted(layout.all_entries(), reverse=True) for layout in (self.layout, *self.lower)]
+        everything = [newest_first(layout.all_entries()) for layout in (self.layout, *self.lower)]
         found = [entry for entries in everything for entry in entries if entry.path.name.startswith(prefix)]
         keys = {entry.key for entry in found}
         if len(keys) != 1 or not prefix:
@@ -190,6 +190,8 @@ class Store:
         Where it cannot be started (no memory, no processes left), whoever uses the entry next tries again.
         """
         command: list[str | Path] = [sys.executable, "-m", "ray_envcache.bytecode", self.layout.root, entry.path.name]
+        from ray_envcache import _process  # not on the warm path
+
         with suppress(OSError, subprocess.CalledProcessError):
             _process.start_detached(command, environ=dict(os.environ))
 
@@ -241,7 +243,7 @@ def _outside(spec: EnvSpec, inherited: list[Inherited]) -> list[Any]:
 
 def _content(inputs: Inputs, local: list[list[Any]]) -> str | None:
     """The digest of the local packages as they are now, None where their folders cannot be known."""
-    from ray_envcache import layers  # not on the warm path of an agent
+    from ray_envcache import layers, lockfile  # not on the warm path of an agent
 
     if inputs.project is None:
         return None
@@ -275,6 +277,8 @@ def digest_of_local(spec: EnvSpec, resolved: ResolvedSet) -> str | None:
 
 def require_buildable(spec: EnvSpec, ray: AnyRay) -> ResolvedSet:
     """Raise what `Store.acquire` would raise for bad input, without a store and without building anything."""
+    from ray_envcache import exports, lockfile  # for drivers only
+
     python = interpreter.probe(interpreter.base_executable(spec.python))
     ray.require_fit(python)
     project = Project.locate(Path(spec.path), spec.package)
@@ -293,5 +297,9 @@ def _digest_of(spec: EnvSpec) -> tuple[Project | None, str]:
             raise
         return None, spec.digest
     digest = project.digest()
-    lockfile.check_digest(spec, project, digest)
+    if spec.digest not in {None, digest}:
+        raise DigestError(
+            f"The files in `{project.folder}` have the digest {digest[:19]}…, the field value pins {spec.digest:.19}…",
+            "bring this node's files up to date, or make the field value anew with ray_envcache.runtime_env()",
+        )
     return project, digest
