@@ -15,7 +15,7 @@ import psutil
 
 from ray_envcache import _process, doctor_environ, tables
 from ray_envcache.doctor import check_lockfile, examine
-from ray_envcache.doctor_nodes import SAYS
+from ray_envcache.doctor_nodes import SAYS, node_name
 from ray_envcache.errors import ClusterError, EnvCacheError
 from ray_envcache.findings import ERROR, OK
 from ray_envcache.units import printable
@@ -107,6 +107,6 @@ def _print_cluster(data: dict[str, Any]) -> None:
     tables.print_nodes(nodes, sys.stdout)
     for node in nodes:
         wrong = [found for found in node["findings"] if found["state"] != OK]
-        _print_findings(wrong, place=f"{tables.node_name(node)}: ")
+        _print_findings(wrong, place=f"{node_name(node['ip'], node['node_id'])}: ")
     bad = sum(any(found["state"] == ERROR for found in node["findings"]) for node in nodes)
     click.echo(f"{len(nodes)} node{'' if len(nodes) == 1 else 's'} of {data['address']}, {bad} with errors")

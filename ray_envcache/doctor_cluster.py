@@ -22,7 +22,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ray_envcache import probe
-from ray_envcache.doctor_nodes import SAYS, Answer, NodeReport, enter_environment, enter_facts
+from ray_envcache.doctor_nodes import SAYS, Answer, NodeReport, enter_environment, enter_facts, node_name
 from ray_envcache.errors import ClusterError, EnvCacheError
 
 _SILENCE_SECONDS = 45
@@ -51,7 +51,8 @@ def examine(address: str, path: str | None, timeout: float) -> dict[str, Any]:
         able = [node for node in nodes if not node.failed]
         _say(f"Setting up the environment of {path} on {len(able)} of {len(nodes)} nodes")
         for node, answer in _ask(able, _where(), runtime_env, None):
-            _say(f"{node.ip} ({node.node_id[:8]}) {'failed' if answer.error else 'done'} after {answer.seconds:.1f} s")
+            came = "failed" if answer.error else "done"
+            _say(f"{node_name(node.ip, node.node_id)} {came} after {answer.seconds:.1f} s")
             enter_environment(node, answer)
     return {"address": ray.get_runtime_context().gcs_address, "nodes": [asdict(node) for node in nodes]}
 

@@ -18,6 +18,11 @@ _START = 'eval "$(ray-envcache env)"; ray start ...'
 _OURS = re.compile(r"^ray_envcache\.errors\.\w+: (.*?)(?:\nhint: ([^\n]*))?\s*\Z", re.DOTALL | re.MULTILINE)
 
 
+def node_name(ip: str, node_id: str) -> str:
+    """A node for people: its address, and of its id what tells it from others at that address."""
+    return f"{ip} ({node_id[:8]})"
+
+
 @dataclass
 class NodeReport:
     """What is known of one node; None: not known, `plugin` None: not loaded. The fields are those of the JSON."""

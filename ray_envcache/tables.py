@@ -10,6 +10,7 @@ from typing import Any, TextIO
 import click
 
 from ray_envcache.collector import Report
+from ray_envcache.doctor_nodes import node_name
 from ray_envcache.findings import ERROR
 from ray_envcache.inventory import Status, User
 from ray_envcache.session_gc import Report as SessionReport
@@ -134,17 +135,12 @@ def print_nodes(nodes: list[dict[str, Any]], stream: TextIO) -> None:
 
 
 def _node(node: dict[str, Any]) -> Sequence[str]:
-    free, seconds = node["free_bytes"], node["seconds"]
+    name, free, seconds = node_name(node["ip"], node["node_id"]), node["free_bytes"], node["seconds"]
     return (
-        node_name(node), node["host"], _plugin(node), _store(node), "-" if free is None else format_size(free),
+        name, node["host"], _plugin(node), _store(node), "-" if free is None else format_size(free),
         node["ray"] or "-", node["python"] or "-", node["uv"] or "-", (node["key"] or "-")[:KEY_LENGTH],
         "-" if seconds is None else f"{seconds:.1f}",
     )  # fmt: skip
-
-
-def node_name(node: dict[str, Any]) -> str:
-    """A node for people: its address, and of its id what tells it from others at that address."""
-    return f"{node['ip']} ({node['node_id'][:8]})"
 
 
 def _plugin(node: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import itertools
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -252,6 +253,24 @@ def short_folder() -> Iterator[Path]:
     """A temporary folder with a short path."""
     with tempfile.TemporaryDirectory(prefix="re", dir="/tmp", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
+
+
+@contextmanager
+def small_disk(place: Path, size: str = "20m") -> Iterator[Path]:
+    """Mount an empty file system of this size and 2000 inodes, or skip where that is impossible."""
+    place.mkdir(exist_ok=True)
+    if shutil.which("mount") is None:
+        pytest.skip("needs `mount`")
+    options = f"size={size},nr_inodes=2000,mode=0700"
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        pytest.skip(f"cannot mount a small disk here: {done.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
 
 
 def kill_tree(pid: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,14 +156,8 @@ def test_nodes_that_cannot(host: Host) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 32 MB; skips where none can be mounted."""
-    place = tmp_path / "small"
-    place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "none", place], capture_output=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"needs `mount` to work here: {done.stderr!r}")
-    yield place
-    subprocess.run(["umount", place], check=True)
+    with support.small_disk(tmp_path / "small", "32m") as place:
+        yield place
 
 
 @pytest.mark.parametrize("python", [NEWEST], indirect=True)

@@ -46,22 +46,6 @@ USE = ["-B", "-c", "import ray, wanted, wanted.deep"]
 Disk = Callable[[], AbstractContextManager[Path]]
 
 
-@contextmanager
-def small_disk(place: Path) -> Iterator[Path]:
-    """Mount an empty file system of 20 MB and 2000 inodes, or skip where that is impossible."""
-    place.mkdir(exist_ok=True)
-    if shutil.which("mount") is None:
-        pytest.skip("needs `mount`")
-    mount: list[str | Path] = ["mount", "-t", "tmpfs", "-o", "size=20m,nr_inodes=2000,mode=0700", "tmpfs", place]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"cannot mount a small disk here: {done.stderr.strip()}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "-l", place], check=True)
-
-
 @dataclass(frozen=True)
 class Free:
     """What a disk has left."""
@@ -173,7 +157,7 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path, project: Path, monkeypa
 
     @contextmanager
     def mounted() -> Iterator[Path]:
-        with small_disk(place):
+        with support.small_disk(place):
             (place / "temporary").mkdir()
             if request.param == "uv on it, warm":
                 with Store.open(place / "warming").acquire(EnvSpec.parse(project), installed_ray(), Holder("test")):
@@ -279,7 +263,7 @@ def test_compiled_is_what_all_helpers_compiled(tmp_path: Path) -> None:
         os.mkdir(staged)
         bytecode.compile_tree(top, bytecode.Places(shared, staged), workers=2)
     """
-    with small_disk(tmp_path / "disk") as place:
+    with support.small_disk(tmp_path / "disk") as place:
         # The top comes first, and the first share is no helper's.
         (place / "small.py").write_text("X = 1\n")
         (place / "package").mkdir()
