@@ -72,7 +72,8 @@ def write_variant(project: Path, folder: Path) -> Path:
     text = (project / "pyproject.toml").read_text().replace("dependencies = [", f"dependencies = [{_ONE_MORE!r}, ")
     links = re.search(r"find-links = \[(.*)\]\n", text)
     text = text.replace(links[0], "") if links else text
-    (folder / "pyproject.toml").write_text(f'{text}find-links = [{f"{links[1]}, " if links else ""}"{wheels}"]\n')
+    more = f'package = false\nfind-links = [{f"{links[1]}, " if links else ""}"{wheels}"]\n'
+    (folder / "pyproject.toml").write_text(text.replace("package = false\n", more))
     return folder
 
 
