@@ -14,17 +14,20 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from ray_envcache.cluster_ray import ClusterRay
 from ray_envcache.errors import BuildError, EnvCacheError
 from ray_envcache.leases import Holder, Lease, claim_ready
 from ray_envcache.spec import EnvSpec
 from ray_envcache.store import Store
+
+T = TypeVar("T")
 
 GRACE_SECONDS = 10.0
 """How long a build process may clean up behind itself before it is killed."""
@@ -68,7 +71,7 @@ class Build:
         """Stop: nobody wants it any more, and a lease that still comes is given back. Returns at once."""
         self._abandoned = True
         self._stop_if_abandoned()
-        self.lease.add_done_callback(_give_back)
+        self.lease.add_done_callback(partial(discard_result, Lease.release))
         impatient = threading.Timer(GRACE_SECONDS, self._kill)
         impatient.daemon = True
         impatient.start()
@@ -113,9 +116,10 @@ class Build:
         return lease
 
 
-def _give_back(lease: Future[Lease]) -> None:
-    if lease.exception() is None:
-        lease.result().release()
+def discard_result(discard: Callable[[T], None], done: Future[T]) -> None:
+    """Discard what came of work for which nobody waits any more, if anything did."""
+    if done.exception() is None:
+        discard(done.result())
 
 
 def _start(environ: Mapping[str, str]) -> subprocess.Popen[bytes]:

@@ -85,7 +85,7 @@ def _statuses(layout: Layout, store: Layout, entries: list[Entry]) -> list[Statu
     """What is asked once for all, then each entry: there may be thousands."""
     processes = _processes(store, entries)
     pinned = set() if store.readonly else pins.pinned_keys(store)
-    leased = leases.leased_keys(layout)
+    leased = layout.leased_keys()
 
     def look(entry: Entry) -> Status:
         users = _users(layout, entry, processes.get(entry.path.name, []), leased=entry.key in leased)

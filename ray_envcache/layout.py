@@ -168,6 +168,10 @@ class Layout:
     def leases_of(self, key: str) -> Path:
         return self.leases / key
 
+    def leased_keys(self) -> set[str]:
+        """The keys on which there are, or were, leases."""
+        return set(_names(self.leases))
+
     def pin_of(self, key: str) -> Path:
         return self.pins / f"{key}.json"
 

@@ -193,14 +193,6 @@ def live_leases(layout: Layout, key: str) -> list[dict[str, Any]]:
     return [_fs.read_json(path) or unknown for path in _files(layout.leases_of(key)) if _flock.is_held(path)]
 
 
-def leased_keys(layout: Layout) -> set[str]:
-    """The keys on which there are, or were, leases."""
-    try:
-        return set(os.listdir(layout.leases))  # names only: there may be thousands
-    except FileNotFoundError:
-        return set()
-
-
 def sweep_dead(layout: Layout, key: str) -> None:
     """Remove the files of leases whose holders died."""
     for path in _files(layout.leases_of(key)):

@@ -17,7 +17,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -27,7 +27,7 @@ import ray
 from ray._private.runtime_env.plugin import RuntimeEnvPlugin
 
 from ray_envcache import guard, probe, registration
-from ray_envcache.agent_client import Build
+from ray_envcache.agent_client import Build, discard_result
 from ray_envcache.cluster_ray import ClusterRay
 from ray_envcache.errors import EnvCacheError, FieldValueError, StoreError
 from ray_envcache.layout import Layout, default_root
@@ -171,7 +171,7 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         try:
             await asyncio.wait([waited])
         except asyncio.CancelledError:
-            done.add_done_callback(partial(_discard_result, discard))
+            done.add_done_callback(partial(discard_result, discard))
             waited.add_done_callback(asyncio.Future.exception)  # else asyncio complains that nobody asked for it
             raise
         return waited.result()
@@ -191,11 +191,6 @@ def _give_back(lease: Lease, logger: logging.Logger) -> None:
     except OSError as error:
         # The claim itself went first; what people are told of it is swept by whoever collects.
         logger.warning("The remains of the lease on %s stay: %s", lease.entry.path.name, error)
-
-
-def _discard_result(discard: Callable[[T], None], done: Future[T]) -> None:
-    if done.exception() is None:
-        discard(done.result())
 
 
 def _discard(found: tuple[Store, Lease | None]) -> None:

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ray_envcache.errors import LockfileError
+from ray_envcache.errors import DigestError, LockfileError
 
 _SCRIPT_BLOCK = re.compile(rb"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$")  # from PEP 723
 _PYLOCK = re.compile(r"pylock(\.[^.]+)?\.toml")
@@ -66,6 +66,16 @@ class Project:
         """The digest of the content that decides, "sha256:...": what a field value pins."""
         digests = {os.path.relpath(path, self.folder): self._sha256(path) for path in self.inputs()}
         return f"sha256:{hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()}"
+
+    def checked_digest(self, pinned: str | None) -> str:
+        """The digest. Raises DigestError where a field value pins other content than the files have."""
+        digest = self.digest()
+        if pinned not in {None, digest}:
+            raise DigestError(
+                f"The files in `{self.folder}` have the digest {digest[:19]}…, the field value pins {pinned:.19}…",
+                "bring this node's files up to date, or make the field value anew with ray_envcache.runtime_env()",
+            )
+        return digest
 
     def inputs(self) -> list[Path]:
         """The files that decide what is installed."""

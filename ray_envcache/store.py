@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_envcache import _flock, _fs, interpreter
 from ray_envcache.entry import file_identity, is_unchanged
-from ray_envcache.errors import DigestError, LockfileError, UnknownKeyError
+from ray_envcache.errors import LockfileError, UnknownKeyError
 from ray_envcache.key import compute_key, digest_of, layer_key
 from ray_envcache.layout import Entry, Layout, default_root, layout_of, newest_first
 from ray_envcache.leases import Holder, Lease, claim_ready
@@ -189,9 +189,9 @@ class Store:
 
         Where it cannot be started (no memory, no processes left), whoever uses the entry next tries again.
         """
-        command: list[str | Path] = [sys.executable, "-m", "ray_envcache.bytecode", self.layout.root, entry.path.name]
         from ray_envcache import _process  # not on the warm path
 
+        command: list[str | Path] = [sys.executable, "-m", "ray_envcache.bytecode", self.layout.root, entry.path.name]
         with suppress(OSError, subprocess.CalledProcessError):
             _process.start_detached(command, environ=dict(os.environ))
 
@@ -296,10 +296,4 @@ def _digest_of(spec: EnvSpec) -> tuple[Project | None, str]:
         if spec.digest is None:
             raise
         return None, spec.digest
-    digest = project.digest()
-    if spec.digest not in {None, digest}:
-        raise DigestError(
-            f"The files in `{project.folder}` have the digest {digest[:19]}…, the field value pins {spec.digest:.19}…",
-            "bring this node's files up to date, or make the field value anew with ray_envcache.runtime_env()",
-        )
-    return project, digest
+    return project, project.checked_digest(spec.digest)

@@ -92,14 +92,15 @@ class Bench:
         wheels = self.host.disk / f"wheels-{name}"
 
         def write(folder: Path) -> None:
-            for package in projects.wide_names(count):
+            packages = tuple(f"wide-{number}" for number in range(count))
+            for package in packages:
                 support.make_wheel(wheels, package)
             source = f'find-links = ["{wheels}"]\n'
             if not real_ray:
                 support.make_fake_ray(wheels)
                 served = self.stack.enter_context(index.serve(wheels))
                 source = f'[[tool.uv.index]]\nurl = "{served.url}"\ndefault = true\n'
-            projects.write_wide(folder, count, source)
+            projects.write(folder, packages, source)
 
         return self.made(name, write)
 

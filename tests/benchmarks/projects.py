@@ -48,15 +48,6 @@ def write(folder: Path, dependencies: tuple[str, ...], uv: str = "") -> None:
     )
 
 
-def write_wide(folder: Path, count: int, source: str) -> None:
-    """A project of `count` tiny packages and ray; `source` tells uv where they are."""
-    write(folder, wide_names(count), source)
-
-
-def wide_names(count: int) -> tuple[str, ...]:
-    return tuple(f"wide-{number}" for number in range(count))
-
-
 def write_witnessed(folder: Path, wheels: Path, log: Path) -> None:
     """A project that notes each build of its environment, whoever builds it: see `support.make_witness`."""
     support.make_witness(wheels, log)

@@ -43,7 +43,6 @@ OTHER_USER += [f"--{kind}-caps=+dac_read_search" for kind in ("inh", "ambient") 
 # What a worker does, by a lease and without.
 USE = """
 import subprocess, sys
-from ray_envcache.agent_client import Build
 from ray_envcache.cluster_ray import installed_ray
 from ray_envcache.leases import Holder
 from ray_envcache.spec import EnvSpec
