@@ -67,21 +67,28 @@ def run(
         return done
 
 
-def start_detached(argv: Sequence[str | os.PathLike[str]], *, environ: Mapping[str, str], wait: bool = True) -> None:
-    """Start a process that outlives us, belongs to no terminal and inherits no descriptor.
+def start_detached(
+    argv: Sequence[str | os.PathLike[str]], *, environ: Mapping[str, str], stdin: int = subprocess.DEVNULL
+) -> None:
+    """Start a process that outlives us, belongs to no terminal and inherits no descriptor but `stdin`.
 
-    It is a grandchild: we reap the child that started it, so it is never our zombie. Without `wait`, for who has only
-    milliseconds to live, nobody does, and nobody hears that it could not be started.
+    It is a grandchild: we reap the child that started it, so it is never our zombie. Raises CalledProcessError where
+    it could not be started.
     """
     # Raylet notices the end of its agent by the end of a pipe: a long-lived child that kept it would hold up raylet.
     launcher = "import subprocess, sys; subprocess.Popen(sys.argv[1:], start_new_session=True)"
     command = [sys.executable, "-I", "-S", "-c", launcher, *(os.fspath(part) for part in argv)]
     nothing = subprocess.DEVNULL
-    child = subprocess.Popen(
-        command, env=dict(environ), cwd="/", stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True
+    subprocess.run(
+        command,
+        env=dict(environ),
+        cwd="/",
+        stdin=stdin,
+        stdout=nothing,
+        stderr=nothing,
+        start_new_session=True,
+        check=True,
     )
-    if wait and child.wait() != 0:
-        raise subprocess.CalledProcessError(child.returncode, command)
 
 
 def kill_group(child: subprocess.Popen[bytes]) -> None:

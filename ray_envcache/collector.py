@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ray_envcache import _disk, _flock, _fs, leases, policy, shared_bytecode
@@ -84,13 +84,13 @@ def make_room(layout: Layout, wanted: int) -> None:
     collect(layout, Limits(unused_for=None, min_free_space=Space(size=wanted)))
 
 
-def due_but_in_use(layout: Layout, limits: Limits) -> bool:
-    """Whether an entry would go by age, were it not in use at this moment."""
+def has_due(layout: Layout, limits: Limits) -> bool:
+    """Whether an entry would go by its age if nobody used it at this moment."""
     now, not_before = note_clock(layout)
-    held = [_candidate(status, not_before) for status in survey(layout) if _is_used(status) and not status.pinned]
-    free = [Candidate(one.name, one.last_used, one.size, one.reclaimable) for one in held]
+    candidates = [_candidate(status, not_before) for status in survey(layout) if status.state != "building"]
+    idle = [replace(one, protected="") for one in candidates if one.protected != "pinned"]
     age_only = Limits(unused_for=limits.unused_for, min_free_space=None)
-    return bool(policy.choose(free, age_only, Disk(0, 0), now))
+    return bool(policy.choose(idle, age_only, Disk(0, 0), now))
 
 
 def _plan(layout: Layout, limits: Limits, report: Report) -> list[tuple[Victim, Status]]:

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import ray
 from ray._private.runtime_env.plugin import RuntimeEnvPlugin
 
-from ray_envcache import guard, probe, registration
+from ray_envcache import companion, guard, probe, registration
 from ray_envcache.agent_client import Build, discard_result
 from ray_envcache.cluster_ray import ClusterRay
 from ray_envcache.errors import EnvCacheError, FieldValueError, StoreError
@@ -61,8 +61,9 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         self._failures: dict[str, tuple[float, EnvCacheError]] = {}
         # Our own: the loop's default ones may be busy with what is Ray's.
         self._threads = ThreadPoolExecutor(THREADS, "envcache")
+        self._companion: int | None = None
         with suppress(RuntimeError):  # no thread can be started: whoever comes later collects
-            self._threads.submit(_collect_in_background)
+            self._threads.submit(self._start_companion)
             for _ in range(THREADS):
                 # All begin now: who starts a thread waits until it runs, which on a busy node is long for the loop.
                 self._threads.submit(time.sleep, 0.005)
@@ -118,10 +119,13 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         lease = self._leases.pop(uri, None)
         if lease is not None:
             if not self._leases:
-                # Before anything that may wait: we are killed about 0.1 s after the last release.
-                self._threads.submit(_collect_after_us)
+                companion.tell(self._companion)
             self._threads.submit(_give_back, lease, logger)
         return 1.0
+
+    def _start_companion(self) -> None:
+        # Kept open as long as we live, and closed by nobody but our end.
+        self._companion = companion.start(Layout(default_root()), os.environ)
 
     async def _lease(self, uri: str, runtime_env: Any, context: Any, logger: logging.Logger) -> Lease:
         try:
@@ -207,23 +211,6 @@ async def _answer() -> str:
         return probe.encode(asdict(doctor.examine()))
 
     return await asyncio.get_running_loop().run_in_executor(None, look)
-
-
-def _collect_in_background() -> None:
-    """Have idle environments collected, if it is time."""
-    from ray_envcache import autogc
-
-    autogc.trigger(Layout(default_root()), os.environ)
-
-
-def _collect_after_us() -> None:
-    """Have idle environments collected when we are gone: the child waits for that.
-
-    Takes a few milliseconds: nobody waits for the child, and what is needed was imported when the node started.
-    """
-    from ray_envcache import autogc
-
-    autogc.trigger(Layout(default_root()), os.environ, after=os.getpid(), wait=False)
 
 
 def _located(spec: EnvSpec, context: Any) -> EnvSpec:

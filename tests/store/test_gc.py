@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_envcache import _disk, autogc, clock, leases, pins
+from ray_envcache import _disk, clock, leases, pins
 from ray_envcache.cluster_ray import installed_ray
 from ray_envcache.collector import collect, make_room
 from ray_envcache.errors import InUseError, UnknownKeyError
@@ -352,19 +352,6 @@ def test_gc_works_on_a_full_disk(tmp_path: Path, wheels: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert not entry.path.exists()
         assert done.stdout.splitlines()[-1].startswith("Removed 1 environment, freed ")
-
-
-def test_automatic_collection_runs_once_in_its_interval(store: Store, make: Make) -> None:
-    """Triggered by every cluster, it runs at most so often; 0 is always, off is never."""
-    entry = make("aa")
-    environ = {**os.environ, "RAY_ENVCACHE_UNUSED_FOR": "0"}
-    autogc.trigger(store.layout, {**environ, "RAY_ENVCACHE_GC_INTERVAL": "off"})
-    assert not store.layout.last_collection.exists()
-    store.layout.last_collection.touch()
-    autogc.trigger(store.layout, environ)
-    assert entry.path.exists()
-    autogc.trigger(store.layout, {**environ, "RAY_ENVCACHE_GC_INTERVAL": "0"})
-    support.wait_until(lambda: not entry.path.exists(), "the environment is collected by itself")
 
 
 def test_summary_line(store: Store, make: Make) -> None:

@@ -37,7 +37,7 @@ PRELUDE = """
 import os, signal, sys
 from pathlib import Path
 # Imported before the counting begins: bytecode of the package itself is none of its business.
-from ray_envcache import autogc, bytecode, collector, evict, pins, room, store
+from ray_envcache import bytecode, collector, evict, pins, room, store
 from ray_envcache.builder import Build
 from ray_envcache.cluster_ray import installed_ray
 from ray_envcache.layout import Layout

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from ray_envcache import _flock, agent_client, leases, registration
-from ray_envcache.autogc import INTERVAL
+from ray_envcache.companion import INTERVAL
 from ray_envcache.errors import BuildError
 from ray_envcache.layout import Entry
 from ray_envcache.plugin import EnvCachePlugin

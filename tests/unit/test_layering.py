@@ -22,7 +22,7 @@ FLOORS = (
     ("spec", "interpreter", "registration", "layout", "policy", "requirements", "guard", "probe", "findings"),
     ("_uv", "entry", "root", "holders", "project", "shared_bytecode"),
     ("exports", "doctor_environ", "lower"),
-    ("lockfile", "leases", "sizes", "clock", "content", "plan", "mentions", "session_dirs"),
+    ("lockfile", "leases", "sizes", "clock", "content", "plan", "mentions", "session_dirs", "companion"),
     ("key", "cluster_ray", "venv_files", "pins", "sessions", "tmpdir", "inherit"),
     ("environment", "doctor_nodes"),
     ("bytecode", "builder", "evict", "inventory", "session_gc"),

@@ -1,0 +1,166 @@
+"""Collecting by itself: the process beside an agent, whatever becomes of the agent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ray_envcache import autogc, companion
+from ray_envcache.collector import Report, collect
+from ray_envcache.layout import Entry, Layout
+from ray_envcache.leases import Holder, claim_ready
+from ray_envcache.policy import Limits
+from ray_envcache.store import Store
+from tests import support
+from tests.store.test_use import start
+
+Children = list[subprocess.Popen[str]]
+
+AGENT = """\
+import os, sys
+from pathlib import Path
+from ray_envcache import companion
+from ray_envcache.layout import Layout
+told = companion.start(Layout(Path(sys.argv[1])), os.environ)
+print("up", flush=True)
+for _ in sys.stdin:
+    companion.tell(told)
+    print("told", flush=True)
+"""
+
+IMPATIENT = """\
+import sys
+from ray_envcache import companion
+companion.PATIENCE_SECONDS = 0.1
+companion.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def entry(store: Store, tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch) -> Entry:
+    """An environment which is due as soon as nobody uses it."""
+    monkeypatch.setenv("RAY_ENVCACHE_UNUSED_FOR", "0")
+    monkeypatch.setenv(companion.INTERVAL, "0")
+    return support.build_finished(store, support.make_project(tmp_path / "project", wheels, ["ray"]))
+
+
+def run(code: str, layout: Layout, children: Children) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    child = subprocess.Popen([sys.executable, "-c", code, layout.root], stdin=pipe, stdout=pipe, text=True)
+    children.append(child)
+    return child
+
+
+def start_agent(layout: Layout, children: Children) -> subprocess.Popen[str]:
+    agent = run(AGENT, layout, children)
+    assert agent.stdout is not None
+    assert agent.stdout.readline() == "up\n"
+    return agent
+
+
+def companions(layout: Layout) -> list[psutil.Process]:
+    wanted = ["ray_envcache.companion", os.fspath(layout.root)]
+    return [one for one in psutil.process_iter(["cmdline"]) if (one.info["cmdline"] or [])[-2:] == wanted]
+
+
+def close(child: subprocess.Popen[str]) -> None:
+    assert child.stdin is not None
+    child.stdin.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_agent_killed(number: signal.Signals, store: Store, entry: Entry, children: Children) -> None:
+    """What a cluster used goes by itself after its end, whatever ended the agent, and though it told nobody.
+
+    Workers end when the agent is gone already: they are waited for.
+    """
+    worker = start(entry, "", children)
+    agent = start_agent(store.layout, children)
+    agent.send_signal(number)
+    agent.wait()
+    support.wait_until(store.layout.last_collection.exists, "a collection has begun")
+    assert entry.ready.exists()
+    close(worker)
+    support.wait_until(lambda: not entry.path.exists(), "the environment is collected by itself")
+    support.wait_until(lambda: not companions(store.layout), "the companion ends")
+
+
+def test_last_release(store: Store, entry: Entry, children: Children) -> None:
+    """After the last release of a cluster that lives on, a collection comes too; again and again."""
+    worker = start(entry, "", children)
+    child = run(IMPATIENT, store.layout, children)
+    support.wait_until(store.layout.last_collection.exists, "the collection of the cluster's start")
+    close(worker)
+    worker.wait()
+    assert child.stdin is not None
+    child.stdin.write("\n")
+    child.stdin.flush()
+    support.wait_until(lambda: not entry.path.exists(), "the environment is collected by itself")
+    store.layout.last_collection.unlink()
+    child.stdin.write("\n")
+    child.stdin.flush()
+    support.wait_until(store.layout.last_collection.exists, "the next collection")
+    assert child.poll() is None
+    child.stdin.close()
+    assert child.wait() == 0
+
+
+def test_once_in_an_interval(store: Store, entry: Entry, children: Children, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clusters collect at most so often; 0 is always, "off" is never: then no process is started."""
+    monkeypatch.setenv(companion.INTERVAL, "off")
+    start_agent(store.layout, children)
+    assert companions(store.layout) == []
+    monkeypatch.setenv(companion.INTERVAL, "1h")
+    store.layout.last_collection.touch()
+    before = store.layout.last_collection.stat().st_mtime_ns
+    child = run(IMPATIENT, store.layout, children)
+    close(child)
+    assert child.wait() == 0
+    assert (store.layout.last_collection.stat().st_mtime_ns, entry.path.exists()) == (before, True)
+    monkeypatch.setenv(companion.INTERVAL, "0")
+    start_agent(store.layout, children)
+    support.wait_until(lambda: not entry.path.exists(), "the environment is collected by itself")
+
+
+def test_nobody_fails_for_want_of_it(
+    store: Store, entry: Entry, children: Children, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a companion, or with one that somebody killed, the agent goes on."""
+    agent = start_agent(store.layout, children)
+    support.wait_until(lambda: bool(companions(store.layout)), "the companion is there")
+    for one in companions(store.layout):
+        one.kill()
+    support.wait_until(lambda: not companions(store.layout), "nobody reads")
+    assert agent.stdin is not None
+    assert agent.stdout is not None
+    agent.stdin.write("\n")
+    agent.stdin.flush()
+    assert agent.stdout.readline() == "told\n"
+    companion.tell(None)
+    assert companion.start(store.layout, {**os.environ, companion.INTERVAL: "sometimes"}) is None
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    opened = len(os.listdir("/proc/self/fd"))
+    assert companion.start(store.layout, os.environ) is None
+    assert len(os.listdir("/proc/self/fd")) == opened
+
+
+def test_user_gone_between_two_looks(store: Store, entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user who is there when the collector comes, and gone when it looks whether to wait, is waited for all the same."""
+    lease = claim_ready(entry, store.layout, Holder("test"))
+    assert lease is not None
+    seen: list[Report] = []
+
+    def collect_then_leave(layout: Layout, limits: Limits) -> Report:
+        seen.append(collect(layout, limits))
+        lease.release()
+        return seen[-1]
+
+    monkeypatch.setattr(autogc, "collect", collect_then_leave)
+    autogc.run(store.layout, Limits.from_environ(os.environ), patience=10)
+    assert [(report.in_use, len(report.removed)) for report in seen] == [(1, 0), (0, 1)]
