@@ -67,10 +67,8 @@ def run(
         return done
 
 
-def start_detached(
-    argv: Sequence[str | os.PathLike[str]], *, environ: Mapping[str, str], stdin: int = subprocess.DEVNULL
-) -> None:
-    """Start a process that outlives us, belongs to no terminal and inherits no descriptor but `stdin`.
+def start_detached(argv: Sequence[str | os.PathLike[str]], *, environ: Mapping[str, str]) -> None:
+    """Start a process that outlives us, belongs to no terminal and inherits no descriptor.
 
     It is a grandchild: we reap the child that started it, so it is never our zombie. Raises CalledProcessError where
     it could not be started.
@@ -83,7 +81,7 @@ def start_detached(
         command,
         env=dict(environ),
         cwd="/",
-        stdin=stdin,
+        stdin=nothing,
         stdout=nothing,
         stderr=nothing,
         start_new_session=True,

@@ -6,10 +6,13 @@ builder of the key, or the collector, throws away.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from ray_envcache import _fs, _process, _uv, interpreter, venv_files
@@ -47,14 +50,6 @@ class Silent:
     def line(self, text: str) -> None: ...
 
     def finished(self, lease: Lease, seconds: float) -> None: ...
-
-
-# What a check found: the version of ray comes from the plan's part of the program.
-_REPORT = """
-import json, platform, sys
-held = [name for name, module in sys.modules.items() if name.startswith("_ray_envcache_hold") and module.HELD]
-print(json.dumps([version, platform.python_version(), sys.prefix, len(held)]))
-"""
 
 
 @dataclass
@@ -142,15 +137,27 @@ class Build:
         venv_files.add_hold(entry)
         venv_files.add_pip_guard(entry)
         self._check(entry)
-        venv_files.remove_cut_off_bytecode(entry)
         _fs.set_directories_writable(entry.venv, writable=False)
 
     def _check(self, entry: Entry) -> None:
         """A worker that starts with a wrong or missing ray is started again for ever: find out before."""
-        # Isolated, so that PYTHONDONTWRITEBYTECODE has no say: what is compiled for the check, before the directories
-        # are frozen, is not compiled again by every first worker.
-        program = f"{self.plan.check}{_REPORT}"
-        done = _process.run([entry.python, "-I", "-c", program], environ=interpreter.clean_environ())
+        request = {
+            "import_ray": self.plan.import_ray,
+            "site": os.fspath(entry.site_packages),
+            "shared": os.fspath(self.layout.bytecode),
+            "staged": os.fspath(entry.staged_bytecode),
+            "twins": _packages_of_this_python() if self.plan.interpreter.build == sys.version else "",
+        }
+        # Python itself writes no bytecode there: before 3.12.8 and 3.13.1 it does not notice when a full disk cuts it
+        # off (https://github.com/python/cpython/issues/126606), and that module could never be imported again.
+        command: list[str | Path] = [
+            entry.python,
+            "-I",
+            "-B",
+            Path(__file__).with_name("_check.py"),
+            json.dumps(request),
+        ]
+        done = _process.run(command, environ=interpreter.clean_environ())
         _uv.require_not_killed(done, "The Python that checks the new environment")
         if done.returncode != 0:
             raise BuildError(
@@ -187,3 +194,9 @@ class Build:
         )
         entry.building.unlink()
         record.write(entry)
+
+
+def _packages_of_this_python() -> str:
+    """Where ray is installed here: it has mostly been imported, and thus compiled."""
+    found = importlib.util.find_spec("ray")
+    return os.path.dirname(os.path.dirname(found.origin)) if found and found.origin else ""

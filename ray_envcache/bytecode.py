@@ -8,7 +8,6 @@ where it was. What an earlier environment has compiled is linked, see `shared_by
 
 from __future__ import annotations
 
-import marshal
 import os
 import signal
 import sys
@@ -16,17 +15,14 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from importlib.util import MAGIC_NUMBER, cache_from_source, source_hash
 from pathlib import Path
 
-from ray_envcache import _flock, _fs, _testpoints, shared_bytecode
+from ray_envcache import _flock, _fs, _pyc, _testpoints, shared_bytecode
+from ray_envcache._pyc import Places
 from ray_envcache.entry import utc_now
 from ray_envcache.layout import Entry, Layout
 from ray_envcache.leases import Holder, claim_ready
 from ray_envcache.sizes import record_sizes
-
-_UNCHECKED = (1).to_bytes(4, "little")  # flags of PEP 552: hash-based, never checked
 
 
 def finish_now(layout: Layout, entry: Entry) -> None:
@@ -60,14 +56,6 @@ def _finish_claimed(layout: Layout, entry: Entry) -> bool:
             return False
         _finish(layout, entry)
         return True
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where bytecode comes from and goes to: `shared` by all entries, and `staged` until it is on the disk."""
-
-    shared: str  # strings: joined thousands of times
-    staged: str
 
 
 def compile_tree(top: Path, places: Places, workers: int) -> None:
@@ -109,16 +97,16 @@ def _link_directory(directory: str, places: Places) -> list[str]:
     """Link the bytecode of a directory's modules, and return those that nobody compiled yet."""
     with _thawed(directory), os.scandir(directory) as found:
         modules = [item.path for item in found if item.name.endswith(".py") and item.is_file()]
-        return [path for path in modules if not _link(path, _read(path), places)]
+        return [path for path in modules if not _pyc.link(path, _pyc.read(path), places)]
 
 
 def _compile_directory(directory: str, modules: list[str], places: Places) -> None:
     with _thawed(directory):
         for path in modules:
-            text = _read(path)
+            text = _pyc.read(path)
             # Another process may have been faster, or another module have the same text.
-            if not _link(path, text, places):
-                _compile(path, text, places)
+            if not _pyc.link(path, text, places):
+                _pyc.make(path, text, places)
 
 
 @contextmanager
@@ -135,56 +123,6 @@ def _thawed(directory: str) -> Iterator[None]:
         with suppress(FileNotFoundError):
             os.chmod(cache, mode & ~0o222)
         os.chmod(directory, mode & ~0o222)
-
-
-def _read(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def _link(path: str, text: bytes, places: Places) -> bool:
-    """Link what somebody made of this text; False where nobody did."""
-    name, target = shared_bytecode.name_of(text), cache_from_source(path)
-    for folder in (places.shared, places.staged):
-        with suppress(FileNotFoundError):
-            shared_bytecode.put(f"{folder}/{name}", target)
-            return True
-    return False
-
-
-def _compile(path: str, text: bytes, places: Places) -> None:
-    """Compile one module, unless it cannot be: a template, a test of broken syntax fails where it is imported.
-
-    The environment never changes, so its bytecode is never checked against the source (PEP 552, unchecked hashes): an
-    import then costs one `stat` less. Each file appears by a rename, when it is whole.
-    """
-    bytecode = _bytecode(path, text)
-    if bytecode is not None:
-        staged = f"{places.staged}/{shared_bytecode.name_of(text)}"
-        _write_whole(staged, bytecode)
-        shared_bytecode.put(staged, cache_from_source(path))
-
-
-def _bytecode(path: str, text: bytes) -> bytes | None:
-    try:
-        code = compile(text, path, "exec", dont_inherit=True)
-        return MAGIC_NUMBER + _UNCHECKED + source_hash(text) + marshal.dumps(code)
-    except Exception:  # noqa: BLE001  # as py_compile: foreign text can fail in any way
-        return None
-
-
-def _write_whole(path: str, data: bytes) -> None:
-    unproven = f"{path}.{os.getpid()}"
-    try:
-        # Read-only: whoever overwrote it in place would change it for all environments.
-        descriptor = os.open(unproven, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o444)
-        with open(descriptor, "wb") as file:
-            file.write(data)
-        os.replace(unproven, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(unproven)
-        raise
 
 
 def _finish(layout: Layout, entry: Entry) -> None:

@@ -1,9 +1,9 @@
 """A process beside each node's runtime env agent, which has idle environments collected by itself.
 
 At the cluster's start, after its last release, and after its end. The agent cannot do the last itself: it is killed a
-moment after the last release, on a busy host before it hears of it, and sometimes with SIGKILL. So this process starts
-with the agent and sleeps in a read from a pipe, `python -m ray_envcache.companion ROOT`: a byte is the last release,
-and the pipe's end is the agent's, whatever ended it. What it holds meanwhile is a bare Python.
+moment after the last release, on a busy host before it hears of it, and sometimes with SIGKILL. So a shell starts with
+the agent (in a millisecond, and in less than a megabyte) and reads from a pipe whose end is the agent's end, whatever
+ended it. For what it is told it becomes `python -m ray_envcache.companion ROOT WORD`, and then a shell again.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
-from ray_envcache import _process
 from ray_envcache.layout import Layout
 from ray_envcache.units import parse_duration
 
@@ -26,34 +26,64 @@ DEFAULT_INTERVAL_SECONDS = 3600.0
 PATIENCE_SECONDS = 30.0
 """How long a cluster may take to end after its last release, and its workers after its agent."""
 
+_SHELL = "/bin/sh"
+# Constant: what differs are its positional parameters. Without an answer, which is the end, the word is empty.
+_LISTEN = 'read -r word; exec "$@" "$word"'
+# In the background, where it would read from nowhere by itself, so that its parent can be reaped at once.
+_DETACH = f"{{ {_LISTEN}; }} <&0 &"
+
+Word = Literal["started", "released"]
+
 
 def start(layout: Layout, environ: Mapping[str, str]) -> int | None:
     """Start it, detached. Never fails; returns the descriptor that `tell` needs, or None where there is none to tell.
 
-    $RAY_ENVCACHE_GC_INTERVAL says how often the hosts' clusters collect at most ("1h"); 0 is always, "off" never.
+    $RAY_ENVCACHE_GC_INTERVAL says how often the host's clusters collect at most ("1h"); 0 is always, "off" never.
     """
     # What goes wrong here must not touch whoever starts a cluster; `ray-envcache gc` says what it is.
-    with suppress(OSError, ValueError, subprocess.CalledProcessError):
-        if _interval(environ) is None:
+    with suppress(OSError, ValueError):
+        interval = _interval(environ)
+        if interval is None:
             return None
         its, ours = os.pipe()
         try:
-            command: list[str | Path] = [sys.executable, "-m", "ray_envcache.companion", layout.root]
-            _process.start_detached(command, environ=environ, stdin=its)
+            _detach(layout, environ, its)
         except BaseException:
             os.close(ours)
             raise
         finally:
             os.close(its)
+        if _is_time(layout, interval):
+            tell(ours, "started")
         return ours
     return None
 
 
-def tell(companion: int | None) -> None:
-    """Tell it that the node's last reference went. Takes microseconds: we may be killed a moment later."""
+def tell(companion: int | None, word: Word) -> None:
+    """Tell it what happened. Takes microseconds: after the last release we may be killed a moment later."""
     if companion is not None:
         with suppress(OSError):  # somebody killed it: whoever comes later collects
-            os.write(companion, b"\n")
+            os.write(companion, f"{word}\n".encode())
+
+
+def _detach(layout: Layout, environ: Mapping[str, str], stdin: int) -> None:
+    command = [_SHELL, "-c", _DETACH, *_myself(layout)]
+    nothing = subprocess.DEVNULL
+    # Raylet notices the end of its agent by the end of a pipe: nothing of ours may keep that.
+    subprocess.run(
+        command,
+        env=dict(environ),
+        cwd="/",
+        stdin=stdin,
+        stdout=nothing,
+        stderr=nothing,
+        start_new_session=True,
+        check=False,
+    )
+
+
+def _myself(layout: Layout) -> list[str]:
+    return ["sh", sys.executable, "-m", "ray_envcache.companion", os.fspath(layout.root)]
 
 
 def _interval(environ: Mapping[str, str]) -> float | None:
@@ -70,16 +100,18 @@ def _is_time(layout: Layout, interval: float) -> bool:
     return not 0 <= ago < interval
 
 
-def _collect(layout: Layout, interval: float, patience: float = 0.0) -> None:
-    """Collect if it is time: in a child, so that what that needs is in memory no longer than it takes."""
+def _collect(layout: Layout, patience: float) -> None:
+    """Collect if it is time, in a child: so that it is seen in lists of processes for what it does."""
+    interval = _interval(os.environ)
     with suppress(OSError):
-        if _is_time(layout, interval):
+        if interval is not None and _is_time(layout, interval):
             layout.last_collection.touch()
             command = [sys.executable, "-m", "ray_envcache.autogc", os.fspath(layout.root), str(patience)]
             subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
 
 
-def _ended_within(seconds: float) -> bool:
+def _ends_within(seconds: float) -> bool:
+    """Wait so long for the agent's end. What it says meanwhile is no news."""
     deadline = time.monotonic() + seconds
     while select.select([0], [], [], max(0.0, deadline - time.monotonic()))[0]:
         if not os.read(0, 4096):
@@ -87,18 +119,17 @@ def _ended_within(seconds: float) -> bool:
     return False
 
 
-def main(arguments: list[str]) -> int:
-    """Serve `start`."""
-    (root,) = arguments
-    layout, interval = Layout(Path(root)), _interval(os.environ)
-    assert interval is not None
-    os.nice(10)
-    _collect(layout, interval)
-    while os.read(0, 4096) and not _ended_within(PATIENCE_SECONDS):
-        _collect(layout, interval)
-    _collect(layout, interval, PATIENCE_SECONDS)
-    return 0
+def main(arguments: list[str]) -> None:
+    """Do what a word of the agent asks for, and listen again; without a word it is gone."""
+    root, word = arguments
+    layout = Layout(Path(root))
+    os.setpriority(os.PRIO_PROCESS, 0, 10)
+    if not word or (word == "released" and _ends_within(PATIENCE_SECONDS)):
+        _collect(layout, PATIENCE_SECONDS)
+    else:
+        _collect(layout, 0.0)
+        os.execv(_SHELL, [_SHELL, "-c", _LISTEN, *_myself(layout)])  # noqa: S606  # nothing in it is anybody's value
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

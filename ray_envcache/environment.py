@@ -41,7 +41,9 @@ class EnvironmentPlan(Plan):
 
     def install(self, entry: Entry, uv: BuildUv) -> None:
         entry.pylock.write_text(venv_files.pylock_text(self.resolved), encoding="utf-8")
-        common = ["--preview-features=pylock", f"--python={entry.python}", "--no-python-downloads"]
+        # Without bytecode, whatever the project's settings say: it comes after the hand-out, or from earlier ones.
+        installed = [f"--python={entry.python}", "--no-python-downloads", "--no-compile-bytecode"]
+        common = ["--preview-features=pylock", *installed]
         if self.resolved.packages:
             self._install_build_dependencies(entry, uv, common)
             uv("pip", "sync", *common, entry.pylock)

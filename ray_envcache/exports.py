@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,15 @@ def _from_uv(spec: EnvSpec, project: Project, interpreter: Interpreter) -> dict[
         # Beside it `--group=dev` would count for nothing.
         *(["--no-dev"] if "dev" not in spec.groups else []),
     ]
-    return _exported(project, interpreter, selection)
+    data = _exported(project, interpreter, selection)
+    # uv has applied them and does not list them; packaging, from 26.4, selects only what is listed.
+    return {**data, "extras": _normalized(spec.extras), "dependency-groups": _normalized(spec.groups)}
+
+
+def _normalized(names: Iterable[str]) -> list[str]:
+    from packaging.utils import canonicalize_name  # not on the warm path
+
+    return [canonicalize_name(name) for name in names]
 
 
 def _from_script(_spec: EnvSpec, project: Project, interpreter: Interpreter) -> dict[str, Any]:

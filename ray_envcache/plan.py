@@ -19,8 +19,8 @@ from ray_envcache.layout import Entry, Layout
 class Plan:
     """What every build needs. Subclasses say what is installed into the fresh venv.
 
-    `holds` is the number of entries that an interpreter of the result holds: its own, and those below it. `check` is a
-    program that fails where the result is no good, and sets `version` to that of its ray.
+    `holds` is the number of entries that an interpreter of the result holds: its own, and those below it. Before the
+    result is handed out, it must `import_ray`, unless that was seen already.
     """
 
     key: str
@@ -30,7 +30,7 @@ class Plan:
     ray: str
 
     holds = 1
-    check = "import ray; version = ray.__version__"
+    import_ray = True
 
     @property
     def headline(self) -> str:

@@ -119,7 +119,7 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         lease = self._leases.pop(uri, None)
         if lease is not None:
             if not self._leases:
-                companion.tell(self._companion)
+                companion.tell(self._companion, "released")
             self._threads.submit(_give_back, lease, logger)
         return 1.0
 

@@ -1,8 +1,9 @@
 """Bytecode that all environments of the store share: one file per text of a module and per Python, linked into each.
 
 What a Python compiles depends on the text alone. So a file is named after the text (its sha256), and is right wherever
-that text is installed, whichever package brought it there: nobody's word is taken for what is in it. The path inside
-of it is set anew by every import (`_fix_co_filename` in CPython), so that tracebacks name the right environment.
+that text is installed, whichever package brought it there. Nobody's word is taken for what is in it, but that of the
+Python which runs the cluster and would load it itself. The path inside of it is set anew by every import
+(`_fix_co_filename` in CPython), so that tracebacks name the right environment.
 
 The kernel counts the links: what no entry links to is needed by nobody. There are no flocks, for no interleaving does
 harm. Who finds nothing compiles; and a file that loses its name here at the moment when somebody links to it is only
@@ -11,54 +12,25 @@ compiled once more by the next.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import os
 import re
-import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from functools import cache
-from importlib.util import MAGIC_NUMBER
 from pathlib import Path
 from typing import TypeAlias
 
-from ray_envcache import _testpoints
+from ray_envcache import _pyc, _testpoints
 from ray_envcache.layout import Layout
 
 _NAME = re.compile(r"[0-9a-f]{64}\.pyc")
-# No more links to this file; not this file system; no links there, or not to files like this one.
-_NO_LINK = frozenset({errno.EMLINK, errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP})
 
 Inode: TypeAlias = tuple[int, int]  # device, number
 
 
 def folder_of_this_python(layout: Layout) -> Path:
     """Where the bytecode lies that the running interpreter makes, with its options; it need not exist."""
-    return layout.bytecode / _tag()
-
-
-def name_of(text: bytes) -> str:
-    """The file name of the bytecode of a module with this text."""
-    return f"{hashlib.sha256(text).hexdigest()}.pyc"
-
-
-def put(file: str, target: str) -> None:
-    """Make `target` the same file as `file`, or a copy where there can be no link, in place of what is there.
-
-    Raises FileNotFoundError where there is no `file`, and OSError.
-    """
-    try:
-        os.link(file, target)
-    except FileExistsError:
-        if not os.path.samestat(os.lstat(file), os.lstat(target)):
-            _replace(file, target)
-    except OSError as error:
-        if error.errno not in _NO_LINK:
-            raise
-        _replace(file, target)
+    return layout.bytecode / _pyc.tag()
 
 
 def publish(staged: str, folder: Path) -> None:
@@ -109,38 +81,6 @@ def sweep(layout: Layout) -> int:
             with suppress(OSError):
                 folder.rmdir()  # empty only
     return freed
-
-
-@cache
-def _tag() -> str:
-    """Tells apart what compiles differently: implementation, version, build, and options of the interpreter."""
-    # Optimized or not, with columns for tracebacks or without: a sample shows it.
-    sample = compile("assert a.b", "", "exec", dont_inherit=True)
-    made = [sample.co_code, sample.co_linetable, sys.flags.optimize]
-    identity = [sys.implementation.name, sys.version, MAGIC_NUMBER, *made]
-    return f"{sys.implementation.cache_tag}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
-
-
-def _replace(file: str, target: str) -> None:
-    unproven = f"{target}.unproven"
-    with suppress(FileNotFoundError):
-        os.unlink(unproven)
-    try:
-        os.link(file, unproven)
-    except OSError as error:
-        if error.errno not in _NO_LINK:
-            raise
-        _copy(file, unproven)
-    os.replace(unproven, target)
-
-
-def _copy(file: str, target: str) -> None:
-    try:
-        shutil.copyfile(file, target)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(target)
-        raise
 
 
 def _offer(file: str, name: Path) -> None:

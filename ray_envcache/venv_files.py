@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import marshal
 import os
-import sys
 from pathlib import Path
 
 from ray_envcache.layout import Entry
 from ray_envcache.lockfile import ResolvedSet
 
-_BYTECODE = f".{sys.implementation.cache_tag}.pyc"
-_HEADER = 16  # bytes before the code, PEP 552
 _PIP_GUARD = """\
 #!/bin/sh
 # Written by ray-envcache in place of pip's own script.
@@ -48,34 +44,6 @@ def add_pip_guard(entry: Entry) -> None:
         path.unlink(missing_ok=True)
         path.write_text(_PIP_GUARD, encoding="utf-8")
         path.chmod(0o755)
-
-
-def remove_cut_off_bytecode(entry: Entry) -> None:
-    """Remove the bytecode that a full disk cut off: its modules could never be imported again."""
-    for directory, _, names in os.walk(entry.venv):
-        if os.path.basename(directory) == "__pycache__":
-            ours = [os.path.join(directory, name) for name in names if name.endswith(_BYTECODE)]
-            for path in ours:
-                if not is_whole_bytecode(path):
-                    os.unlink(path)
-
-
-def is_whole_bytecode(path: str) -> bool:
-    """Whether bytecode of this Python was written to its end.
-
-    Python itself does not look before 3.12.8 and 3.13.1: a write that stops at the end of the disk is no error to it,
-    and the file gets its name (https://github.com/python/cpython/issues/126606).
-    """
-    with open(path, "rb") as file:
-        file.seek(_HEADER)
-        try:
-            marshal.load(file)  # noqa: S302  # what Python itself would load, and run
-        except EOFError:
-            return False
-        except (ValueError, TypeError):
-            # Damaged in another way: so it came in its package.
-            return True
-    return True
 
 
 def pylock_text(resolved: ResolvedSet) -> str:

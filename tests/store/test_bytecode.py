@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import marshal
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import MAGIC_NUMBER, cache_from_source
 from pathlib import Path
 
 import pytest
 
-from ray_envcache import _fs, shared_bytecode
+from ray_envcache import _fs, _pyc, builder
 from ray_envcache.cluster_ray import installed_ray
 from ray_envcache.collector import collect
 from ray_envcache.evict import evict
@@ -81,7 +83,7 @@ def test_compiled_once_and_gone_with_the_last(store: Store, build: Build) -> Non
     before = offered(store.layout)
     second = build("bb", "common")
     finish(store, second)
-    assert offered(store.layout) - before == {shared_bytecode.name_of(b"NAME = 'bb'\n")}
+    assert offered(store.layout) - before == {_pyc.name_of(b"NAME = 'bb'\n")}
     mine, yours = bytecode(first), bytecode(second)
     same = {name for name in mine.keys() & yours.keys() if mine[name].st_ino == yours[name].st_ino}
     assert {name for name in mine.keys() & yours.keys() if "_hold_" not in name} == same
@@ -103,13 +105,44 @@ def test_compiled_once_and_gone_with_the_last(store: Store, build: Build) -> Non
     assert list(store.layout.bytecode.iterdir()) == []
 
 
+def test_first_workers_find_bytecode(store: Store, build: Build) -> None:
+    """What the check of a new environment imports has bytecode when it is handed out: its own, then the shared one."""
+    first = build("aa")
+    (mine,) = bytecode(first).values()
+    assert [path.stat().st_ino for path in first.staged_bytecode.rglob("*.pyc")] == [mine.st_ino]
+    finish(store, first)
+    second = build("bb")
+    (yours,) = bytecode(second).values()
+    assert yours.st_ino == mine.st_ino
+    assert list(second.staged_bytecode.rglob("*.pyc")) == []
+
+
+def test_bytecode_of_the_clusters_python(
+    store: Store, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The very first environment takes over what the Python of the cluster has compiled of the same ray."""
+    twin = tmp_path / "cluster" / "ray" / "__init__.py"
+    twin.parent.mkdir(parents=True)
+    monkeypatch.setattr(builder, "_packages_of_this_python", lambda: os.fspath(tmp_path / "cluster"))
+    text = f"__version__ = {support.RAY_VERSION!r}\n"
+    twin.write_text(text)
+    os.utime(twin, (1e9, 1e9))
+    numbers = b"".join(number.to_bytes(4, "little") for number in (0, 10**9, len(text)))
+    code = marshal.dumps(compile(f"{text}TAKEN = True\n", "twin", "exec"))
+    twin.with_name("__pycache__").mkdir()
+    Path(cache_from_source(os.fspath(twin))).write_bytes(MAGIC_NUMBER + numbers + code)
+    entry = build("aa")
+    program = "import ray; print(ray.TAKEN)"
+    assert subprocess.run([entry.python, "-c", program], capture_output=True, text=True, check=True).stdout == "True\n"
+
+
 def test_two_at_once(store: Store, build: Build) -> None:
     """Two that compile the same at the same time come to their ends, and the third links all of it."""
     entries = [build("aa", "common"), build("bb", "common")]
     finish(store, *entries)
     before = offered(store.layout)
     finish(store, third := build("cc", "common"))
-    assert offered(store.layout) - before == {shared_bytecode.name_of(b"NAME = 'cc'\n")}
+    assert offered(store.layout) - before == {_pyc.name_of(b"NAME = 'cc'\n")}
     for entry in (*entries, third):
         assert "ZeroDivisionError" in traceback(entry)
 

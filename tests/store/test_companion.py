@@ -30,7 +30,7 @@ from ray_envcache.layout import Layout
 told = companion.start(Layout(Path(sys.argv[1])), os.environ)
 print("up", flush=True)
 for _ in sys.stdin:
-    companion.tell(told)
+    companion.tell(told, "released")
     print("told", flush=True)
 """
 
@@ -38,7 +38,7 @@ IMPATIENT = """\
 import sys
 from ray_envcache import companion
 companion.PATIENCE_SECONDS = 0.1
-companion.main(sys.argv[1:])
+companion.main([*sys.argv[1:], "released"])
 """
 
 
@@ -65,8 +65,8 @@ def start_agent(layout: Layout, children: Children) -> subprocess.Popen[str]:
 
 
 def companions(layout: Layout) -> list[psutil.Process]:
-    wanted = ["ray_envcache.companion", os.fspath(layout.root)]
-    return [one for one in psutil.process_iter(["cmdline"]) if (one.info["cmdline"] or [])[-2:] == wanted]
+    wanted = {"ray_envcache.companion", os.fspath(layout.root)}
+    return [one for one in psutil.process_iter(["cmdline"]) if wanted <= set(one.info["cmdline"] or [])]
 
 
 def close(child: subprocess.Popen[str]) -> None:
@@ -92,22 +92,20 @@ def test_agent_killed(number: signal.Signals, store: Store, entry: Entry, childr
 
 
 def test_last_release(store: Store, entry: Entry, children: Children) -> None:
-    """After the last release of a cluster that lives on, a collection comes too; again and again."""
+    """After the last release of a cluster that lives on, a collection comes too; then it listens again."""
     worker = start(entry, "", children)
     child = run(IMPATIENT, store.layout, children)
-    support.wait_until(store.layout.last_collection.exists, "the collection of the cluster's start")
+    assert child.stdin is not None
+    support.wait_until(lambda: psutil.Process(child.pid).name() == "sh", "it has collected, and is a shell again")
+    assert store.layout.last_collection.exists()
+    assert entry.ready.exists()
     close(worker)
     worker.wait()
-    assert child.stdin is not None
-    child.stdin.write("\n")
+    child.stdin.write("started\n")
     child.stdin.flush()
     support.wait_until(lambda: not entry.path.exists(), "the environment is collected by itself")
-    store.layout.last_collection.unlink()
-    child.stdin.write("\n")
-    child.stdin.flush()
-    support.wait_until(store.layout.last_collection.exists, "the next collection")
-    assert child.poll() is None
-    child.stdin.close()
+    support.wait_until(lambda: psutil.Process(child.pid).name() == "sh", "it is a shell once more")
+    close(child)
     assert child.wait() == 0
 
 
@@ -119,9 +117,9 @@ def test_once_in_an_interval(store: Store, entry: Entry, children: Children, mon
     monkeypatch.setenv(companion.INTERVAL, "1h")
     store.layout.last_collection.touch()
     before = store.layout.last_collection.stat().st_mtime_ns
-    child = run(IMPATIENT, store.layout, children)
-    close(child)
-    assert child.wait() == 0
+    agent = start_agent(store.layout, children)
+    close(agent)
+    support.wait_until(lambda: not companions(store.layout), "the companion ends")
     assert (store.layout.last_collection.stat().st_mtime_ns, entry.path.exists()) == (before, True)
     monkeypatch.setenv(companion.INTERVAL, "0")
     start_agent(store.layout, children)
@@ -142,9 +140,9 @@ def test_nobody_fails_for_want_of_it(
     agent.stdin.write("\n")
     agent.stdin.flush()
     assert agent.stdout.readline() == "told\n"
-    companion.tell(None)
+    companion.tell(None, "released")
     assert companion.start(store.layout, {**os.environ, companion.INTERVAL: "sometimes"}) is None
-    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    monkeypatch.setattr(companion, "_SHELL", "/no/such/shell")
     opened = len(os.listdir("/proc/self/fd"))
     assert companion.start(store.layout, os.environ) is None
     assert len(os.listdir("/proc/self/fd")) == opened

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ray_envcache import _disk, shared_bytecode
-from ray_envcache.bytecode import Places, compile_tree
+from ray_envcache import _disk, _pyc, shared_bytecode
+from ray_envcache._pyc import Places
+from ray_envcache.bytecode import compile_tree
 from ray_envcache.layout import Layout
 from tests import support
 
@@ -59,7 +60,7 @@ def occupied(path: Path) -> int:
 
 
 def names(*texts: str) -> set[str]:
-    return {shared_bytecode.name_of(text.encode()) for text in texts}
+    return {_pyc.name_of(text.encode()) for text in texts}
 
 
 def test_each_text_is_compiled_once(host: Host) -> None:

@@ -1,0 +1,147 @@
+"""Bytecode of one module: its name among what is shared, where it comes from, and how it gets to its place.
+
+Imports the standard library only: the check of a new environment loads this file there, where the package is not.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import marshal
+import os
+import shutil
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import MAGIC_NUMBER, cache_from_source, source_hash
+
+_UNCHECKED = (1).to_bytes(4, "little")  # flags of PEP 552: hash-based, never checked
+_HEADER = 16  # bytes before the code, also PEP 552
+# No more links to this file; not this file system; no links there, or not to files like this one.
+_NO_LINK = frozenset({errno.EMLINK, errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP})
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where bytecode comes from and goes to: `shared` by all entries, and `staged` until it is on the disk."""
+
+    shared: str  # strings: joined thousands of times
+    staged: str
+
+
+@cache
+def tag() -> str:
+    """Tells apart what compiles differently: implementation, version, build, and options of the interpreter."""
+    # Optimized or not, with columns for tracebacks or without: a sample shows it.
+    sample = compile("assert a.b", "", "exec", dont_inherit=True)
+    made = [sample.co_code, sample.co_linetable, sys.flags.optimize]
+    identity = [sys.implementation.name, sys.version, MAGIC_NUMBER, *made]
+    return f"{sys.implementation.cache_tag}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
+
+
+def name_of(text: bytes) -> str:
+    """The file name of the bytecode of a module with this text."""
+    return f"{hashlib.sha256(text).hexdigest()}.pyc"
+
+
+def read(path: str) -> bytes:
+    """The content of a file."""
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def link(path: str, text: bytes, places: Places) -> bool:
+    """Give the module at `path` what somebody made of its text; False where nobody did."""
+    name, target = name_of(text), cache_from_source(path)
+    for folder in (places.shared, places.staged):
+        with suppress(FileNotFoundError):
+            put(f"{folder}/{name}", target)
+            return True
+    return False
+
+
+def make(path: str, text: bytes, places: Places, twin: str = "") -> None:
+    """Compile one module, unless it cannot be: a template, a test of broken syntax fails where it is imported.
+
+    What Python made of its `twin`, a module with the same text elsewhere, is taken instead. The environment never
+    changes, so its bytecode is never checked against the source (PEP 552, unchecked hashes): an import then costs one
+    `stat` less. Each file appears by a rename, when it is whole.
+    """
+    code = (twin and _code_of(twin, text)) or _compiled(path, text)
+    if code:
+        staged = f"{places.staged}/{name_of(text)}"
+        _write_whole(staged, MAGIC_NUMBER + _UNCHECKED + source_hash(text) + code)
+        put(staged, cache_from_source(path))
+
+
+def put(file: str, target: str) -> None:
+    """Make `target` the same file as `file`, or a copy where there can be no link, in place of what is there.
+
+    Raises FileNotFoundError where there is no `file`, and OSError.
+    """
+    try:
+        os.link(file, target)
+    except FileExistsError:
+        if not os.path.samestat(os.lstat(file), os.lstat(target)):
+            _replace(file, target)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        _replace(file, target)
+
+
+def _compiled(path: str, text: bytes) -> bytes:
+    try:
+        return marshal.dumps(compile(text, path, "exec", dont_inherit=True))
+    except Exception:  # noqa: BLE001  # as py_compile: foreign text can fail in any way
+        return b""
+
+
+def _code_of(twin: str, text: bytes) -> bytes:
+    """The code in the bytecode of `twin`, b"" where there is none, or it is not of this text and valid."""
+    try:
+        found, bytecode, stat = read(twin), read(cache_from_source(twin)), os.stat(twin)
+        marshal.loads(bytecode[_HEADER:])  # noqa: S302  # what Python would load, and run; is it whole?
+    except (OSError, EOFError, ValueError, TypeError):
+        return b""
+    # As Python itself decides whether it is valid: its version, time and size of the source.
+    times = (int(stat.st_mtime) & 0xFFFF_FFFF, stat.st_size & 0xFFFF_FFFF)
+    valid = MAGIC_NUMBER + b"\0\0\0\0" + b"".join(number.to_bytes(4, "little") for number in times)
+    return bytecode[_HEADER:] if found == text and bytecode[:_HEADER] == valid else b""
+
+
+def _write_whole(path: str, data: bytes) -> None:
+    unproven = f"{path}.{os.getpid()}"
+    try:
+        # Read-only: whoever overwrote it in place would change it for all environments.
+        descriptor = os.open(unproven, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o444)
+        with open(descriptor, "wb") as file:
+            file.write(data)
+        os.replace(unproven, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(unproven)
+        raise
+
+
+def _replace(file: str, target: str) -> None:
+    unproven = f"{target}.unproven"
+    with suppress(FileNotFoundError):
+        os.unlink(unproven)
+    try:
+        os.link(file, unproven)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        _copy(file, unproven)
+    os.replace(unproven, target)
+
+
+def _copy(file: str, target: str) -> None:
+    try:
+        shutil.copyfile(file, target)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(target)
+        raise
