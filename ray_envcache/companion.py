@@ -29,8 +29,9 @@ PATIENCE_SECONDS = 30.0
 _SHELL = "/bin/sh"
 # Constant: what differs are its positional parameters. Without an answer, which is the end, the word is empty.
 _LISTEN = 'read -r word; exec "$@" "$word"'
-# In the background, where it would read from nowhere by itself, so that its parent can be reaped at once.
-_DETACH = f"{{ {_LISTEN}; }} <&0 &"
+# In the background, so that its parent can be reaped at once; there a shell would read from nowhere by itself, and dash
+# does so even with `<&0`.
+_DETACH = f"exec 3<&0; {{ {_LISTEN}; }} <&3 3<&- &"
 
 Word = Literal["started", "released"]
 

@@ -69,6 +69,11 @@ def companions(layout: Layout) -> list[psutil.Process]:
     return [one for one in psutil.process_iter(["cmdline"]) if wanted <= set(one.info["cmdline"] or [])]
 
 
+def listens(companion: psutil.Process) -> bool:
+    """Whether it is a shell whose stdin is the pipe."""
+    return companion.name() == "sh" and os.readlink(f"/proc/{companion.pid}/fd/0").startswith("pipe:")
+
+
 def close(child: subprocess.Popen[str]) -> None:
     assert child.stdin is not None
     child.stdin.close()
@@ -96,7 +101,7 @@ def test_last_release(store: Store, entry: Entry, children: Children) -> None:
     worker = start(entry, "", children)
     child = run(IMPATIENT, store.layout, children)
     assert child.stdin is not None
-    support.wait_until(lambda: psutil.Process(child.pid).name() == "sh", "it has collected, and is a shell again")
+    support.wait_until(lambda: listens(psutil.Process(child.pid)), "it has collected, and is a shell again")
     assert store.layout.last_collection.exists()
     assert entry.ready.exists()
     close(worker)
@@ -104,7 +109,7 @@ def test_last_release(store: Store, entry: Entry, children: Children) -> None:
     child.stdin.write("started\n")
     child.stdin.flush()
     support.wait_until(lambda: not entry.path.exists(), "the environment is collected by itself")
-    support.wait_until(lambda: psutil.Process(child.pid).name() == "sh", "it is a shell once more")
+    support.wait_until(lambda: listens(psutil.Process(child.pid)), "it is a shell once more")
     close(child)
     assert child.wait() == 0
 
@@ -130,10 +135,12 @@ def test_nobody_fails_for_want_of_it(
     store: Store, entry: Entry, children: Children, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a companion, or with one that somebody killed, the agent goes on."""
+    store.layout.last_collection.touch()
+    monkeypatch.setenv(companion.INTERVAL, "1h")
     agent = start_agent(store.layout, children)
-    support.wait_until(lambda: bool(companions(store.layout)), "the companion is there")
-    for one in companions(store.layout):
-        one.kill()
+    (one,) = companions(store.layout)
+    support.wait_until(lambda: listens(one), "it listens")
+    one.kill()
     support.wait_until(lambda: not companions(store.layout), "nobody reads")
     assert agent.stdin is not None
     assert agent.stdout is not None
