@@ -60,11 +60,10 @@ def start(layout: Layout, environ: Mapping[str, str]) -> int | None:
     return None
 
 
-def tell(companion: int | None, word: Word) -> None:
+def tell(companion: int, word: Word) -> None:
     """Tell it what happened. Takes microseconds: after the last release we may be killed a moment later."""
-    if companion is not None:
-        with suppress(OSError):  # somebody killed it: whoever comes later collects
-            os.write(companion, f"{word}\n".encode())
+    with suppress(OSError):  # somebody killed it: whoever comes later collects
+        os.write(companion, f"{word}\n".encode())
 
 
 def _detach(layout: Layout, environ: Mapping[str, str], stdin: int) -> None:

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import ray
 from ray._private.runtime_env.plugin import RuntimeEnvPlugin
 
-from ray_envcache import companion, guard, probe, registration
+from ray_envcache import guard, probe, registration
 from ray_envcache.agent_client import Build, discard_result
 from ray_envcache.cluster_ray import ClusterRay
 from ray_envcache.errors import EnvCacheError, FieldValueError, StoreError
@@ -119,13 +119,21 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         lease = self._leases.pop(uri, None)
         if lease is not None:
             if not self._leases:
-                companion.tell(self._companion, "released")
+                self._tell_companion()
             self._threads.submit(_give_back, lease, logger)
         return 1.0
 
     def _start_companion(self) -> None:
+        from ray_envcache import companion  # in a thread, not while the node waits for us
+
         # Kept open as long as we live, and closed by nobody but our end.
         self._companion = companion.start(Layout(default_root()), os.environ)
+
+    def _tell_companion(self) -> None:
+        if self._companion is not None:
+            from ray_envcache import companion  # it is there already
+
+            companion.tell(self._companion, "released")
 
     async def _lease(self, uri: str, runtime_env: Any, context: Any, logger: logging.Logger) -> Lease:
         try:
