@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 from contextlib import suppress
-from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.machinery import SourceFileLoader
 from importlib.metadata import version
 from importlib.util import module_from_spec, spec_from_file_location
 from types import CodeType
@@ -22,7 +22,7 @@ from typing import Any
 
 def _sibling(name: str) -> Any:
     spec = spec_from_file_location(name, os.path.join(os.path.dirname(__file__), f"{name}.py"))
-    assert isinstance(spec, ModuleSpec)
+    assert spec is not None
     assert spec.loader is not None
     module = sys.modules[name] = module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -73,15 +73,24 @@ def start_detached(argv: Sequence[str | os.PathLike[str]], *, environ: Mapping[s
     It is a grandchild: we reap the child that started it, so it is never our zombie. Raises CalledProcessError where
     it could not be started.
     """
-    # Raylet notices the end of its agent by the end of a pipe: a long-lived child that kept it would hold up raylet.
     launcher = "import subprocess, sys; subprocess.Popen(sys.argv[1:], start_new_session=True)"
-    command = [sys.executable, "-I", "-S", "-c", launcher, *(os.fspath(part) for part in argv)]
+    run_launcher([sys.executable, "-I", "-S", "-c", launcher, *argv], environ=environ)
+
+
+def run_launcher(
+    argv: Sequence[str | os.PathLike[str]], *, environ: Mapping[str, str], stdin: int = subprocess.DEVNULL
+) -> None:
+    """Run a program to its end that starts one which outlives us: in a new session, with nothing of ours but `stdin`.
+
+    Raises OSError where it cannot be started, CalledProcessError where it fails.
+    """
     nothing = subprocess.DEVNULL
+    # Raylet notices the end of its agent by the end of a pipe: a long-lived child that kept it would hold up raylet.
     subprocess.run(
-        command,
+        [os.fspath(part) for part in argv],
         env=dict(environ),
         cwd="/",
-        stdin=nothing,
+        stdin=stdin,
         stdout=nothing,
         stderr=nothing,
         start_new_session=True,

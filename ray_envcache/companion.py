@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+from ray_envcache import _process
 from ray_envcache.layout import Layout
 from ray_envcache.units import parse_duration
 
@@ -42,13 +43,13 @@ def start(layout: Layout, environ: Mapping[str, str]) -> int | None:
     $RAY_ENVCACHE_GC_INTERVAL says how often the host's clusters collect at most ("1h"); 0 is always, "off" never.
     """
     # What goes wrong here must not touch whoever starts a cluster; `ray-envcache gc` says what it is.
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, subprocess.CalledProcessError):
         interval = _interval(environ)
         if interval is None:
             return None
         its, ours = os.pipe()
         try:
-            _detach(layout, environ, its)
+            _process.run_launcher([_SHELL, "-c", _DETACH, *_myself(layout)], environ=environ, stdin=its)
         except BaseException:
             os.close(ours)
             raise
@@ -64,22 +65,6 @@ def tell(companion: int, word: Word) -> None:
     """Tell it what happened. Takes microseconds: after the last release we may be killed a moment later."""
     with suppress(OSError):  # somebody killed it: whoever comes later collects
         os.write(companion, f"{word}\n".encode())
-
-
-def _detach(layout: Layout, environ: Mapping[str, str], stdin: int) -> None:
-    command = [_SHELL, "-c", _DETACH, *_myself(layout)]
-    nothing = subprocess.DEVNULL
-    # Raylet notices the end of its agent by the end of a pipe: nothing of ours may keep that.
-    subprocess.run(
-        command,
-        env=dict(environ),
-        cwd="/",
-        stdin=stdin,
-        stdout=nothing,
-        stderr=nothing,
-        start_new_session=True,
-        check=False,
-    )
 
 
 def _myself(layout: Layout) -> list[str]:

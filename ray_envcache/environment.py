@@ -9,7 +9,7 @@ from ray_envcache import inherit, venv_files
 from ray_envcache.inherit import Inherited
 from ray_envcache.layout import Entry
 from ray_envcache.lockfile import ResolvedSet
-from ray_envcache.plan import BuildUv, Plan
+from ray_envcache.plan import BuildUv, Plan, into
 from ray_envcache.units import format_size
 
 
@@ -41,9 +41,7 @@ class EnvironmentPlan(Plan):
 
     def install(self, entry: Entry, uv: BuildUv) -> None:
         entry.pylock.write_text(venv_files.pylock_text(self.resolved), encoding="utf-8")
-        # Without bytecode, whatever the project's settings say: it comes after the hand-out, or from earlier ones.
-        installed = [f"--python={entry.python}", "--no-python-downloads", "--no-compile-bytecode"]
-        common = ["--preview-features=pylock", *installed]
+        common = ["--preview-features=pylock", *into(entry)]
         if self.resolved.packages:
             self._install_build_dependencies(entry, uv, common)
             uv("pip", "sync", *common, entry.pylock)

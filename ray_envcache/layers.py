@@ -21,7 +21,7 @@ from ray_envcache.environment import EnvironmentPlan
 from ray_envcache.errors import DigestError
 from ray_envcache.layout import Entry
 from ray_envcache.lockfile import LocalPackage
-from ray_envcache.plan import BuildUv, Plan
+from ray_envcache.plan import BuildUv, Plan, into
 from ray_envcache.spec import EnvSpec
 
 _logger = logging.getLogger(__name__)
@@ -45,8 +45,7 @@ class _OnTop(Plan):
 
     def install(self, entry: Entry, uv: BuildUv) -> None:
         venv_files.add_base(entry, self.base)
-        common = ["--no-deps", f"--python={entry.python}", "--no-python-downloads", "--no-compile-bytecode"]
-        uv("pip", "install", *common, *self.packages(entry))
+        uv("pip", "install", "--no-deps", *into(entry), *self.packages(entry))
         venv_files.add_scripts_of(entry, self.base)
         venv_files.add_data_of(entry, self.base)
 

@@ -56,6 +56,12 @@ class Plan:
         raise NotImplementedError
 
 
+def into(entry: Entry) -> list[str]:
+    """The options by which `uv pip` installs into the venv of `entry`."""
+    # Without bytecode, whatever the project's settings say: it comes after the hand-out, or from earlier ones.
+    return [f"--python={entry.python}", "--no-python-downloads", "--no-compile-bytecode"]
+
+
 class BuildUv:
     """Calls of uv for one build: logged, inheriting the builder's flock, their failures turned into our errors."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import marshal
 import os
 import py_compile
 import subprocess
@@ -55,13 +54,17 @@ def test_twin_is_taken(tmp_path: Path, twin: Path) -> None:
     assert staged.name == _pyc.name_of(TEXT)
 
 
+def bytecode_of(twin: Path) -> Path:
+    return Path(cache_from_source(str(twin)))
+
+
 def other_text(twin: Path) -> None:
     twin.write_bytes(OTHER)
     os.utime(twin, (1e9, 1e9))
 
 
 def cut_off(twin: Path) -> None:
-    path = Path(cache_from_source(str(twin)))
+    path = bytecode_of(twin)
     path.write_bytes(path.read_bytes()[:-5])
 
 
@@ -70,22 +73,22 @@ def touched(twin: Path) -> None:
 
 
 def other_python(twin: Path) -> None:
-    path = Path(cache_from_source(str(twin)))
+    path = bytecode_of(twin)
     path.write_bytes(b"\0\0\r\n" + path.read_bytes()[4:])
 
 
 def checked_hash(twin: Path) -> None:
-    path = Path(cache_from_source(str(twin)))
+    path = bytecode_of(twin)
     path.write_bytes(path.read_bytes()[:4] + b"\3" + path.read_bytes()[5:])
 
 
 def no_code(twin: Path) -> None:
-    path = Path(cache_from_source(str(twin)))
-    path.write_bytes(path.read_bytes()[:16] + marshal.dumps(None)[:0])
+    path = bytecode_of(twin)
+    path.write_bytes(path.read_bytes()[:16])
 
 
 def no_bytecode(twin: Path) -> None:
-    Path(cache_from_source(str(twin))).unlink()
+    bytecode_of(twin).unlink()
 
 
 def gone(twin: Path) -> None:
