@@ -6,7 +6,6 @@ builder of the key, or the collector, throws away.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -17,6 +16,7 @@ from typing import Protocol
 
 from ray_envcache import _fs, _process, _uv, interpreter, venv_files
 from ray_envcache._flock import exclusive_flock
+from ray_envcache.cluster_ray import packages_folder
 from ray_envcache.entry import ReadyRecord, boot_id, file_identity, utc_now
 from ray_envcache.errors import BuildError
 from ray_envcache.layout import Entry, Layout
@@ -146,7 +146,8 @@ class Build:
             "site": os.fspath(entry.site_packages),
             "shared": os.fspath(self.layout.bytecode),
             "staged": os.fspath(entry.staged_bytecode),
-            "twins": _packages_of_this_python() if self.plan.interpreter.build == sys.version else "",
+            # Mostly imported here already, and thus compiled.
+            "twins": packages_folder() if self.plan.interpreter.build == sys.version else "",
         }
         # Python itself writes no bytecode there: before 3.12.8 and 3.13.1 it does not notice when a full disk cuts it
         # off (https://github.com/python/cpython/issues/126606), and that module could never be imported again.
@@ -194,9 +195,3 @@ class Build:
         )
         entry.building.unlink()
         record.write(entry)
-
-
-def _packages_of_this_python() -> str:
-    """Where ray is installed here: it has mostly been imported, and thus compiled."""
-    found = importlib.util.find_spec("ray")
-    return os.path.dirname(os.path.dirname(found.origin)) if found and found.origin else ""

@@ -37,11 +37,8 @@ class ClusterRay:
 
         Whatever installs, upgrades or removes a distribution changes the directory that holds them.
         """
-        found = find_spec("ray")
-        if found is None or found.origin is None:
-            return [self.version]
-        site_packages = os.path.dirname(os.path.dirname(found.origin))  # the warm path
-        return [self.version, site_packages, os.stat(site_packages).st_mtime_ns]
+        folder = packages_folder()
+        return [self.version, folder, os.stat(folder).st_mtime_ns] if folder else [self.version]
 
     def additions(self, resolved: ResolvedSet, interpreter: Interpreter) -> dict[str, str]:
         """What must be added to `resolved` so that a worker of this cluster can run from it: {name: version}.
@@ -133,6 +130,12 @@ def _canonical(name: str) -> str:
     from packaging.utils import canonicalize_name
 
     return canonicalize_name(name)
+
+
+def packages_folder() -> str:
+    """Where ray is installed beside us, without importing it; "" where it is not."""
+    found = find_spec("ray")
+    return os.path.dirname(os.path.dirname(found.origin)) if found and found.origin else ""  # the warm path
 
 
 def installed_ray() -> ClusterRay:

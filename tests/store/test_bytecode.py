@@ -123,7 +123,7 @@ def test_bytecode_of_the_clusters_python(
     """The very first environment takes over what the Python of the cluster has compiled of the same ray."""
     twin = tmp_path / "cluster" / "ray" / "__init__.py"
     twin.parent.mkdir(parents=True)
-    monkeypatch.setattr(builder, "_packages_of_this_python", lambda: os.fspath(tmp_path / "cluster"))
+    monkeypatch.setattr(builder, "packages_folder", lambda: os.fspath(tmp_path / "cluster"))
     text = f"__version__ = {support.RAY_VERSION!r}\n"
     twin.write_text(text)
     os.utime(twin, (1e9, 1e9))
