@@ -7,14 +7,18 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 GRACE_SECONDS = 1.0
 """How long a group may clean up after SIGTERM before SIGKILL."""
+
+
+OnLine = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -32,17 +36,36 @@ class Completed:
         return f"killed by signal {number} ({signal.strsignal(number)})" if number > 0 else ""
 
 
+class Finish(Protocol):
+    """Waits for the end of a child; meanwhile `on_line` gets each line of its stderr as it comes."""
+
+    def __call__(self, on_line: OnLine | None = None) -> Completed: ...
+
+
 def run(
     argv: Sequence[str | os.PathLike[str]],
     *,
     environ: Mapping[str, str],
     cwd: Path | None = None,
-    on_line: Callable[[str], None] | None = None,
+    on_line: OnLine | None = None,
     pass_fds: Sequence[int] = (),
 ) -> Completed:
-    """Run a child to its end, in a process group of its own; `on_line` gets each line of its stderr as it comes.
+    """Run a child to its end, as `running` does. `on_line` as for `Finish`."""
+    with running(argv, environ=environ, cwd=cwd, pass_fds=pass_fds) as finish:
+        return finish(on_line)
 
-    Whatever ends the waiting (Ctrl-C, cancellation, an error in `on_line`) ends the whole group first; what a child
+
+@contextmanager
+def running(
+    argv: Sequence[str | os.PathLike[str]],
+    *,
+    environ: Mapping[str, str],
+    cwd: Path | None = None,
+    pass_fds: Sequence[int] = (),
+) -> Iterator[Finish]:
+    """Run a child beside us, in a process group of its own; what the context gets waits for its end.
+
+    Whatever ends the context (Ctrl-C, cancellation, an error in `on_line`) ends the whole group first; what a child
     started that a signal killed ends too. If *we* are killed, the child goes on and keeps what `pass_fds` gave it: a
     builder's flock thus outlives the builder for as long as somebody still writes.
     """
@@ -57,14 +80,12 @@ def run(
         start_new_session=True,
     ) as child:
         try:
-            done = _communicate(child, on_line or (lambda _line: None))
+            yield partial(_communicate, child)
         except BaseException:
-            kill_group(child)
+            # Once it was waited for, its number may be somebody else's.
+            if child.returncode is None:
+                kill_group(child)
             raise
-        if done.killed:
-            # Killed by somebody else, so that it could not end what it had started: nobody waits for that any more.
-            _signal_group(child, signal.SIGKILL)
-        return done
 
 
 def start_detached(argv: Sequence[str | os.PathLike[str]], *, environ: Mapping[str, str]) -> None:
@@ -116,7 +137,7 @@ def _signal_group(child: subprocess.Popen[bytes], number: signal.Signals) -> Non
         os.killpg(child.pid, number)
 
 
-def _communicate(child: subprocess.Popen[bytes], on_line: Callable[[str], None]) -> Completed:
+def _communicate(child: subprocess.Popen[bytes], on_line: OnLine | None = None) -> Completed:
     assert child.stdout is not None  # for mypy: both are pipes
     assert child.stderr is not None
     output: list[bytes] = []
@@ -126,9 +147,14 @@ def _communicate(child: subprocess.Popen[bytes], on_line: Callable[[str], None])
     for raw in child.stderr:
         line = raw.decode(errors="replace").rstrip("\r\n")
         lines.append(line)
-        on_line(line)
+        if on_line is not None:
+            on_line(line)
     reader.join()
-    return Completed(child.wait(), b"".join(output).decode(errors="replace"), "\n".join(lines))
+    done = Completed(child.wait(), b"".join(output).decode(errors="replace"), "\n".join(lines))
+    if done.killed:
+        # Killed by somebody else, so that it could not end what it had started: nobody waits for that any more.
+        _signal_group(child, signal.SIGKILL)
+    return done
 
 
 def _drain(stream: IO[bytes], into: list[bytes]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -39,21 +39,33 @@ def run(
     *,
     cwd: Path,
     cache: Path | None = None,
-    on_line: Callable[[str], None] | None = None,
+    on_line: _process.OnLine | None = None,
     pass_fds: Sequence[int] = (),
 ) -> _process.Completed:
-    """Run uv in `cwd` (whose settings it reads) with its cache at `cache`; credentials never leave this function."""
+    """Run uv to its end, as `running` does. `on_line` as for `Finish`."""
+    with running(arguments, cwd=cwd, cache=cache, pass_fds=pass_fds) as finish:
+        return finish(on_line)
+
+
+@contextmanager
+def running(
+    arguments: Sequence[str | os.PathLike[str]],
+    *,
+    cwd: Path,
+    cache: Path | None = None,
+    pass_fds: Sequence[int] = (),
+) -> Iterator[_process.Finish]:
+    """Run uv in `cwd` (whose settings it reads) with its cache at `cache`; credentials never leave what it gives."""
     environ = _environ()
     if cache is not None:
         environ["UV_CACHE_DIR"] = os.fspath(cache)
-    done = _process.run(
-        [find(), *arguments],
-        environ=environ,
-        cwd=cwd,
-        on_line=None if on_line is None else lambda line: on_line(without_credentials(line)),
-        pass_fds=pass_fds,
-    )
-    return _process.Completed(done.returncode, done.stdout, without_credentials(done.stderr))
+    with _process.running([find(), *arguments], environ=environ, cwd=cwd, pass_fds=pass_fds) as finish:
+
+        def without_secrets(on_line: _process.OnLine | None = None) -> _process.Completed:
+            done = finish(None if on_line is None else lambda line: on_line(without_credentials(line)))
+            return _process.Completed(done.returncode, done.stdout, without_credentials(done.stderr))
+
+        yield without_secrets
 
 
 def find() -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,20 @@ def export(spec: EnvSpec, project: Project, interpreter: Interpreter) -> dict[st
     return _READERS[project.kind](spec, project, interpreter)
 
 
-def require_current(project: Project, interpreter: Interpreter) -> None:
-    """Raise LockfileError where uv.lock no longer matches pyproject.toml, or a script's lock the script."""
+@contextmanager
+def require_current(project: Project, interpreter: Interpreter) -> Iterator[None]:
+    """Raise LockfileError where uv.lock no longer matches pyproject.toml, or a script's lock the script.
+
+    At the end of the context: uv looks while others read the lockfile, and one that cannot be read says more.
+    """
     if project.kind not in {Kind.UV, Kind.SCRIPT}:
+        yield
         return
     script = [f"--script={project.file.name}"] if project.kind is Kind.SCRIPT else []
     check = ["lock", "--check", *script, f"--python={interpreter.executable}"]
-    done = _uv.run([*check, "--offline"], cwd=project.folder)
+    with _uv.running([*check, "--offline"], cwd=project.folder) as finish:
+        yield
+        done = finish()
     if done.returncode != 0 and "build" in done.stderr:
         # A local package with dynamic metadata is built to know what it needs, and its build may need an index.
         done = _uv.run(check, cwd=project.folder)
@@ -94,7 +103,21 @@ def _exported(project: Project, interpreter: Interpreter, selection: list[str]) 
     arguments = ["export", "--frozen", "--no-header", "--format=pylock.toml", f"--python={interpreter.executable}"]
     done = _uv.run([*arguments, *selection], cwd=project.folder)
     _uv.expect_success(done, LockfileError, f"Cannot read the lockfile in `{project.folder}`", _hint(done.stderr))
-    return parse_toml(done.stdout)
+    data, tags = parse_toml(done.stdout), frozenset(interpreter.tags)
+    # Of ten wheels nine are for others: to have packaging read those too takes as long as uv took.
+    return {**data, "packages": [_for(tags, package) for package in data.get("packages", [])]}
+
+
+def _for(tags: frozenset[str], package: dict[str, Any]) -> dict[str, Any]:
+    """The package without the wheels for other interpreters; with all where none fits, so that the error tells."""
+    fitting = [wheel for wheel in package.get("wheels", []) if _may_fit(tags, wheel)]
+    return {**package, "wheels": fitting} if fitting else package
+
+
+def _may_fit(tags: frozenset[str], wheel: dict[str, Any]) -> bool:
+    file = str(wheel.get("name") or wheel.get("url") or wheel.get("path")).lower()
+    compressed = (part.split(".") for part in file.removesuffix(".whl").split("-")[-3:])  # PEP 425
+    return not file.endswith(".whl") or any("-".join(tag) in tags for tag in product(*compressed))
 
 
 def _hint(stderr: str) -> str:

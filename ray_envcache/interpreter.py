@@ -13,21 +13,6 @@ from typing import Any
 
 from ray_envcache.errors import InterpreterError
 
-_PROBE = """
-import json, platform, sys, sysconfig
-sys.path.append(sys.argv[1])
-import packaging.markers, packaging.tags
-print(json.dumps({
-    "executable": sys.argv[2],
-    "implementation": sys.implementation.name,
-    "version": platform.python_version(),
-    "build": sys.version,
-    "soabi": sysconfig.get_config_var("SOABI") or "",
-    "tags": [str(tag) for tag in packaging.tags.sys_tags()],
-    "markers": packaging.markers.default_environment(),
-}))
-"""
-
 
 @dataclass(frozen=True)
 class Interpreter:
@@ -93,28 +78,36 @@ def fingerprint(executable: str) -> list[Any]:
 
 @cache
 def probe(executable: str) -> Interpreter:
-    """Ask the interpreter at `executable` what it is (about 50 ms).
+    """What the base interpreter at `executable` is. Another one than our own is asked (about 50 ms).
 
     Raises InterpreterError where it does not start.
     """
-    try:
-        data = json.loads(_ask(executable))
-    except (OSError, ValueError) as error:
-        # Not a program of this machine, or none that takes Python's options and prints what we asked for.
-        raise _unusable(executable, str(error)) from error
-    return Interpreter(**{**data, "tags": tuple(data["tags"])})
+    if executable == base_executable(None):
+        from ray_envcache import _identity  # not on the warm path
+
+        return _interpreter(executable, _identity.identity())
+    return ask(executable)
 
 
-def _ask(executable: str) -> str:
+def ask(executable: str) -> Interpreter:
+    """Start the interpreter at `executable`, and ask it. Raises InterpreterError where it does not start."""
     import packaging  # not on the warm path
 
     from ray_envcache import _process
 
-    home = Path(packaging.__path__[0]).parent
-    done = _process.run([executable, "-I", "-S", "-c", _PROBE, home, executable], environ=clean_environ())
-    if done.returncode != 0:
-        raise _unusable(executable, done.stderr.strip()[-500:])
-    return done.stdout
+    program, packages = Path(__file__).with_name("_identity.py"), Path(packaging.__path__[0]).parent
+    try:
+        done = _process.run([executable, "-I", "-S", program, packages], environ=clean_environ())
+        if done.returncode != 0:
+            raise _unusable(executable, done.stderr.strip()[-500:])
+        return _interpreter(executable, json.loads(done.stdout))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        # Not a program of this machine, or none that takes Python's options and prints what we asked for.
+        raise _unusable(executable, str(error)) from error
+
+
+def _interpreter(executable: str, identity: dict[str, Any]) -> Interpreter:
+    return Interpreter(**{**identity, "executable": executable, "tags": tuple(identity["tags"])})
 
 
 def _unusable(executable: str, reason: str) -> InterpreterError:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -128,11 +127,9 @@ def read_toml(path: Path, hint: str) -> dict[str, Any]:
 
 def parse_toml(text: str) -> dict[str, Any]:
     """The content of a TOML text. Raises ValueError."""
-    if sys.version_info >= (3, 11):
-        import tomllib  # not on the warm path
-    else:
-        import tomli as tomllib
-    return tomllib.loads(text)
+    import tomli  # not on the warm path
+
+    return tomli.loads(text)
 
 
 def _uv_project(given: Path, package: str | None) -> Project:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,10 +139,8 @@ class Store:
         project = inputs.project or _locate_pinned(inputs.spec)
         python = interpreter.probe(inputs.executable)
         ray.require_fit(python)
-        resolved = lockfile.resolve(inputs.spec, project, python)
-        if check_current:
-            # After reading it: a lockfile that cannot be read says more than that it does not match.
-            exports.require_current(project, python)
+        with exports.require_current(project, python) if check_current else nullcontext():
+            resolved = lockfile.resolve(inputs.spec, project, python)
         version, added = ray.version_in(resolved), ray.additions(resolved, python)
         resolved, added, inherited = inherit.split(resolved, added, inputs.spec)
         return EnvironmentPlan(
@@ -282,8 +280,8 @@ def require_buildable(spec: EnvSpec, ray: AnyRay) -> ResolvedSet:
     python = interpreter.probe(interpreter.base_executable(spec.python))
     ray.require_fit(python)
     project = Project.locate(Path(spec.path), spec.package)
-    resolved = lockfile.resolve(spec, project, python)
-    exports.require_current(project, python)
+    with exports.require_current(project, python):
+        resolved = lockfile.resolve(spec, project, python)
     ray.additions(resolved, python)
     return resolved
 

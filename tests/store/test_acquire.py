@@ -217,7 +217,7 @@ def test_lookup_starts_no_process_and_imports_little(
     events = []
     sys.addaudithook(lambda event, _: events.append(event) if event in {"subprocess.Popen", "os.fork", "os.posix_spawn"} else None)
     with Store.open().lookup(EnvSpec.parse(sys.argv[1]), installed_ray(), Holder("test")) as lease:
-        heavy = [name for name in ("packaging.pylock", "tomllib", "click", "rich", "psutil", "uv", "ray") if name in sys.modules]
+        heavy = [name for name in ("packaging.pylock", "tomli", "tomllib", "click", "rich", "psutil", "uv", "ray") if name in sys.modules]
         print(lease.entry.path.name, events, heavy)
     """
     assert support.run_python(program, str(project)).strip() == f"{name} [] []"

@@ -5,22 +5,17 @@ from __future__ import annotations
 import fcntl
 import os
 import subprocess
-import sys
 import venv
 from pathlib import Path
 
 import pytest
+import tomli
 from packaging.pylock import Pylock
 
 from ray_envcache import venv_files
 from ray_envcache.layout import Entry
 from ray_envcache.lockfile import LocalPackage, ResolvedPackage, ResolvedSet
 from tests import support
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 KEY = "0123456789abcdef" * 2
 PIP = "import sys; print('pip of', sys.prefix, sys.argv[1:])"
@@ -138,7 +133,7 @@ def test_pylock() -> None:
         ResolvedPackage("a", "1.0", "wheel", f"sha256:{digest}", 1, artifact),
         ResolvedPackage("b", "", "vcs", "c0ffee", 0, vcs),
     )
-    data = tomllib.loads(
+    data = tomli.loads(
         venv_files.pylock_text(ResolvedSet(packages, local=(LocalPackage("mine", Path("/somewhere"), editable=False),)))
     )
     assert data["packages"] == [artifact, vcs]
