@@ -53,26 +53,43 @@ def read(path: str) -> bytes:
 
 def link(path: str, text: bytes, places: Places) -> bool:
     """Give the module at `path` what somebody made of its text; False where nobody did."""
-    name, target = name_of(text), cache_from_source(path)
-    for folder in (places.shared, places.staged):
+    target = cache_from_source(path)
+    for file in _files(text, places):
         with suppress(FileNotFoundError):
-            put(f"{folder}/{name}", target)
+            put(file, target)
             return True
     return False
 
 
-def make(path: str, text: bytes, places: Places, twin: str = "") -> None:
-    """Compile one module, unless it cannot be: a template, a test of broken syntax fails where it is imported.
+def known(text: bytes, places: Places) -> bytes:
+    """What somebody made of this text, b"" where nobody did."""
+    for file in _files(text, places):
+        with suppress(FileNotFoundError):
+            return read(file)
+    return b""
+
+
+def _files(text: bytes, places: Places) -> tuple[str, str]:
+    name = name_of(text)
+    return f"{places.shared}/{name}", f"{places.staged}/{name}"
+
+
+def made(path: str, text: bytes, twin: str = "") -> bytes:
+    """The bytecode of the module at `path`, b"" where it cannot be compiled: a template, a test of broken syntax.
 
     What Python made of its `twin`, a module with the same text elsewhere, is taken instead. The environment never
     changes, so its bytecode is never checked against the source (PEP 552, unchecked hashes): an import then costs one
-    `stat` less. Each file appears by a rename, when it is whole.
+    `stat` less.
     """
     code = (twin and _code_of(twin, text)) or _compiled(path, text)
-    if code:
-        staged = f"{places.staged}/{name_of(text)}"
-        _write_whole(staged, MAGIC_NUMBER + _UNCHECKED + source_hash(text) + code)
-        put(staged, cache_from_source(path))
+    return MAGIC_NUMBER + _UNCHECKED + source_hash(text) + code if code else b""
+
+
+def keep(path: str, text: bytes, bytecode: bytes, places: Places) -> None:
+    """Give the module at `path` this bytecode, and others with its text too. Each file appears when it is whole."""
+    staged = f"{places.staged}/{name_of(text)}"
+    _write_whole(staged, bytecode)
+    put(staged, cache_from_source(path))
 
 
 def put(file: str, target: str) -> None:

@@ -105,8 +105,8 @@ def _compile_directory(directory: str, modules: list[str], places: Places) -> No
         for path in modules:
             text = _pyc.read(path)
             # Another process may have been faster, or another module have the same text.
-            if not _pyc.link(path, text, places):
-                _pyc.make(path, text, places)
+            if not _pyc.link(path, text, places) and (made := _pyc.made(path, text)):
+                _pyc.keep(path, text, made, places)
 
 
 @contextmanager
