@@ -72,7 +72,6 @@ class ClusterRay:
         return added
 
 
-@dataclass(frozen=True)
 class LockedRay:
     """The ray of the lockfile, where driver and cluster run from the environment themselves: then no other counts."""
 

@@ -1,4 +1,4 @@
-"""The records of an entry: what proves that it is complete, and what is known about it."""
+"""The record of an entry that proves that it is complete, and what is known about it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class ReadyRecord:
         if data is None or data.get("schema_version") != SCHEMA_VERSION or data.get("key") != entry.key:
             return None
         try:
-            record = cls(**{name: _tuple(data[name]) for name in cls.__dataclass_fields__})
+            record = cls(**{name: frozen(data[name]) for name in cls.__dataclass_fields__})
         except KeyError:
             return None
         return record if record._holds(entry) else None
@@ -77,33 +77,6 @@ class ReadyRecord:
             return False
         # Written before a crash of the machine and perhaps never brought to the disk: only what was synced counts.
         return self.boot_id == boot_id() or entry.compiled.exists()
-
-
-@dataclass(frozen=True)
-class MeasuredRecord:
-    """Sizes in bytes. `exact` is False where `reclaimable_bytes` is a lower bound.
-
-    `probes` are files of the entry and their numbers of links when it was measured.
-    """
-
-    size_bytes: int
-    reclaimable_bytes: int
-    files: int
-    exact: bool
-    probes: tuple[tuple[str, int], ...]
-
-    def write(self, entry: Entry) -> None:
-        _fs.write_json(entry.measured, {"schema_version": SCHEMA_VERSION, **asdict(self)}, durable=False)
-
-    @classmethod
-    def read(cls, entry: Entry) -> MeasuredRecord | None:
-        data = _fs.read_json(entry.measured)
-        if data is None or data.get("schema_version") != SCHEMA_VERSION:
-            return None
-        try:
-            return cls(**{name: _tuple(data[name]) for name in cls.__dataclass_fields__})
-        except KeyError:
-            return None
 
 
 def file_identity(path: str) -> tuple[int, int] | None:
@@ -153,5 +126,6 @@ def boot_id() -> str:
         return ""
 
 
-def _tuple(value: Any) -> Any:
+def frozen(value: Any) -> Any:
+    """A value of JSON as records have it: tuples, no lists."""
     return tuple(value) if isinstance(value, list) else value

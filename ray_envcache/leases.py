@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +129,7 @@ class Lease:
             raise
         self._file, self._file_flock = path, descriptor
         with suppress(OSError):
-            os.write(descriptor, json.dumps({"entry": layout.name_of(self.entry), **asdict(holder)}).encode())
+            os.write(descriptor, json.dumps({"entry": layout.name_of(self.entry), **vars(holder)}).encode())
 
     def __enter__(self) -> Self:
         return self
@@ -206,13 +206,15 @@ def sweep_dead(layout: Layout, key: str) -> None:
 def _own_file(path: Path) -> int:
     """Create a lease's file and hold its flock. A sweep may have removed it, or the folder, in between: once more."""
     while True:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        with suppress(FileNotFoundError):
+        try:
             held = _flock.try_flock(path, exclusive=True, flags=os.O_RDWR | os.O_CREAT)
-            if held is not None and _flock.still_names(path, held):
-                return held
-            if held is not None:
-                os.close(held)
+        except FileNotFoundError:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            continue
+        if held is not None and _flock.still_names(path, held):
+            return held
+        if held is not None:
+            os.close(held)
 
 
 def _try_patiently(entry: Entry) -> int | None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -202,24 +203,32 @@ def _members(lock: Path) -> list[str]:
 
 def _workspace_root(folder: Path) -> Path:
     """The root of the workspace that the project in `folder` is a member of, else the folder itself: as uv finds it."""
-    above = [(parent, text) for parent in folder.resolve().parents if (text := _pyproject(parent))]
+    real = os.path.realpath(folder)
+    above = [(parent, text) for parent in _parents(real) if (text := _pyproject(parent))]
     if not any(b"workspace" in text for _, text in above):
         return folder
     if _is_root(read_toml(folder / "pyproject.toml", "repair it")):
         return folder
     for parent, _ in above:
-        table = read_toml(parent / "pyproject.toml", "repair it, or move the project out of there")
+        table = read_toml(Path(parent, "pyproject.toml"), "repair it, or move the project out of there")
         if _is_root(table):
             workspace = _inner(table, "tool", "uv", "workspace")
-            return parent if _includes(workspace, os.path.relpath(folder.resolve(), parent)) else folder
+            return Path(parent) if _includes(workspace, os.path.relpath(real, parent)) else folder
         if "project" in table:
             break
     return folder
 
 
-def _pyproject(folder: Path) -> bytes:
+def _parents(folder: str) -> Iterator[str]:
+    # The warm path: with Path objects this would take longer than reading the lockfile.
+    while folder != (folder := os.path.dirname(folder)):
+        yield folder
+
+
+def _pyproject(folder: str) -> bytes:
     try:
-        return (folder / "pyproject.toml").read_bytes()
+        with open(os.path.join(folder, "pyproject.toml"), "rb") as file:
+            return file.read()
     except OSError:
         return b""
 

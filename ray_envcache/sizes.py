@@ -4,13 +4,41 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ray_envcache import _disk, shared_bytecode
-from ray_envcache.entry import MeasuredRecord
+from ray_envcache import _disk, _fs, shared_bytecode
+from ray_envcache.entry import SCHEMA_VERSION, frozen
 from ray_envcache.layout import Entry, Layout
 
 _PROBES = 16
+
+
+@dataclass(frozen=True)
+class MeasuredRecord:
+    """Sizes in bytes. `exact` is False where `reclaimable_bytes` is a lower bound.
+
+    `probes` are files of the entry and their numbers of links when it was measured.
+    """
+
+    size_bytes: int
+    reclaimable_bytes: int
+    files: int
+    exact: bool
+    probes: tuple[tuple[str, int], ...]
+
+    def write(self, entry: Entry) -> None:
+        _fs.write_json(entry.measured, {"schema_version": SCHEMA_VERSION, **asdict(self)}, durable=False)
+
+    @classmethod
+    def read(cls, entry: Entry) -> MeasuredRecord | None:
+        data = _fs.read_json(entry.measured)
+        if data is None or data.get("schema_version") != SCHEMA_VERSION:
+            return None
+        try:
+            return cls(**{name: frozen(data[name]) for name in cls.__dataclass_fields__})
+        except KeyError:
+            return None
 
 
 def sizes(layout: Layout, entry: Entry) -> MeasuredRecord:

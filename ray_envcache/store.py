@@ -6,9 +6,8 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray_envcache import _flock, _fs, interpreter
 from ray_envcache.entry import file_identity, is_unchanged
@@ -31,8 +30,7 @@ if TYPE_CHECKING:
 _MEMO_SCHEMA = 2
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """What a lookup depends on. `project` is None where only the pinned digest is known on this node.
 
     With `editable` local packages are imported from where they are developed.
@@ -93,7 +91,7 @@ class Store:
         `finish` is False, what is missing of bytecode is compiled in the background. Raises the errors of `lookup`,
         RayVersionError and BuildError; then the store is as before.
         """
-        inputs = replace(self._inputs(spec, ray), editable=editable)
+        inputs = self._inputs(spec, ray)._replace(editable=editable)
         lease = self._warm(inputs, holder, may_look=True)
         if lease is None:
             # Not on the warm path.

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ray_envcache import _fs
-from ray_envcache.entry import MeasuredRecord, utc_now
+from ray_envcache.entry import utc_now
 from ray_envcache.layout import Entry, Layout
+from ray_envcache.sizes import MeasuredRecord
 
 
 def fill(store: Path, count: int) -> None:

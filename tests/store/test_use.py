@@ -16,11 +16,11 @@ import pytest
 
 from ray_envcache import _fs, leases
 from ray_envcache.cluster_ray import installed_ray
-from ray_envcache.entry import MeasuredRecord
 from ray_envcache.errors import InUseError
 from ray_envcache.evict import evict
 from ray_envcache.layout import Entry
 from ray_envcache.leases import Holder
+from ray_envcache.sizes import MeasuredRecord
 from ray_envcache.spec import EnvSpec
 from ray_envcache.store import Store
 from tests import support
