@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from types import MappingProxyType
 
-from ray_envcache import _disk, _process
+from ray_envcache import _process
 from ray_envcache.errors import BuildError, DiskFullError, EnvCacheError
 from ray_envcache.interpreter import clean_environ
 
@@ -177,6 +177,8 @@ def expect_success(done: _process.Completed, kind: type[EnvCacheError], what: st
     if done.returncode == 0:
         return
     if is_disk_full(done.stderr):
+        from ray_envcache import _disk  # not where a driver starts
+
         # That says nothing about what was asked: uv keeps notes in its cache even where it only reads.
         found = _FULL_PLACE.search(done.stderr)
         place = Path(found[1] if found else tempfile.gettempdir())

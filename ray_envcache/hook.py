@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_envcache import _uv, leases, registration
 from ray_envcache.cluster_ray import ClusterRay, installed_ray
@@ -16,9 +16,11 @@ from ray_envcache.errors import FieldValueError
 from ray_envcache.guard import guarded
 from ray_envcache.layout import Layout
 from ray_envcache.leases import Holder, Lease
-from ray_envcache.lockfile import ResolvedSet
 from ray_envcache.spec import FIELD, EnvSpec, refuse_combinations
 from ray_envcache.store import Store, digest_of_files, digest_of_local, require_buildable
+
+if TYPE_CHECKING:
+    from ray_envcache.lockfile import ResolvedSet
 
 HAND_OVER_SECONDS = 60.0
 """How long the driver keeps its lease for an agent that has not taken one."""
