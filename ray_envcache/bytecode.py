@@ -24,11 +24,13 @@ from ray_envcache.layout import Entry, Layout
 from ray_envcache.leases import Holder, claim_ready
 from ray_envcache.sizes import record_sizes
 
+_PROCESSORS = os.cpu_count() or 1
+
 
 def finish_now(layout: Layout, entry: Entry) -> None:
-    """The same, after waiting for whoever is at it."""
+    """The same for somebody who waits for it: on all processors, and after whoever is at it."""
     with _flock.exclusive_flock(layout.finishing_flock(entry), lambda: None):
-        _finish_claimed(layout, entry)
+        _finish_claimed(layout, entry, workers=_PROCESSORS)
 
 
 def finish(layout: Layout, entry: Entry) -> bool:
@@ -40,12 +42,12 @@ def finish(layout: Layout, entry: Entry) -> bool:
     if flock is None:
         return False
     try:
-        return _finish_claimed(layout, entry)
+        return _finish_claimed(layout, entry, workers=max(1, _PROCESSORS - 1))
     finally:
         os.close(flock)
 
 
-def _finish_claimed(layout: Layout, entry: Entry) -> bool:
+def _finish_claimed(layout: Layout, entry: Entry, workers: int) -> bool:
     _testpoints.reach("finishing-claimed")
     lease = claim_ready(entry, layout, Holder("bytecode", command="compiles bytecode"))
     if lease is None:
@@ -54,7 +56,7 @@ def _finish_claimed(layout: Layout, entry: Entry) -> bool:
         _testpoints.reach("finishing-leased")
         if entry.compiled.exists():
             return False
-        _finish(layout, entry)
+        _finish(layout, entry, workers)
         return True
 
 
@@ -125,12 +127,12 @@ def _thawed(directory: str) -> Iterator[None]:
         os.chmod(directory, mode & ~0o222)
 
 
-def _finish(layout: Layout, entry: Entry) -> None:
+def _finish(layout: Layout, entry: Entry, workers: int) -> None:
     began = time.monotonic()
     shared = shared_bytecode.folder_of_this_python(layout)
     places = Places(os.fspath(shared), os.fspath(entry.staged_bytecode / shared.name))
     os.makedirs(places.staged, exist_ok=True)
-    compile_tree(entry.site_packages, places, workers=max(1, (os.cpu_count() or 1) - 1))
+    compile_tree(entry.site_packages, places, workers)
     # From here on the entry survives a crash of the machine, not only of processes; and what it shares.
     os.sync()
     shared_bytecode.publish(places.staged, shared)

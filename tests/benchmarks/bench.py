@@ -71,7 +71,7 @@ class Bench:
 
     @cached_property
     def kit(self) -> Kit:
-        """The chosen project, ready."""
+        """The chosen project, ready. To be asked for before anything is timed: making it ready takes a while."""
         if self.options.smoke:
             return self.witnessed
         return self.made(self.options.project, lambda folder: projects.write(folder, projects.SIZES[folder.name]))

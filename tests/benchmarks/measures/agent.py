@@ -55,9 +55,10 @@ def plugin(bench: Bench, result: Result) -> None:
 
 def memory(bench: Bench, result: Result) -> None:
     """Memory of the agent while a cluster holds, with us and without. PSS: shared pages in parts."""
+    kit = bench.kit
 
     def once(alternative: Alternative) -> dict[str, float]:
-        return bench.fleet(bench.kit, alternative, Setting(work=Work(hold=True))).agents[0]
+        return bench.fleet(kit, alternative, Setting(work=Work(hold=True))).agents[0]
 
     samples = bench.repeat(result, {str(one): partial(once, one) for one in (FLOOR, FIELD)})
     for kind, target in (("pss", 10.0), ("uss", None), ("rss", None)):

@@ -21,10 +21,11 @@ CHECK = 1.0
 
 def build(bench: Bench, result: Result) -> None:
     """Building until the environment is handed out, against `uv sync` of the same lock into an empty directory."""
+    folder = bench.kit.project.folder
     for state in ("warm",) if bench.options.smoke else ("warm", "cold"):
         ways: dict[str, Callable[[], dict[str, float]]] = {
-            "uv sync": partial(_sync, bench, state),
-            "ray-envcache": partial(_build, bench, state),
+            "uv sync": partial(_sync, bench, folder, state),
+            "ray-envcache": partial(_build, bench, folder, state),
         }
         samples = bench.repeat(result, ways)
         if samples.keys() < ways.keys():
@@ -68,31 +69,34 @@ def first_import(bench: Bench, result: Result) -> None:
 
 
 def _imports(bench: Bench, result: Result, state: str, *, cold_pages: bool) -> None:
-    module = bench.kit.project.module
+    kit = bench.kit
 
     def once(alternative: Alternative) -> dict[str, float]:
         if cold_pages:
             machine.drop_pages()
-        work = Work(module=module, env_vars=alternative.environ)
-        return {"import": bench.fleet(bench.kit, alternative, Setting(work=work)).seconds("import")[0]}
+        work = Work(module=kit.project.module, env_vars=alternative.environ)
+        return {"import": bench.fleet(kit, alternative, Setting(work=work)).seconds("import")[0]}
 
     chosen = (FLOOR, FIELD) if bench.options.smoke else (FLOOR, BARE, FIELD)
     samples = bench.repeat(result, {str(one): partial(once, one) for one in chosen})
-    found = {name: result.add(f"import {module}, {state}, {name}", "s", one["import"]) for name, one in samples.items()}
+    found = {
+        name: result.add(f"import {kit.project.module}, {state}, {name}", "s", one["import"])
+        for name, one in samples.items()
+    }
     for series in found.values():
         result.report(series.name, series)
 
 
-def _sync(bench: Bench, state: str) -> dict[str, float]:
+def _sync(bench: Bench, folder: Path, state: str) -> dict[str, float]:
     with bench.host.folder() as fresh:
         cache = fresh / "uv" if state == "cold" else None
-        return {"build": bench.sync(bench.kit.project.folder, fresh / "venv", cache=cache)}
+        return {"build": bench.sync(folder, fresh / "venv", cache=cache)}
 
 
-def _build(bench: Bench, state: str) -> dict[str, float]:
+def _build(bench: Bench, folder: Path, state: str) -> dict[str, float]:
     with bench.host.folder() as fresh:
         cache = fresh / "uv" if state == "cold" else None
-        return {"build": bench.build(bench.kit.project.folder, fresh / "store", cache)}
+        return {"build": bench.build(folder, fresh / "store", cache)}
 
 
 def _sync_compiled(bench: Bench, folder: Path) -> dict[str, float]:

@@ -48,9 +48,10 @@ def cold(bench: Bench, result: Result) -> None:
 
 def worker(bench: Bench, result: Result) -> None:
     """One more worker: an actor in a runtime_env that is new each time."""
+    kit = bench.kit
 
     def once(alternative: Alternative) -> dict[str, float]:
-        fleet = bench.fleet(bench.kit, alternative, Setting(work=Work(more=5)))
+        fleet = bench.fleet(kit, alternative, Setting(work=Work(more=5)))
         return {"worker": statistics.median(fleet.seconds("more"))}
 
     chosen = (FLOOR, FIELD) if bench.options.smoke else (FLOOR, UV_RUN, FIELD, RUN)
@@ -131,13 +132,13 @@ def _compare_added(result: Result, found: dict[str, Series], ours: Alternative) 
 
 def _at_once(bench: Bench, result: Result, count: int) -> dict[str, Series]:
     chosen = bench.alternatives_at(count)
-    ways = {str(one): partial(_wall, bench, one, count) for one in chosen}
+    ways = {str(one): partial(_wall, bench, bench.kit, one, count) for one in chosen}
     samples = bench.repeat(result, ways)
     return {name: result.add(f"{count} at once, warm, {name}", "s", one["wall"]) for name, one in samples.items()}
 
 
-def _wall(bench: Bench, alternative: Alternative, count: int) -> dict[str, float]:
-    return {"wall": bench.fleet(bench.kit, alternative, Setting(count)).wall}
+def _wall(bench: Bench, kit: Kit, alternative: Alternative, count: int) -> dict[str, float]:
+    return {"wall": bench.fleet(kit, alternative, Setting(count)).wall}
 
 
 def _compare_cold(bench: Bench, result: Result, count: int) -> None:

@@ -44,9 +44,10 @@ def builds(bench: Bench, result: Result) -> None:
 
 def inodes(bench: Bench, result: Result) -> None:
     """Files and directories that a cluster creates on a warm store, beyond those that every cluster does."""
+    kit = bench.kit
 
     def once(alternative: Alternative) -> dict[str, float]:
-        fleet = bench.fleet(bench.kit, alternative, Setting(sampled=True))
+        fleet = bench.fleet(kit, alternative, Setting(sampled=True))
         assert fleet.temps is not None
         assert fleet.store is not None
         return {"created": fleet.temps.created + fleet.store.created, "in the store": fleet.store.created}

@@ -65,18 +65,20 @@ def first_bend(xs: Sequence[float], ys: Sequence[float]) -> float | None:
 
 def clusters(bench: Bench, result: Result) -> None:
     """Time until all of N clusters at once have their first result, warm."""
+    kit = bench.kit
 
     def once(alternative: Alternative, count: int) -> dict[str, float]:
-        return {"s": bench.fleet(bench.kit, alternative, Setting(count)).wall}
+        return {"s": bench.fleet(kit, alternative, Setting(count)).wall}
 
     _compare_growth(bench, result, "clusters", bench.counts(beyond=2), once)
 
 
 def workers(bench: Bench, result: Result) -> None:
     """Time and processor seconds until N workers have started at once."""
+    kit = bench.kit
 
     def once(alternative: Alternative, count: int) -> dict[str, float]:
-        fleet = bench.fleet(bench.kit, alternative, Setting(work=Work(many=count)))
+        fleet = bench.fleet(kit, alternative, Setting(work=Work(many=count)))
         return {"s": fleet.seconds("many")[0], "cpu s": fleet.cpu_between("before-many", "many")}
 
     _compare_growth(bench, result, "workers", bench.pick([1, 2, 4, 8, 16, 32, 64], [2]), once)
