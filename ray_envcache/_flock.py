@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 _HELD_ELSEWHERE = frozenset({errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK})
 
 
@@ -77,6 +75,8 @@ def exclusive_flock(path: Path, on_wait: Callable[[], None]) -> Iterator[int]:
 
     `on_wait` is called about once a second while somebody else holds it; what it raises ends the waiting.
     """
+    from filelock import FileLock, Timeout  # not on the warm path
+
     held: list[int] = []
     # No soft fallback: a marker file outlives a SIGKILL, and all promises rest on the kernel freeing the flock.
     flock = FileLock(path, fallback_to_soft=False, on_acquired=held.append)

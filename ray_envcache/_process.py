@@ -89,12 +89,13 @@ def running(
 
 
 def start_detached(argv: Sequence[str | os.PathLike[str]], *, environ: Mapping[str, str]) -> None:
-    """Start a process that outlives us, belongs to no terminal and inherits no descriptor.
+    """Start a process that outlives us, leads a group of its own, belongs to no terminal and inherits no descriptor.
 
     It is a grandchild: we reap the child that started it, so it is never our zombie. Raises CalledProcessError where
     it could not be started.
     """
-    launcher = "import subprocess, sys; subprocess.Popen(sys.argv[1:], start_new_session=True)"
+    # Not by the module subprocess, whose import would take as long as everything else.
+    launcher = "import os, sys; os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, setpgroup=0)"
     run_launcher([sys.executable, "-I", "-S", "-c", launcher, *argv], environ=environ)
 
 

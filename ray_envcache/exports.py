@@ -105,10 +105,10 @@ def _exported(project: Project, interpreter: Interpreter, selection: list[str]) 
     _uv.expect_success(done, LockfileError, f"Cannot read the lockfile in `{project.folder}`", _hint(done.stderr))
     data, tags = parse_toml(done.stdout), frozenset(interpreter.tags)
     # Of ten wheels nine are for others: to have packaging read those too takes as long as uv took.
-    return {**data, "packages": [_for(tags, package) for package in data.get("packages", [])]}
+    return {**data, "packages": [without_foreign(tags, package) for package in data.get("packages", [])]}
 
 
-def _for(tags: frozenset[str], package: dict[str, Any]) -> dict[str, Any]:
+def without_foreign(tags: frozenset[str], package: dict[str, Any]) -> dict[str, Any]:
     """The package without the wheels for other interpreters; with all where none fits, so that the error tells."""
     fitting = [wheel for wheel in package.get("wheels", []) if _may_fit(tags, wheel)]
     return {**package, "wheels": fitting} if fitting else package

@@ -7,7 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from ray_envcache import _disk, _uv, venv_files
-from ray_envcache.collector import make_room
 from ray_envcache.environment import EnvironmentPlan
 from ray_envcache.layout import Layout
 from ray_envcache.plan import disk_full
@@ -24,6 +23,8 @@ def ensure_room(layout: Layout, plan: EnvironmentPlan) -> None:
     download = plan.download_size
     if _free(layout) >= download * UNPACKED or _is_cached(layout, plan):
         return
+    from ray_envcache.collector import make_room  # mostly there is room
+
     make_room(layout, int(download * UNPACKED))
     if _free(layout) < download:
         raise disk_full(layout.entries, download)

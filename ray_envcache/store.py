@@ -104,7 +104,7 @@ class Store:
         return lease
 
     def _build(self, inputs: Inputs, plan: EnvironmentPlan, holder: Holder, observer: Observer) -> Lease:
-        from ray_envcache import layers, room  # not on the warm path
+        from ray_envcache import room  # not on the warm path
         from ray_envcache.builder import Build
 
         lease = self._claim_lower(plan.key, holder)
@@ -115,6 +115,8 @@ class Store:
         if not (plan.resolved.local and inputs.spec.install_project):
             return lease
         with lease:
+            from ray_envcache import layers  # for local packages only
+
             make = layers.editable_plan if inputs.editable else layers.layer_plan
             layer = make(inputs.spec, plan, lease.entry)
             found = self._claim_lower(layer.key, holder)

@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -63,9 +64,10 @@ def test_links_are_resolved(tmp_path: Path) -> None:
     assert interpreter.base_executable(str(tmp_path / "python")) == BASE
 
 
-def test_probe() -> None:
-    """The probe finds what packaging says inside that Python, and does not disturb the environment of the probed."""
-    found = interpreter.probe(BASE)
+@pytest.mark.parametrize("probe", [interpreter.probe, interpreter.ask])
+def test_probe(probe: Callable[[str], Interpreter]) -> None:
+    """Of our own base, which needs no asking, as of one that is asked, it is what packaging says inside that Python."""
+    found = probe(BASE)
     assert (found.executable, found.implementation, found.version) == (
         BASE,
         sys.implementation.name,
@@ -80,12 +82,11 @@ def test_probe_is_not_led_astray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """PYTHONPATH and its kin, and a folder full of traps, change nothing."""
     for trap in ("json", "platform", "sysconfig", "packaging", "sitecustomize"):
         (tmp_path / f"{trap}.py").write_text("raise SystemExit('trapped')")
-    before = interpreter.probe(BASE)
+    before = interpreter.ask(BASE)
     monkeypatch.chdir(tmp_path)
     for name in ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP"):
         monkeypatch.setenv(name, str(tmp_path))
-    interpreter.probe.cache_clear()
-    assert interpreter.probe(BASE) == before
+    assert interpreter.ask(BASE) == before
 
 
 @pytest.mark.parametrize(
@@ -94,6 +95,8 @@ def test_probe_is_not_led_astray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "#!/bin/sh\nexit 3",
         "#!/bin/sh\necho broken library >&2; exit 127",
         "#!/bin/sh\necho Python",
+        "#!/bin/sh\necho []",
+        "#!/bin/sh\necho {}",
         "#!/bin/sh\n",
         "#!/no/such/interpreter\n",
         "\x7fELF of another machine",

@@ -119,6 +119,29 @@ def test_error_in_on_line(trap: str) -> None:
     assert_all_gone(pids)
 
 
+def test_error_while_a_child_runs_beside() -> None:
+    """Whoever fails beside a child ends it, and what it started."""
+    script = "sleep 100 & echo $! >&2; wait"
+    with pytest.raises(ZeroDivisionError), _process.running(["sh", "-c", script], environ=ENVIRON):  # noqa: PT012
+        (child,) = (one for one in psutil.Process().children() if script in one.cmdline())
+        support.wait_until(lambda: len(child.children()) == 1, "it has a child of its own")
+        pids = [child.pid, child.children()[0].pid]
+        raise ZeroDivisionError
+    assert_all_gone(pids)
+
+
+def test_error_after_a_child_that_ran_beside() -> None:
+    """Once it was waited for, a child is nobody's to end: its number may be another's, and its own child may stay."""
+    command = ["sh", "-c", "sleep 100 >&- 2>&- & echo $!"]
+    with pytest.raises(ZeroDivisionError), _process.running(command, environ=ENVIRON) as finish:  # noqa: PT012
+        left = int(finish().stdout)
+        raise ZeroDivisionError
+    try:
+        assert lives(left)
+    finally:
+        os.kill(left, signal.SIGKILL)
+
+
 def test_unwilling_grandchild() -> None:
     """A grandchild that ignores SIGTERM goes too, although its parent went at once."""
     pids: list[int] = []
@@ -181,7 +204,7 @@ def test_sigkill_leaves_the_child_alone(children: list[subprocess.Popen[str]]) -
 DETACHED = """
 import json, os, sys, time
 report = {
-    "pid": os.getpid(), "session": os.getsid(0), "parent": os.getppid(), "cwd": os.getcwd(),
+    "pid": os.getpid(), "session": os.getsid(0), "group": os.getpgrp(), "parent": os.getppid(), "cwd": os.getcwd(),
     "descriptors": [fd for fd in range(256) if os.path.exists(f"/proc/self/fd/{fd}") or os.path.exists(f"/dev/fd/{fd}")],
     "streams": [os.path.samestat(os.fstat(fd), os.stat(os.devnull)) for fd in range(3)],
     "environ": os.environ.get("MARK"), "arguments": sys.argv[2:],
@@ -194,7 +217,7 @@ time.sleep(600)
 
 
 def test_start_detached(tmp_path: Path) -> None:
-    """A detached process has a session of its own, is not our child, and inherits no descriptor and no stream."""
+    """A detached process leads a group in another session, is not our child, and inherits no descriptor and no stream."""
     import json
 
     report = tmp_path / "a report"
@@ -206,7 +229,8 @@ def test_start_detached(tmp_path: Path) -> None:
     support.wait_until(report.exists, "the detached process has started")
     found = json.loads(report.read_text())
     try:
-        assert found["session"] == found["pid"]
+        assert found["session"] != os.getsid(0)
+        assert found["group"] == found["pid"]
         assert found["parent"] != os.getpid()
         assert psutil.Process(found["pid"]) not in psutil.Process().children(recursive=True)
         assert found["descriptors"] == [0, 1, 2]
