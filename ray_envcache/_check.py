@@ -50,7 +50,7 @@ def _provide_bytecode(site: str, shared: str, staged: str, twins: str) -> Callab
     helper, pipe = _start_helper(put_down)
 
     def get_data(self: Any, path: str) -> bytes:
-        if path.startswith(f"{site}/") and path.endswith(".pyc"):
+        if path.startswith(f"{site}/") and path.endswith(".pyc") and "/__pycache__/" in path:
             source = source_from_cache(path)
             text = pyc.read(source)
             bytecode: bytes = pyc.known(text, places) or pyc.made(source, text, twins and twins + source[len(site) :])

@@ -82,11 +82,16 @@ def probe(executable: str) -> Interpreter:
 
     Raises InterpreterError where it does not start.
     """
-    if executable == base_executable(None):
+    if _is_running(executable):
         from ray_envcache import _identity  # not on the warm path
 
         return _interpreter(executable, _identity.identity())
     return ask(executable)
+
+
+def _is_running(executable: str) -> bool:
+    """Whether we run from this very file: not from a copy, nor from one that an upgrade replaced since."""
+    return os.path.realpath("/proc/self/exe") == executable
 
 
 def ask(executable: str) -> Interpreter:

@@ -130,7 +130,10 @@ def parse_toml(text: str) -> dict[str, Any]:
     """The content of a TOML text. Raises ValueError."""
     import tomli  # not on the warm path
 
-    return tomli.loads(text)
+    try:
+        return tomli.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested deeper than anybody writes") from error
 
 
 def _uv_project(given: Path, package: str | None) -> Project:

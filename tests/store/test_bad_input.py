@@ -206,6 +206,15 @@ def test_broken_toml(tmp_path: Path, wheels: Path, store: Store, file: str) -> N
     refused(store, project, errors.LockfileError, rf"(?s){file}.*line 1")
 
 
+@pytest.mark.parametrize("text", [f"a = {'[' * 10**6}", f"a{'.a' * 10**6} = 1", f"a = {'{a=' * 10**6}"])
+def test_nested_without_end(tmp_path: Path, wheels: Path, store: Store, text: str) -> None:
+    """A file that is nested to exhaust its readers is refused like any other that is broken."""
+    support.make_fake_ray(wheels)
+    lock = tmp_path / "pylock.toml"
+    lock.write_text(text)
+    refused(store, lock, errors.LockfileError, "Cannot read .*pylock.toml")
+
+
 def test_lockfile_of_a_newer_uv(tmp_path: Path, wheels: Path, store: Store) -> None:
     """A lockfile that this uv is too old to read says so."""
     project = support.make_project(tmp_path / "project", wheels, ["ray"])

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -76,6 +77,31 @@ def test_probe(probe: Callable[[str], Interpreter]) -> None:
     assert found.build == sys.version
     assert found.tags == tuple(map(str, packaging.tags.sys_tags()))
     assert found.markers == packaging.markers.default_environment()
+
+
+def test_who_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is not the file that we run from: a copy of it, and what an upgrade put in its place."""
+    copy = os.fspath(shutil.copy(BASE, tmp_path / "python"))
+    asked: list[str] = []
+    monkeypatch.setattr(interpreter, "ask", asked.append)
+    for path in (BASE, copy):
+        interpreter.probe.__wrapped__(path)
+    assert asked == [copy]
+    program = f"""
+    import os, shutil
+    from ray_envcache import interpreter
+    asked = []
+    interpreter.ask = asked.append
+    interpreter.probe.__wrapped__({copy!r})
+    assert asked == []
+    os.unlink({copy!r})
+    shutil.copy({BASE!r}, {copy!r})
+    interpreter.probe.__wrapped__({copy!r})
+    assert asked == [{copy!r}]
+    """
+    home, packages = sys.base_prefix, os.pathsep.join(path for path in sys.path if path)
+    surroundings = {"PYTHONHOME": home, "LD_LIBRARY_PATH": f"{home}/lib", "PYTHONPATH": packages}
+    support.run_python(program, python=copy, environ=surroundings)
 
 
 def test_probe_is_not_led_astray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
