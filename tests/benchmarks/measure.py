@@ -83,6 +83,12 @@ class Result:
         detail = f"{over} against {under} {over.unit}, n = {len(pairs)}"
         self.rows.append(Row(what, over.median / under.median, "x", spread, target, detail=detail))
 
+    def compare_fastest(self, what: str, over: Series, under: Series, target: float | None = None) -> None:
+        """A row with the ratio of the fastest samples: what is left where something foreign adds a second or none."""
+        best = min(over.samples), min(under.samples)
+        detail = f"{number(best[0])} against {number(best[1])} {over.unit}"
+        self.rows.append(Row(what, best[0] / best[1], "x", None, target, detail=detail))
+
     def report(self, what: str, series: Series, target: float | None = None) -> None:
         """A row with a median."""
         spread = (min(series.samples), max(series.samples)) if len(series.samples) > 1 else None

@@ -95,8 +95,10 @@ def test_ratios() -> None:
     """A ratio is that of the medians; its spread that of the repetitions."""
     result = Result("one")
     result.compare("x", Series("f", "s", (2, 4, 9)), Series("a", "s", (1, 2, 3)), 2.0)
-    (row,) = result.rows
+    result.compare_fastest("y", Series("f", "s", (3, 2, 9)), Series("a", "s", (8, 8, 5)), 0.3)
+    row, fastest = result.rows
     assert (row.value, row.spread, row.met) == (2.0, (2.0, 3.0), True)
+    assert (fastest.value, fastest.spread, fastest.met) == (0.4, None, False)
 
 
 def test_laws() -> None:

@@ -19,6 +19,10 @@ def first(bench: Bench, result: Result) -> None:
     found = _first(bench, result, bench.all_alternatives, "first task, warm")
     for alternative in (FIELD, RUN):
         _compare(result, f"first task, warm store: {alternative} against {FLOOR}", found, alternative, FLOOR, 1.02)
+        if {str(alternative), str(FLOOR)} <= found.keys():
+            # Ray's own start takes a second longer whenever it just misses one of its steps.
+            ours, floor = found[str(alternative)], found[str(FLOOR)]
+            result.compare_fastest(f"the same, the fastest of each: {alternative}", ours, floor, 1.02)
     for alternative in (FIELD, RUN):
         _compare_added(result, found, alternative)
     if machine.can_drop_pages() and not bench.options.smoke:
