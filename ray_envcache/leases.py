@@ -16,6 +16,7 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from ray_envcache import _flock, _fs, lower
@@ -74,6 +75,7 @@ class Lease:
         self.entry = entry
         self._in_use: int | None = in_use
         self._below: Lease | None = None
+        self._telling = Lock()
         self._file: Path | None = None
         self._file_flock: int | None = None
 
@@ -100,36 +102,45 @@ class Lease:
 
     def release(self) -> None:
         """Give the entry back. Twice is once."""
-        if self._in_use is None:
-            return
-        if not self.entry.readonly:
-            _touch(self._in_use)
-        # What counts goes first: once nobody is told of, nobody holds the entry either.
-        os.close(self._in_use)
-        self._in_use = None
-        if self._below is not None:
-            self._below.release()
-        if self._file is not None and self._file_flock is not None:
-            # Unlinked while its flock is ours, so that nobody takes it for the remains of the dead.
-            self._file.unlink(missing_ok=True)
-            os.close(self._file_flock)
+        with self._telling:
+            if self._in_use is None:
+                return
+            if not self.entry.readonly:
+                _touch(self._in_use)
+            # What counts goes first: once nobody is told of, nobody holds the entry either.
+            os.close(self._in_use)
+            self._in_use = None
+            if self._below is not None:
+                self._below.release()
+            if self._file is not None and self._file_flock is not None:
+                # Unlinked while its flock is ours, so that nobody takes it for the remains of the dead.
+                self._file.unlink(missing_ok=True)
+                os.close(self._file_flock)
 
     def keep(self, below: Lease) -> None:
         """Hold `below` for as long as this lease is held: a layer keeps the environment it lies on."""
         self._below = below
 
     def announce(self, layout: Layout, holder: Holder) -> None:
-        """Tell people who holds this lease. Without room on the disk the lease goes untold, but holds."""
-        path = layout.leases_of(self.entry.key) / secrets.token_hex(8)
-        try:
-            descriptor = _own_file(path)
-        except OSError as error:
-            if error.errno in _fs.FULL_DISK:
+        """Tell people who holds this lease, and what is below. Without room on the disk it goes untold, but holds.
+
+        Another thread may release it meanwhile: then nobody is told.
+        """
+        if self._below is not None:
+            self._below.announce(layout, holder)
+        with self._telling:
+            if self._in_use is None:
                 return
-            raise
-        self._file, self._file_flock = path, descriptor
-        with suppress(OSError):
-            os.write(descriptor, json.dumps({"entry": layout.name_of(self.entry), **vars(holder)}).encode())
+            path = layout.leases_of(self.entry.key) / secrets.token_hex(8)
+            try:
+                descriptor = _own_file(path)
+            except OSError as error:
+                if error.errno in _fs.FULL_DISK:
+                    return
+                raise
+            self._file, self._file_flock = path, descriptor
+            with suppress(OSError):
+                os.write(descriptor, json.dumps({"entry": layout.name_of(self.entry), **vars(holder)}).encode())
 
     def __enter__(self) -> Self:
         return self
@@ -160,28 +171,35 @@ def claim(entry: Entry) -> Lease | None:
     return Lease(entry, in_use)
 
 
-def claim_ready(entry: Entry, layout: Layout, holder: Holder) -> Lease | None:
+def claim_ready(entry: Entry, layout: Layout, holder: Holder, *, announce: bool = True) -> Lease | None:
     """Claim an entry that may be handed out, else None. The record is read under the claim: then it stays true.
 
-    `layout` is the user's own store, where people are told, also of an entry of a lower one. Raises as `claim`.
+    `layout` is the user's own store, where people are told, also of an entry of a lower one; not without `announce`.
+    Raises as `claim`.
     """
+    lease = _claim_whole(entry)
+    if lease is not None and announce:
+        lease.announce(layout, holder)
+    return lease
+
+
+def _claim_whole(entry: Entry) -> Lease | None:
     lease = claim(entry)
     if lease is None:
         return None
     record = ReadyRecord.read(entry)
-    if record is None or not _keep_base(lease, record, layout, holder):
+    if record is None or not _keep_base(lease, record):
         lease.release()
         return None
-    lease.announce(layout, holder)
     return lease
 
 
-def _keep_base(lease: Lease, record: ReadyRecord, layout: Layout, holder: Holder) -> bool:
+def _keep_base(lease: Lease, record: ReadyRecord) -> bool:
     """Claim the environment below a layer too; False where a collector was faster."""
     base = lease.entry.base(record.base)
     if base is None:
         return True
-    below = claim_ready(base, layout, holder)
+    below = _claim_whole(base)
     if below is not None:
         lease.keep(below)
     return below is not None

@@ -140,7 +140,10 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
             given = EnvSpec.parse(runtime_env[FIELD])
             spec, cluster_ray, holder = _located(given, context), ClusterRay(ray.__version__), _holder(logger)
             store, lease = await self._in_thread(partial(self._look_up, spec, cluster_ray, holder), _discard)
-            if lease is None:
+            if lease is not None:
+                # Nobody waits for it: where many files were removed lately, ext4 takes milliseconds to make one.
+                self._threads.submit(_announce, lease, store.layout, holder, logger)
+            else:
                 # What travelled in a working_dir is what Ray pinned; it need not have all files of the driver's folder.
                 wanted = spec if os.path.isabs(given.path) else spec.with_content(None)
                 env_vars = runtime_env.get("env_vars") or {}
@@ -158,7 +161,7 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
 
     def _look_up(self, spec: EnvSpec, ray: ClusterRay, holder: Holder) -> tuple[Store, Lease | None]:
         store = Store.open()
-        lease = store.lookup(spec, ray, holder)
+        lease = store.lookup(spec, ray, holder, announce=False)
         if lease is not None and any(map(store.wants_finishing, lease.entries)):
             # Nobody waits for it: what a killed compiler left undone is begun again.
             self._threads.submit(store.finish_all, lease)
@@ -194,6 +197,13 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
             self._failures[uri] = (since, error)
             # Another object each time: one that is raised again grows a longer traceback.
             raise type(error)(error.message, error.hint)
+
+
+def _announce(lease: Lease, layout: Layout, holder: Holder, logger: logging.Logger) -> None:
+    try:
+        lease.announce(layout, holder)
+    except OSError as error:
+        logger.warning("The lease on %s holds, but nobody is told of it: %s", lease.entry.path.name, error)
 
 
 def _give_back(lease: Lease, logger: logging.Logger) -> None:

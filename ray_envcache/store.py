@@ -64,13 +64,14 @@ class Store:
         prepare_root(layout)
         return cls(layout, lower_stores(layout, os.environ))
 
-    def lookup(self, spec: EnvSpec, ray: AnyRay, holder: Holder) -> Lease | None:
+    def lookup(self, spec: EnvSpec, ray: AnyRay, holder: Holder, *, announce: bool = True) -> Lease | None:
         """The warm path: one hash, one read, and a lease where the environment is there; else None.
 
+        Without `announce` people are not told yet: that is `Lease.announce`, which makes a file.
         Raises LockfileError (no such file, wrong digest), InterpreterError, and StoreError where a lower store cannot
         be trusted. Starts no process, imports little.
         """
-        return self._warm(self._inputs(spec, ray), holder, may_look=False)
+        return self._warm(self._inputs(spec, ray), holder, may_look=False, announce=announce)
 
     def acquire(
         self,
@@ -126,9 +127,9 @@ class Store:
         """A lease on an environment of ours or, before it would be built, of a lower store."""
         return self._claim_any(key, holder) if self.lower else None
 
-    def _claim_any(self, key: str, holder: Holder) -> Lease | None:
+    def _claim_any(self, key: str, holder: Holder, *, announce: bool = True) -> Lease | None:
         entries = (entry for layout in (self.layout, *self.lower) for entry in layout.entries_of(key))
-        leases = (claim_ready(entry, self.layout, holder) for entry in entries)
+        leases = (claim_ready(entry, self.layout, holder, announce=announce) for entry in entries)
         return next((lease for lease in leases if lease), None)
 
     def _plan(self, inputs: Inputs, ray: AnyRay, *, check_current: bool) -> EnvironmentPlan:
@@ -199,7 +200,7 @@ class Store:
         depends = [_MEMO_SCHEMA, digest, spec.selection(), interpreter.fingerprint(executable), ray.fingerprint()]
         return Inputs(spec, project, executable, digest_of(depends)[:32])
 
-    def _warm(self, inputs: Inputs, holder: Holder, *, may_look: bool) -> Lease | None:
+    def _warm(self, inputs: Inputs, holder: Holder, *, may_look: bool, announce: bool = True) -> Lease | None:
         memo, entry = self._recall(inputs)
         if entry is None:
             return None
@@ -209,7 +210,8 @@ class Store:
                 return None
             entry = self.layout.first_entry(layer_key(entry.key, content))
         # Else evicted and built again since the memo was written, or in a lower store.
-        return claim_ready(entry, self.layout, holder) or self._claim_any(entry.key, holder)
+        found = claim_ready(entry, self.layout, holder, announce=announce)
+        return found or self._claim_any(entry.key, holder, announce=announce)
 
     def _recall(self, inputs: Inputs) -> tuple[dict[str, Any], Entry | None]:
         """What our memo says, else that of a lower store; and the environment, None where nothing said holds."""

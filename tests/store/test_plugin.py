@@ -68,7 +68,31 @@ def test_given_back_and_taken_again(plugin: EnvCachePlugin, store: Store, entry:
     support.wait_until(lambda: len(leases.live_leases(store.layout, entry.key)) == 1, "one lease is left")
     plugin.delete_uri(URI, LOGGER)
     support.wait_until(lambda: _flock.is_free(entry.in_use), "none is left")
-    assert list(store.layout.leases_of(entry.key).iterdir()) == []
+    support.wait_until(lambda: not list(store.layout.leases_of(entry.key).iterdir()), "nobody is told of one")
+
+
+def test_lease_that_nobody_can_be_told_of(
+    plugin: EnvCachePlugin,
+    entry: Entry,
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It holds all the same, the set-up goes on, and the log says why `list` does not show it."""
+
+    def fail(_path: Path) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(leases, "_own_file", fail)
+
+    async def run() -> None:
+        await create(plugin, project)
+
+    asyncio.run(run())
+    support.wait_until(lambda: "nobody is told of it: [Errno 5]" in caplog.text, "the log says so")
+    assert not _flock.is_free(entry.in_use)
+    plugin.delete_uri(URI, LOGGER)
+    support.wait_until(lambda: _flock.is_free(entry.in_use), "none is left")
 
 
 def test_slow_disk(plugin: EnvCachePlugin, store: Store, entry: Entry, project: Path) -> None:

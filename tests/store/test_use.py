@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from threading import Thread
 
 import psutil
 import pytest
@@ -117,6 +118,27 @@ def test_unreleased_lease_warns(store: Store, entry: Entry) -> None:
     """A lease that is forgotten says so, and frees its entry."""
     with pytest.warns(ResourceWarning, match="unreleased lease"):
         assert leases.claim_ready(entry, store.layout, Holder("test")) is not None
+    evict(store.layout, entry)
+
+
+def test_lease_that_is_told_of_later(store: Store, entry: Entry) -> None:
+    """A lease holds from the start, and whoever gives it back meanwhile, in whatever thread, leaves nothing behind."""
+    for _ in range(100):
+        lease = leases.claim_ready(entry, store.layout, Holder("agent"), announce=False)
+        assert lease is not None
+        with pytest.raises(InUseError):
+            evict(store.layout, entry)
+        telling = Thread(target=lease.announce, args=(store.layout, Holder("agent")))
+        telling.start()
+        lease.release()
+        telling.join()
+        assert not list(store.layout.leases_of(entry.key).glob("*"))
+    with leases.claim_ready(entry, store.layout, Holder("agent"), announce=False) or pytest.fail("no lease") as lease:
+        assert leases.live_leases(store.layout, entry.key) == []
+        lease.announce(store.layout, Holder("agent"))
+        assert [holder["pid"] for holder in leases.live_leases(store.layout, entry.key)] == [os.getpid()]
+    lease.announce(store.layout, Holder("agent"))
+    assert leases.live_leases(store.layout, entry.key) == []
     evict(store.layout, entry)
 
 
