@@ -40,6 +40,9 @@ T = TypeVar("T")
 THREADS = 4
 """How many of our operations may wait for the disk at the same time."""
 
+TELLING_SECONDS = 0.02
+"""How long after it was handed out people are told of a lease."""
+
 FAILURE_SECONDS = 10.0
 """How long a failure is repeated without another try: Ray asks three times, a second apart."""
 
@@ -142,7 +145,8 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
             store, lease = await self._in_thread(partial(self._look_up, spec, cluster_ray, holder), _discard)
             if lease is not None:
                 # Nobody waits for it: where many files were removed lately, ext4 takes milliseconds to make one.
-                self._threads.submit(_announce, lease, store.layout, holder, logger)
+                tell = partial(self._threads.submit, _announce, lease, store.layout, holder, logger)
+                asyncio.get_running_loop().call_later(TELLING_SECONDS, tell)
             else:
                 # What travelled in a working_dir is what Ray pinned; it need not have all files of the driver's folder.
                 wanted = spec if os.path.isabs(given.path) else spec.with_content(None)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,9 +64,10 @@ def test_given_back_and_taken_again(plugin: EnvCachePlugin, store: Store, entry:
         await create(plugin, project)
         plugin.delete_uri(URI, LOGGER)
         await create(plugin, project)
+        told = partial(leases.live_leases, store.layout, entry.key)
+        await asyncio.to_thread(support.wait_until, lambda: len(told()) == 1, "one lease is left")
 
     asyncio.run(run())
-    support.wait_until(lambda: len(leases.live_leases(store.layout, entry.key)) == 1, "one lease is left")
     plugin.delete_uri(URI, LOGGER)
     support.wait_until(lambda: _flock.is_free(entry.in_use), "none is left")
     support.wait_until(lambda: not list(store.layout.leases_of(entry.key).iterdir()), "nobody is told of one")
@@ -87,9 +89,10 @@ def test_lease_that_nobody_can_be_told_of(
 
     async def run() -> None:
         await create(plugin, project)
+        said = "nobody is told of it: [Errno 5]"
+        await asyncio.to_thread(support.wait_until, lambda: said in caplog.text, "the log says so")
 
     asyncio.run(run())
-    support.wait_until(lambda: "nobody is told of it: [Errno 5]" in caplog.text, "the log says so")
     assert not _flock.is_free(entry.in_use)
     plugin.delete_uri(URI, LOGGER)
     support.wait_until(lambda: _flock.is_free(entry.in_use), "none is left")
