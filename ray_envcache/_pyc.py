@@ -87,7 +87,7 @@ def made(path: str, text: bytes, twin: str = "") -> bytes:
 
 def keep(path: str, text: bytes, bytecode: bytes, places: Places) -> None:
     """Give the module at `path` this bytecode, and others with its text too. Each file appears when it is whole."""
-    staged = f"{places.staged}/{name_of(text)}"
+    _, staged = _files(text, places)
     _write_whole(staged, bytecode)
     put(staged, cache_from_source(path))
 

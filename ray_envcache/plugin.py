@@ -144,7 +144,7 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
             spec, cluster_ray, holder = _located(given, context), ClusterRay(ray.__version__), _holder(logger)
             store, lease = await self._in_thread(partial(self._look_up, spec, cluster_ray, holder), _discard)
             if lease is not None:
-                # Nobody waits for it: where many files were removed lately, ext4 takes milliseconds to make one.
+                # Nobody waits for that: it makes a file, and where many were removed lately ext4 is slow to make one.
                 tell = partial(self._threads.submit, _announce, lease, store.layout, holder, logger)
                 asyncio.get_running_loop().call_later(TELLING_SECONDS, tell)
             else:

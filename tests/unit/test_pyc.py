@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_envcache import _pyc
+from ray_envcache import _pyc, bytecode
 
 TEXT = b"VALUE = 'compiled here'\n"
 OTHER = b"VALUE = 'of the twin..'\n"
@@ -106,6 +106,11 @@ def test_doubtful_twin_is_not(tmp_path: Path, twin: Path, spoil: Callable[[Path]
 
 
 def test_without_a_twin(tmp_path: Path) -> None:
-    """Compiled from its text; what cannot be compiled has no bytecode."""
+    """Compiled from its text; what cannot be compiled has no bytecode, and no rubbish stays."""
     assert value(tmp_path, "") == "compiled here"
-    assert _pyc.made(str(tmp_path / "broken.py"), b"def (:\n") == b""
+    broken, staged = tmp_path / "site" / "broken.py", tmp_path / "staged"
+    broken.write_bytes(b"def (:\n")
+    bytecode.compile_tree(broken.parent, _pyc.Places(str(tmp_path / "shared"), str(staged)), workers=1)
+    assert _pyc.made(str(broken), b"def (:\n") == b""
+    assert not Path(cache_from_source(str(broken))).exists()
+    assert [path.name for path in staged.iterdir()] == [_pyc.name_of(TEXT)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from functools import partial
 
 from tests.benchmarks import machine
@@ -19,10 +20,9 @@ def first(bench: Bench, result: Result) -> None:
     found = _first(bench, result, bench.all_alternatives, "first task, warm")
     for alternative in (FIELD, RUN):
         _compare(result, f"first task, warm store: {alternative} against {FLOOR}", found, alternative, FLOOR, 1.02)
-        if {str(alternative), str(FLOOR)} <= found.keys():
-            # Ray's own start takes a second longer whenever it just misses one of its steps.
-            ours, floor = found[str(alternative)], found[str(FLOOR)]
-            result.compare_fastest(f"the same, the fastest of each: {alternative}", ours, floor, 1.02)
+        # Ray's own start takes a second longer whenever it just misses one of its steps.
+        what = f"the same, the fastest of each: {alternative}"
+        _compare(result, what, found, alternative, FLOOR, 1.02, by=Result.compare_fastest)
     for alternative in (FIELD, RUN):
         _compare_added(result, found, alternative)
     if machine.can_drop_pages() and not bench.options.smoke:
@@ -113,9 +113,10 @@ def _compare(
     over: Alternative,
     under: Alternative,
     target: float | None = None,
+    by: Callable[[Result, str, Series, Series, float | None], None] = Result.compare,
 ) -> None:
     if {str(over), str(under)} <= found.keys():
-        result.compare(what, found[str(over)], found[str(under)], target)
+        by(result, what, found[str(over)], found[str(under)], target)
 
 
 def _compare_added(result: Result, found: dict[str, Series], ours: Alternative) -> None:

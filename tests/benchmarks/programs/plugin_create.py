@@ -17,6 +17,7 @@ from ray._private.runtime_env.context import RuntimeEnvContext
 from ray_envcache.plugin import EnvCachePlugin
 
 HELD = 20
+"""How many leases are held at a time: each for longer than it takes until people are told of it."""
 
 
 async def measure(project: str, calls: int) -> list[float]:
