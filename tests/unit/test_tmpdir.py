@@ -133,12 +133,15 @@ def test_a_link_stays_while_a_process_names_it(long: Path, place: Path, children
     """A cluster that outlives its driver keeps the link; when it is dead, the next one sweeps it."""
     short = tmpdir.make_link(str(long), [place])
     cluster = subprocess.Popen(
-        [sys.executable, "-c", "import sys; sys.stdin.read()", f"--temp-dir={short}/ray"],
+        [sys.executable, "-c", "import sys; print('up', flush=True); sys.stdin.read()", f"--temp-dir={short}/ray"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     children.append(cluster)
+    # While it is being started, the kernel has no command line of it yet.
+    assert cluster.stdout is not None
+    assert cluster.stdout.readline() == "up\n"
     assert not short.release(patience=0.2)
     assert os.path.samefile(short, long)
     end(cluster)
