@@ -25,16 +25,11 @@ from ray_envcache.leases import Holder, claim_ready
 from ray_envcache.sizes import record_sizes
 
 _PROCESSORS = os.cpu_count() or 1
-
-
-def finish_now(layout: Layout, entry: Entry) -> None:
-    """The same for somebody who waits for it: on all processors, and after whoever is at it."""
-    with _flock.exclusive_flock(layout.finishing_flock(entry), lambda: None):
-        _finish_claimed(layout, entry, workers=_PROCESSORS)
+_UNKNOWN = 255  # the exit code of a helper that something other than an errno stopped
 
 
 def finish(layout: Layout, entry: Entry) -> bool:
-    """Compile, sync and measure `entry`; False where it is gone, done, or somebody else is at it."""
+    """Compile, sync and measure `entry`; False where it is gone, done, or somebody else is at it. Raises OSError."""
     try:
         flock = _flock.try_flock(layout.finishing_flock(entry), exclusive=True, flags=os.O_RDWR | os.O_CREAT)
     except (FileNotFoundError, NotADirectoryError):
@@ -45,6 +40,12 @@ def finish(layout: Layout, entry: Entry) -> bool:
         return _finish_claimed(layout, entry, workers=max(1, _PROCESSORS - 1))
     finally:
         os.close(flock)
+
+
+def finish_now(layout: Layout, entry: Entry) -> None:
+    """The same for somebody who waits for it: on all processors, and after whoever is at it."""
+    with _flock.exclusive_flock(layout.finishing_flock(entry), lambda: None):
+        _finish_claimed(layout, entry, workers=_PROCESSORS)
 
 
 def _finish_claimed(layout: Layout, entry: Entry, workers: int) -> bool:
@@ -63,28 +64,48 @@ def _finish_claimed(layout: Layout, entry: Entry, workers: int) -> bool:
 def compile_tree(top: Path, places: Places, workers: int) -> None:
     """Give all modules below `top` bytecode of this Python, with so many processes.
 
-    The helpers are forks: they share our flocks, so that the entry stays held until the last of them is done. Raises
+    More than one are forks: they share our flocks, so that the entry stays held until the last of them is done. Raises
     OSError where not all could be written.
     """
     directories = list(_with_modules(top))
-    shares = [directories[number::workers] for number in range(workers)]
-    helpers = [_fork(share, places) for share in shares[1:]]
-    _do_share(shares[0], places)
-    statuses = [os.waitpid(helper, 0)[1] for helper in helpers]
-    if any(statuses):
-        raise ChildProcessError("a process that compiles failed")
+    if workers == 1:
+        _do_share(directories, places)
+        return
+    helpers = [_fork(directories[number::workers], places) for number in range(workers)]
+    try:
+        while helpers:
+            _require_done(os.waitpid(helpers[-1], 0)[1], top)
+            helpers.pop()
+    except BaseException:
+        # One of them found no room, or we were interrupted.
+        for helper in helpers:
+            with suppress(ProcessLookupError, ChildProcessError):
+                os.kill(helper, signal.SIGKILL)
+                os.waitpid(helper, 0)
+        raise
 
 
 def _fork(directories: list[str], places: Places) -> int:
+    """Start a process that does its share; its exit code is the number of the error that stopped it."""
     child = os.fork()
     if child == 0:
-        status = 1
+        code = _UNKNOWN
         try:
             _do_share(directories, places)
-            status = 0
+            code = 0
+        except OSError as error:
+            code = error.errno or _UNKNOWN
         finally:
-            os._exit(status)
+            os._exit(code)
     return child
+
+
+def _require_done(status: int, top: Path) -> None:
+    code = os.waitstatus_to_exitcode(status)
+    if 0 < code < _UNKNOWN:
+        raise OSError(code, os.strerror(code), os.fspath(top))
+    if code:
+        raise ChildProcessError(f"a process that compiles `{top}` ended with {code}")
 
 
 def _do_share(directories: list[str], places: Places) -> None:
@@ -132,7 +153,9 @@ def _finish(layout: Layout, entry: Entry, workers: int) -> None:
     shared = shared_bytecode.folder_of_this_python(layout)
     places = Places(os.fspath(shared), os.fspath(entry.staged_bytecode / shared.name))
     os.makedirs(places.staged, exist_ok=True)
-    compile_tree(entry.site_packages, places, workers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what foreign text is warned of is nobody's business, nor an error, here
+        compile_tree(entry.site_packages, places, workers)
     # From here on the entry survives a crash of the machine, not only of processes; and what it shares.
     os.sync()
     shared_bytecode.publish(places.staged, shared)
@@ -164,17 +187,13 @@ def _step_aside() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    root, name, *now = arguments
+    root, name = arguments
     layout = Layout(Path(root))
     entry = layout.entry(name)
     if entry is None:
         return 2
-    warnings.simplefilter("ignore")  # what foreign text is warned of is nobody's business, nor an error, here
-    if now:
-        finish_now(layout, entry)
-    else:
-        _step_aside()
-        finish(layout, entry)
+    _step_aside()
+    finish(layout, entry)
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ray_envcache import _process
+from ray_envcache import bytecode
 from ray_envcache.cluster_ray import installed_ray
 from ray_envcache.errors import BuildError
 from ray_envcache.layout import Entry
@@ -55,12 +55,11 @@ def _finish(store: Store, entries: list[Entry]) -> None:
     """
     if entries:
         click.echo("Compiling bytecode", err=True)
-    for entry in entries:
-        arguments: list[str | Path] = [store.layout.root, entry.path.name, "now"]
-        done = _process.run([sys.executable, "-m", "ray_envcache.bytecode", *arguments], environ=os.environ)
-        if not entry.compiled.exists():
-            reason = done.killed or (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
-            raise BuildError(
-                f"The bytecode of {entry.path.name} could not be compiled: {reason}",
-                "run the same command again; what is compiled already is kept",
-            )
+    try:
+        for entry in entries:
+            bytecode.finish_now(store.layout, entry)
+    except OSError as error:
+        raise BuildError(
+            f"The bytecode of {entry.path.name} could not be compiled: {error}",
+            "run the same command again; what is compiled already is kept",
+        ) from error

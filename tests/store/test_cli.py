@@ -187,3 +187,36 @@ def test_interrupted_build_exits_130(
     assert child.returncode == 130
     assert "Traceback" not in said
     assert list(store.layout.entries.iterdir()) == []
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) == 1, reason="needs helpers, one per processor")
+def test_interrupted_compiling(
+    store: Store, tmp_path: Path, wheels: Path, children: list[subprocess.Popen[str]]
+) -> None:
+    """After Ctrl-C while bytecode is made the helpers are gone, and what is missing is made in the background."""
+    import signal
+
+    import psutil
+
+    text = "x = [1]\n" * 3000
+    support.make_wheel(wheels, "many", modules={f"many/m{number}.py": f"{text}{number}\n" for number in range(100)})
+    project = support.make_project(tmp_path / "project", wheels, ["ray", "many"])
+    child = subprocess.Popen(
+        [sys.executable, "-m", "ray_envcache", "build", project], stderr=subprocess.PIPE, text=True
+    )
+    children.append(child)
+    process, helpers = psutil.Process(child.pid), list[psutil.Process]()
+
+    def compiles() -> bool:
+        helpers[:] = process.children()
+        return bool(list(store.layout.root.rglob("m*.pyc"))) and len(helpers) >= 2
+
+    support.wait_until(compiles, "helpers compile")
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate()
+    assert child.returncode == 130
+    assert "Traceback" not in said
+    assert not any(helper.is_running() for helper in helpers)
+    (entry,) = store.layout.all_entries()
+    support.wait_until(entry.compiled.exists, "the background finished it", 120)
+    assert len(list(entry.site_packages.glob("many/__pycache__/*.pyc"))) == 100
