@@ -74,14 +74,14 @@ def compile_tree(top: Path, places: Places, workers: int) -> None:
     helpers = [_fork(directories[number::workers], places) for number in range(workers)]
     try:
         while helpers:
-            _require_done(os.waitpid(helpers[-1], 0)[1], top)
+            _, status = os.waitpid(helpers[-1], 0)
             helpers.pop()
+            _require_done(status, top)
     except BaseException:
         # One of them found no room, or we were interrupted.
         for helper in helpers:
-            with suppress(ProcessLookupError, ChildProcessError):
-                os.kill(helper, signal.SIGKILL)
-                os.waitpid(helper, 0)
+            os.kill(helper, signal.SIGKILL)  # not waited for yet, so the number is its own
+            os.waitpid(helper, 0)
         raise
 
 
