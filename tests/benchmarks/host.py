@@ -26,6 +26,8 @@ from tests.benchmarks.processes import Done
 _FOREIGN = ("RAY_", "PYTEST_", "PYTHON", "VIRTUAL_ENV", "CONDA", "UV_", "COV")
 _LONGEST = 32
 """Bytes of the path of our folder: sockets of Ray, which lie below it, have at most 107."""
+_ROOM = 30 * 10**9
+"""Bytes that must be free on the disk for trees to stay that nobody needs any more."""
 
 
 Command: TypeAlias = Sequence[str | os.PathLike[str]]
@@ -104,7 +106,11 @@ class Host:
 
     @contextmanager
     def folder(self, *, other: bool = False) -> Iterator[Path]:
-        """A fresh folder with a short path, gone at the end; on the other file system if asked."""
+        """A fresh folder with a short path, on the other file system if asked; gone at the end, or at that of the run.
+
+        For minutes after a tree was removed ext4 takes up to a hundred times longer to make a file: the next sample
+        would tell of that. So trees stay while there is room.
+        """
         top = self.other if other else self.disk
         assert top is not None
         made = top / f"{next(self.numbers)}"
@@ -112,7 +118,8 @@ class Host:
         try:
             yield made
         finally:
-            _fs.remove_tree(made)
+            if other or self.free(top) < _ROOM:
+                _fs.remove_tree(made)
 
 
 @contextmanager
