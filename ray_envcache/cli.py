@@ -2,224 +2,52 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
+from importlib import import_module
 
 import click
 
-from ray_envcache import (
-    __version__,
-    cli_build,
-    cli_doctor,
-    cli_run,
-    cli_sessions,
-    inventory,
-    pins,
-    registration,
-    tables,
-)
-from ray_envcache.collector import Report, collect
-from ray_envcache.entry import utc
-from ray_envcache.errors import EnvCacheError, FieldValueError
-from ray_envcache.evict import evict
-from ray_envcache.layout import Entry, default_root
-from ray_envcache.lower import VARIABLE, missing_stores
-from ray_envcache.policy import Limits
-from ray_envcache.store import Store
-from ray_envcache.units import format_size, parse_duration, parse_space
+from ray_envcache import __version__, registration
+from ray_envcache.errors import EnvCacheError
+from ray_envcache.layout import default_root
 
-SCHEMA_VERSION = 1
-
-TIMER = """\
-# crontab -e: every hour, quiet unless something fails
-17 * * * * {command} gc > /dev/null
-
-# or systemd, as the store's user:
-#   mkdir -p ~/.config/systemd/user, save the two files there, then
-#   systemctl --user daemon-reload && systemctl --user enable --now ray-envcache-gc.timer
-#   (loginctl enable-linger keeps it running while you are logged out)
-
-# ~/.config/systemd/user/ray-envcache-gc.service
-[Unit]
-Description=Remove Ray environments that nobody uses
-
-[Service]
-Type=oneshot
-ExecStart={command} gc
-Nice=10
-IOSchedulingClass=idle
-
-# ~/.config/systemd/user/ray-envcache-gc.timer
-[Unit]
-Description=Remove Ray environments that nobody uses, every hour
-
-[Timer]
-OnCalendar=hourly
-RandomizedDelaySec=10m
-Persistent=true
-
-[Install]
-WantedBy=timers.target"""
+_COMMANDS = {
+    "build": "cli_build.build",
+    "doctor": "cli_doctor.doctor",
+    "gc": "cli_store.gc",
+    "list": "cli_store.list_",
+    "pin": "cli_store.pin",
+    "purge": "cli_store.purge",
+    "rm": "cli_store.rm",
+    "run": "cli_run.run",
+    "unpin": "cli_store.unpin",
+    "why": "cli_store.why",
+}
 
 
-def _parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:
-    """A click callback from one of our parsers."""
+class _Lazy(click.Group):
+    """Imports what a command needs when that command, or its line of help, is wanted: half the time of most of them."""
 
-    def callback(_context: click.Context, _option: click.Parameter, value: str | None) -> Any:
-        try:
-            return None if value is None else parse(value)
-        except FieldValueError as error:
-            raise click.BadParameter(f"{error.message}; {error.hint}") from error
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *_COMMANDS})
 
-    return callback
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        module, _, name = _COMMANDS[cmd_name].partition(".")
+        command: click.Command = getattr(import_module(f"ray_envcache.{module}"), name)
+        return command
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="ray-envcache")
 def cli() -> None:
     """Python environments for Ray, built once per host and shared by all clusters.
 
     The store is $RAY_ENVCACHE_DIR, else the user's cache directory (see `ray-envcache dir`).
     """
-
-
-@cli.command("list")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: bytes as integers, UTC times.")
-@click.option("--sessions", is_flag=True, help="Show Ray's session directories instead: alive or dead, size, age.")
-@cli_sessions.tmpdir_option
-def list_(*, as_json: bool, sessions: bool, tmpdir: str | None) -> None:
-    """Show the environments: their users, and the disk they take."""
-    if sessions:
-        cli_sessions.show(tmpdir, _print_json if as_json else None)
-        return
-    cli_sessions.refuse_without_sessions(tmpdir)
-    store = Store.open()
-    found = inventory.survey(store.layout, store.lower)
-    if as_json:
-        roots = {"root": os.fspath(store.layout.root), "readonly_roots": [os.fspath(one.root) for one in store.lower]}
-        _print_json({**roots, "envs": [_as_json(status) for status in found]})
-    else:
-        tables.print_environments(found, sys.stdout)
-    for root in missing_stores(store.layout, os.environ):
-        click.echo(f"note: {VARIABLE} names `{root}`, where there is no store", err=True)
-
-
-@cli.command()
-@click.argument("key")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def why(*, key: str, as_json: bool) -> None:
-    """Show what keeps an environment.
-
-    That is: the processes and clusters that use it, and its pin.
-    """
-    store = Store.open()
-    found = [inventory.status(store.layout, entry) for entry in store.find(key)]
-    if as_json:
-        _print_json({"envs": [_as_json(status) for status in found]})
-        return
-    for status in found:
-        tables.print_users(status, sys.stdout)
-
-
-@cli.command()
-@click.argument("keys", nargs=-1, required=True, metavar="KEY...")
-def pin(*, keys: tuple[str, ...]) -> None:
-    """Keep environments, whatever gc is asked for."""
-    store = Store.open()
-    for key in keys:
-        entry = store.find(key)[0]
-        pins.pin(store.layout, entry)
-        click.echo(f"Pinned {entry.key[: tables.KEY_LENGTH]}", err=True)
-
-
-@cli.command()
-@click.argument("keys", nargs=-1, required=True, metavar="KEY...")
-def unpin(*, keys: tuple[str, ...]) -> None:
-    """Give pinned environments free."""
-    store = Store.open()
-    for key in keys:
-        entry = store.find(key)[0]
-        freed = pins.unpin(store.layout, entry.key)
-        click.echo(f"{'Unpinned' if freed else 'Was not pinned:'} {entry.key[: tables.KEY_LENGTH]}", err=True)
-
-
-@cli.command()
-@click.argument("keys", nargs=-1, required=True, metavar="KEY...")
-def rm(*, keys: tuple[str, ...]) -> None:
-    """Remove environments by the start of their KEY.
-
-    Refuses what is in use or pinned, and says why.
-    """
-    store = Store.open()
-    for entry in [entry for key in keys for entry in _removable(store.find(key))]:
-        gone = evict(store.layout, entry)
-        click.echo(f"Removed {entry.key[: tables.KEY_LENGTH]}, freed {format_size(gone.freed)}", err=True)
-
-
-@cli.command()
-@click.option("--yes", is_flag=True, help="Do not ask.")
-def purge(*, yes: bool) -> None:
-    """Remove all that is neither in use nor pinned."""
-    store = Store.open()
-    if not yes:
-        _confirm(f"Remove all environments in {store.layout.root}?")
-    _finish_collection(collect(store.layout, Limits(everything=True)), as_json=False, dry_run=False)
-    for layout in store.lower:
-        click.echo(f"The read-only store at {layout.root} stays as it is", err=True)
-
-
-@cli.command()
-@click.option("-n", "--dry-run", is_flag=True, help="Only show what would be removed.")
-@click.option(
-    "--unused-for", callback=_parsed(parse_duration), metavar="14d", help="Remove what nobody used for so long."
-)
-@click.option("--max-used-space", callback=_parsed(parse_space), metavar="50GB|30%", help="Shrink the store to this.")
-@click.option("--min-free-space", callback=_parsed(parse_space), metavar="10%", help="Free the disk up to this.")
-@click.option(
-    "--reserved-space", callback=_parsed(parse_space), metavar="20GB", help="Never shrink the store below this."
-)
-@click.option("--all", "everything", is_flag=True, help="Remove everything that is neither in use nor pinned.")
-@click.option("--sessions", is_flag=True, help="Remove Ray's session directories of dead clusters instead.")
-@click.option(
-    "--older-than", callback=_parsed(parse_duration), metavar="1d", help="With --sessions: not written for so long."
-)
-@cli_sessions.tmpdir_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--print-timer", is_flag=True, help="Print a systemd user timer and a crontab line, and do nothing.")
-def gc(*, dry_run: bool, everything: bool, as_json: bool, print_timer: bool, sessions: bool, **limits: Any) -> None:
-    """Remove environments that nobody needs. Made for cron.
-
-    Never removes what is in use or pinned, and waits for nobody.
-
-    Without options the defaults apply: unused for 14 days, or less than 10 % of the disk free (least recently used
-    first). They can be set with RAY_ENVCACHE_UNUSED_FOR, RAY_ENVCACHE_MAX_USED_SPACE, RAY_ENVCACHE_MIN_FREE_SPACE and
-    RAY_ENVCACHE_RESERVED_SPACE ("off" switches one off). Another collector at work is no error.
-    """
-    if print_timer:
-        click.echo(TIMER.format(command=_own_command()))
-        return
-    older_than, tmpdir = limits.pop("older_than"), limits.pop("tmpdir")
-    given = {name: value for name, value in limits.items() if value is not None}
-    if sessions:
-        others = [f"--{name.replace('_', '-')}" for name in given] + ["--all"] * everything
-        printer = _print_json if as_json else None
-        cli_sessions.collect(tmpdir, older_than, dry_run=dry_run, others=others, print_json=printer)
-        return
-    cli_sessions.refuse_without_sessions(older_than, tmpdir)
-    chosen = replace(Limits.from_environ(os.environ), everything=everything, **given)
-    report = collect(Store.open().layout, chosen, dry_run=dry_run)
-    _finish_collection(report, as_json=as_json, dry_run=dry_run)
-
-
-cli.add_command(cli_build.build)
-cli.add_command(cli_run.run)
-cli.add_command(cli_doctor.doctor)
 
 
 @cli.command("dir")
@@ -253,42 +81,3 @@ def main() -> None:
     except EnvCacheError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-
-
-def _as_json(status: inventory.Status) -> dict[str, Any]:
-    data = asdict(status)
-    del data["project"], data["exact"], data["base_path"]
-    users = [{name: user[name] for name in ("pid", "kind", "cluster", "since")} for user in data.pop("users")]
-    last_used = data.pop("last_used")
-    return {**data, "holders": users, "last_used_at": utc(last_used)}
-
-
-def _removable(found: list[Entry]) -> list[Entry]:
-    """Of the entries of one key those that are ours; where all are of lower stores, these, to be refused."""
-    return [entry for entry in found if not entry.readonly] or found
-
-
-def _print_json(data: dict[str, Any]) -> None:
-    click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **data}, indent=2))
-
-
-def _finish_collection(report: Report, *, as_json: bool, dry_run: bool) -> None:
-    if as_json:
-        _print_json({"dry_run": dry_run, **asdict(report), "freed_bytes": report.freed_bytes})
-    else:
-        tables.print_report(report, sys.stdout, dry_run=dry_run)
-    for name, reason in report.failed:
-        click.echo(f"error: Cannot remove {name}: {reason}", err=True)
-    if report.failed:
-        sys.exit(1)
-
-
-def _confirm(question: str) -> None:
-    if not sys.stdin.isatty():
-        raise click.UsageError("Not a terminal to ask on: add --yes")
-    click.confirm(question, abort=True, err=True)
-
-
-def _own_command() -> str:
-    script = Path(sys.argv[0])
-    return os.fspath(script) if script.name == "ray-envcache" else f"{sys.executable} -m ray_envcache"

@@ -15,11 +15,14 @@ from ray_envcache.spec import OPTIONS
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 PACKAGE = "".join(path.read_text("utf-8") for path in Path(ray_envcache.__file__).parent.glob("*.py"))
 
+CONTEXT = click.Context(cli)
+COMMANDS = {name: command for name in cli.list_commands(CONTEXT) if (command := cli.get_command(CONTEXT, name))}
+
 
 def _options() -> list[tuple[str, str]]:
     return [
         (name, option)
-        for name, command in cli.commands.items()
+        for name, command in COMMANDS.items()
         for parameter in command.params
         if isinstance(parameter, click.Option)
         for option in parameter.opts
@@ -27,18 +30,18 @@ def _options() -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.parametrize("command", sorted(cli.commands))
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_command_is_documented(command: str) -> None:
     """Every command has help, and a row in the reference."""
     assert f"`ray-envcache {command}" in README or f"`{command} " in README
-    assert cli.commands[command].help
+    assert COMMANDS[command].help
 
 
 @pytest.mark.parametrize(("command", "option"), _options())
 def test_option_is_documented(command: str, option: str) -> None:
     """Every option of a command is in the README, and says what it does."""
     assert option in README, f"ray-envcache {command} {option}"
-    (found,) = [one for one in cli.commands[command].params if option in one.opts]
+    (found,) = [one for one in COMMANDS[command].params if option in one.opts]
     assert isinstance(found, click.Option)
     assert found.help
 
