@@ -47,13 +47,24 @@ def name_of(text: bytes) -> str:
 
 def read(path: str) -> bytes:
     """The content of a file."""
-    with open(path, "rb") as file:
-        return file.read()
+    with open(path, "rb", buffering=0) as file:
+        return file.readall()
+
+
+@cache
+def _ending() -> str:
+    return os.path.basename(cache_from_source("m.py"))[1:]
+
+
+def place_of(path: str) -> str:
+    """Where workers look for the bytecode of the module at `path`, wherever PYTHONPYCACHEPREFIX has us look."""
+    directory, _, name = path.rpartition("/")
+    return f"{directory}/__pycache__/{name[: -len('.py')]}{_ending()}"
 
 
 def link(path: str, text: bytes, places: Places) -> bool:
     """Give the module at `path` what somebody made of its text; False where nobody did."""
-    target = cache_from_source(path)
+    target = place_of(path)
     for file in _files(text, places):
         with suppress(FileNotFoundError):
             put(file, target)
@@ -89,7 +100,7 @@ def keep(path: str, text: bytes, bytecode: bytes, places: Places) -> None:
     """Give the module at `path` this bytecode, and others with its text too. Each file appears when it is whole."""
     _, staged = _files(text, places)
     _write_whole(staged, bytecode)
-    put(staged, cache_from_source(path))
+    put(staged, place_of(path))
 
 
 def put(file: str, target: str) -> None:

@@ -105,6 +105,14 @@ def test_compiled_once_and_gone_with_the_last(store: Store, build: Build) -> Non
     assert list(store.layout.bytecode.iterdir()) == []
 
 
+def test_elsewhere_for_us(store: Store, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PYTHONPYCACHEPREFIX of whoever builds says where our bytecode goes, not that of environments."""
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path / "prefix"))
+    entry = build("aa", "common")
+    finish(store, entry)
+    assert {name.rsplit("/", 1)[-1].partition(".")[0] for name in bytecode(entry)} >= {"aa", "deep", "__init__"}
+
+
 def test_first_workers_find_bytecode(store: Store, build: Build) -> None:
     """What the check of a new environment imports has bytecode when it is handed out: its own, then the shared one."""
     first = build("aa")
