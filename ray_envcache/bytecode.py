@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ray_envcache import _flock, _fs, _pyc, _testpoints, shared_bytecode
 from ray_envcache._pyc import Places
+from ray_envcache.donors import NOBODY, Donors, donors_for
 from ray_envcache.entry import utc_now
 from ray_envcache.layout import Entry, Layout
 from ray_envcache.leases import Holder, claim_ready
@@ -61,7 +62,7 @@ def _finish_claimed(layout: Layout, entry: Entry, workers: int) -> bool:
         return True
 
 
-def compile_tree(top: Path, places: Places, workers: int) -> None:
+def compile_tree(top: Path, places: Places, workers: int, donors: Donors = NOBODY) -> None:
     """Give all modules below `top` bytecode of this Python, with so many processes.
 
     More than one are forks: they share our flocks, so that the entry stays held until the last of them is done. Raises
@@ -69,9 +70,9 @@ def compile_tree(top: Path, places: Places, workers: int) -> None:
     """
     directories = list(_with_modules(top))
     if workers == 1:
-        _do_share(directories, places)
+        _do_share(directories, places, donors)
         return
-    helpers = [_fork(directories[number::workers], places) for number in range(workers)]
+    helpers = [_fork(directories[number::workers], places, donors) for number in range(workers)]
     try:
         while helpers:
             _, status = os.waitpid(helpers[-1], 0)
@@ -85,13 +86,13 @@ def compile_tree(top: Path, places: Places, workers: int) -> None:
         raise
 
 
-def _fork(directories: list[str], places: Places) -> int:
+def _fork(directories: list[str], places: Places, donors: Donors) -> int:
     """Start a process that does its share; its exit code is the number of the error that stopped it."""
     child = os.fork()
     if child == 0:
         code = _UNKNOWN
         try:
-            _do_share(directories, places)
+            _do_share(directories, places, donors)
             code = 0
         except OSError as error:
             code = error.errno or _UNKNOWN
@@ -108,19 +109,20 @@ def _require_done(status: int, top: Path) -> None:
         raise ChildProcessError(f"a process that compiles `{top}` ended with {code}")
 
 
-def _do_share(directories: list[str], places: Places) -> None:
+def _do_share(directories: list[str], places: Places, donors: Donors) -> None:
     """First what is quick, everywhere: links to what an earlier environment compiled."""
-    missing = {directory: _link_directory(directory, places) for directory in directories}
+    missing = {directory: _link_directory(directory, places, donors) for directory in directories}
     for directory, modules in missing.items():
         if modules:
             _compile_directory(directory, modules, places)
 
 
-def _link_directory(directory: str, places: Places) -> list[str]:
+def _link_directory(directory: str, places: Places, donors: Donors) -> list[str]:
     """Link the bytecode of a directory's modules, and return those that nobody compiled yet."""
     with _thawed(directory), os.scandir(directory) as found:
-        modules = [item.path for item in found if item.name.endswith(".py") and item.is_file()]
-        return [path for path in modules if not _pyc.link(path, _pyc.read(path), places)]
+        modules = [item for item in found if item.name.endswith(".py") and item.is_file()]
+        left = [item.path for item in donors.give(directory, modules)]
+        return [path for path in left if not _pyc.link(path, _pyc.read(path), places)]
 
 
 def _compile_directory(directory: str, modules: list[str], places: Places) -> None:
@@ -155,7 +157,7 @@ def _finish(layout: Layout, entry: Entry, workers: int) -> None:
     os.makedirs(places.staged, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what foreign text is warned of is nobody's business, nor an error, here
-        compile_tree(entry.site_packages, places, workers)
+        compile_tree(entry.site_packages, places, workers, donors_for(layout, entry, shared))
     # From here on the entry survives a crash of the machine, not only of processes; and what it shares.
     os.sync()
     shared_bytecode.publish(places.staged, shared)

@@ -20,7 +20,7 @@ FLOORS = (
     ("errors",),
     ("_fs", "_process", "_identity", "_hold", "_pyc", "_check", "_flock", "_disk", "_testpoints", "units"),
     ("spec", "interpreter", "registration", "layout", "policy", "requirements", "guard", "probe", "findings"),
-    ("_uv", "entry", "root", "holders", "project", "shared_bytecode"),
+    ("_uv", "entry", "root", "holders", "project", "shared_bytecode", "donors"),
     ("exports", "doctor_environ", "lower"),
     ("lockfile", "leases", "sizes", "clock", "content", "plan", "mentions", "session_dirs", "companion"),
     ("key", "cluster_ray", "venv_files", "pins", "sessions", "tmpdir", "inherit"),
