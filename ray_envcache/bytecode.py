@@ -96,6 +96,8 @@ def _fork(directories: list[str], places: Places, donors: Donors) -> int:
             code = 0
         except OSError as error:
             code = error.errno or _UNKNOWN
+        except Exception:  # noqa: BLE001  # a defect of ours: nobody else can tell
+            sys.excepthook(*sys.exc_info())
         finally:
             os._exit(code)
     return child
