@@ -171,19 +171,19 @@ def claim(entry: Entry) -> Lease | None:
     return Lease(entry, in_use)
 
 
-def claim_ready(entry: Entry, layout: Layout, holder: Holder, *, announce: bool = True) -> Lease | None:
-    """Claim an entry that may be handed out, else None. The record is read under the claim: then it stays true.
+def claim_ready(entry: Entry, layout: Layout, holder: Holder) -> Lease | None:
+    """Claim an entry that may be handed out, and tell people of `holder`; None where there is none.
 
-    `layout` is the user's own store, where people are told, also of an entry of a lower one; not without `announce`.
-    Raises as `claim`.
+    `layout` is the user's own store, where people are told, also of an entry of a lower one. Raises as `claim`.
     """
-    lease = _claim_whole(entry)
-    if lease is not None and announce:
+    lease = claim_whole(entry)
+    if lease is not None:
         lease.announce(layout, holder)
     return lease
 
 
-def _claim_whole(entry: Entry) -> Lease | None:
+def claim_whole(entry: Entry) -> Lease | None:
+    """The same, untold. The record is read under the claim: then it stays true."""
     lease = claim(entry)
     if lease is None:
         return None
@@ -199,7 +199,7 @@ def _keep_base(lease: Lease, record: ReadyRecord) -> bool:
     base = lease.entry.base(record.base)
     if base is None:
         return True
-    below = _claim_whole(base)
+    below = claim_whole(base)
     if below is not None:
         lease.keep(below)
     return below is not None

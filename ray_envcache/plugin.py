@@ -142,7 +142,7 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         try:
             given = EnvSpec.parse(runtime_env[FIELD])
             spec, cluster_ray, holder = _located(given, context), ClusterRay(ray.__version__), _holder(logger)
-            store, lease = await self._in_thread(partial(self._look_up, spec, cluster_ray, holder), _discard)
+            store, lease = await self._in_thread(partial(self._look_up, spec, cluster_ray), _discard)
             if lease is not None:
                 # Nobody waits for that: it makes a file, and where many were removed lately ext4 is slow to make one.
                 tell = partial(self._threads.submit, _announce, lease, store.layout, holder, logger)
@@ -163,9 +163,9 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         logger.info("Using %s for %s", lease.entry.path.name, spec.path)
         return lease
 
-    def _look_up(self, spec: EnvSpec, ray: ClusterRay, holder: Holder) -> tuple[Store, Lease | None]:
+    def _look_up(self, spec: EnvSpec, ray: ClusterRay) -> tuple[Store, Lease | None]:
         store = Store.open()
-        lease = store.lookup(spec, ray, holder, announce=False)
+        lease = store.lookup(spec, ray)
         if lease is not None and any(map(store.wants_finishing, lease.entries)):
             # Nobody waits for it: what a killed compiler left undone is begun again.
             self._threads.submit(store.finish_all, lease)

@@ -14,7 +14,7 @@ from ray_envcache.entry import file_identity, is_unchanged
 from ray_envcache.errors import LockfileError, UnknownKeyError
 from ray_envcache.key import compute_key, digest_of, layer_key
 from ray_envcache.layout import Entry, Layout, default_root, layout_of, newest_first
-from ray_envcache.leases import Holder, Lease, claim_ready
+from ray_envcache.leases import Holder, Lease, claim_whole
 from ray_envcache.lower import lower_stores
 from ray_envcache.project import Project
 from ray_envcache.root import prepare_root
@@ -64,14 +64,13 @@ class Store:
         prepare_root(layout)
         return cls(layout, lower_stores(layout, os.environ))
 
-    def lookup(self, spec: EnvSpec, ray: AnyRay, holder: Holder, *, announce: bool = True) -> Lease | None:
+    def lookup(self, spec: EnvSpec, ray: AnyRay) -> Lease | None:
         """The warm path: one hash, one read, and a lease where the environment is there; else None.
 
-        Without `announce` people are not told yet: that is `Lease.announce`, which makes a file.
-        Raises LockfileError (no such file, wrong digest), InterpreterError, and StoreError where a lower store cannot
-        be trusted. Starts no process, imports little.
+        Nobody is told of it yet: `Lease.announce` makes a file. Starts no process, imports little. Raises LockfileError
+        (no such file, wrong digest), InterpreterError, and StoreError where a lower store cannot be trusted.
         """
-        return self._warm(self._inputs(spec, ray), holder, may_look=False, announce=announce)
+        return self._warm(self._inputs(spec, ray), may_look=False)
 
     def acquire(
         self,
@@ -88,15 +87,16 @@ class Store:
 
         `spec.path` is absolute. That the lockfile matches pyproject.toml is checked with `check_current`, or where no
         digest is pinned: a pinned one was checked where it was made, and on a node the indexes may be configured
-        otherwise. With `editable` local packages are imported from their folders, and edits show at once. Unless
-        `finish` is False, what is missing of bytecode is compiled in the background. Raises the errors of `lookup`,
-        RayVersionError and BuildError; then the store is as before.
+        otherwise. With `editable` local packages are imported from their folders, and edits show at once. With `finish`
+        missing bytecode is compiled in the background. Raises the errors of `lookup`, RayVersionError and BuildError;
+        then the store is as before.
         """
         inputs = self._inputs(spec, ray)._replace(editable=editable)
-        lease = self._warm(inputs, holder, may_look=True)
-        if lease is None:
-            # Not on the warm path.
-            from ray_envcache.builder import Silent
+        lease = self._warm(inputs, may_look=True)
+        if lease is not None:
+            lease.announce(self.layout, holder)
+        else:
+            from ray_envcache.builder import Silent  # not on the warm path
 
             plan = self._plan(inputs, ray, check_current=check_current or spec.digest is None)
             lease = self._build(inputs, plan, holder, observer or Silent())
@@ -125,12 +125,14 @@ class Store:
 
     def _claim_lower(self, key: str, holder: Holder) -> Lease | None:
         """A lease on an environment of ours or, before it would be built, of a lower store."""
-        return self._claim_any(key, holder) if self.lower else None
+        lease = self._claim_any(key) if self.lower else None
+        if lease is not None:
+            lease.announce(self.layout, holder)
+        return lease
 
-    def _claim_any(self, key: str, holder: Holder, *, announce: bool = True) -> Lease | None:
+    def _claim_any(self, key: str) -> Lease | None:
         entries = (entry for layout in (self.layout, *self.lower) for entry in layout.entries_of(key))
-        leases = (claim_ready(entry, self.layout, holder, announce=announce) for entry in entries)
-        return next((lease for lease in leases if lease), None)
+        return next(filter(None, map(claim_whole, entries)), None)
 
     def _plan(self, inputs: Inputs, ray: AnyRay, *, check_current: bool) -> EnvironmentPlan:
         """What a build for `inputs` would be. Asks uv and the interpreter; changes nothing."""
@@ -200,7 +202,7 @@ class Store:
         depends = [_MEMO_SCHEMA, digest, spec.selection(), interpreter.fingerprint(executable), ray.fingerprint()]
         return Inputs(spec, project, executable, digest_of(depends)[:32])
 
-    def _warm(self, inputs: Inputs, holder: Holder, *, may_look: bool, announce: bool = True) -> Lease | None:
+    def _warm(self, inputs: Inputs, *, may_look: bool) -> Lease | None:
         memo, entry = self._recall(inputs)
         if entry is None:
             return None
@@ -210,8 +212,7 @@ class Store:
                 return None
             entry = self.layout.first_entry(layer_key(entry.key, content))
         # Else evicted and built again since the memo was written, or in a lower store.
-        found = claim_ready(entry, self.layout, holder, announce=announce)
-        return found or self._claim_any(entry.key, holder, announce=announce)
+        return claim_whole(entry) or self._claim_any(entry.key)
 
     def _recall(self, inputs: Inputs) -> tuple[dict[str, Any], Entry | None]:
         """What our memo says, else that of a lower store; and the environment, None where nothing said holds."""

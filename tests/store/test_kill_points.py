@@ -67,7 +67,7 @@ if remaining:
 
 OPERATIONS = {
     "build": "Store.open(root).acquire(EnvSpec.parse(project), installed_ray(), Holder('test')).release()",
-    "acquire": "Store.open(root).lookup(EnvSpec.parse(project), installed_ray(), Holder('test')).release()",
+    "acquire": "Store.open(root).acquire(EnvSpec.parse(project), installed_ray(), Holder('test'), finish=False).release()",
     "finish": "[bytecode.finish(layout, entry) for entry in layout.all_entries()]",
     "finish with links": "[bytecode.finish(layout, entry) for entry in layout.all_entries()]",
     "pin": "[(pins.pin(layout, entry), pins.unpin(layout, entry.key)) for entry in layout.all_entries()]",

@@ -154,7 +154,7 @@ def test_environments_are_used_in_place(below: Store, image: Layout, project: Pa
             program = "import sys, wanted; print(sys.prefix)"
             assert support.run_python(program, python=lease.python).strip() == str(wanted.venv)
     spec = EnvSpec.parse(project)
-    with below.lookup(spec, installed_ray(), Holder("test")) or pytest.fail("not on the warm path") as lease:
+    with below.lookup(spec, installed_ray()) or pytest.fail("not on the warm path") as lease:
         assert lease.entry == wanted
     assert own_entries(below) == []
 
@@ -162,7 +162,7 @@ def test_environments_are_used_in_place(below: Store, image: Layout, project: Pa
 def test_memo_of_a_lower_store(below: Store, image: Layout, folder: Path) -> None:
     """Who prepares an image has asked for exactly this: then the warm path finds it at once, layer included."""
     field = EnvSpec.parse({"path": str(folder / "app"), "install_project": False})
-    with below.lookup(field, installed_ray(), Holder("test")) or pytest.fail("not on the warm path") as lease:
+    with below.lookup(field, installed_ray()) or pytest.fail("not on the warm path") as lease:
         assert lease.entry == environment_of(image)
     with acquire(below, folder / "app") as lease:
         assert lease.entry.path.parent == image.entries
@@ -192,7 +192,7 @@ def test_own_environments_come_first(
 def test_agent(below: Store, image: Layout, project: Path) -> None:
     """An agent whose warm path finds nothing has its child look further, and gets its lease on the lower entry."""
     spec = EnvSpec.parse(project)
-    assert below.lookup(spec, installed_ray(), Holder("agent")) is None
+    assert below.lookup(spec, installed_ray()) is None
     build = Build(below, spec, installed_ray(), Holder("agent"), logging.getLogger("test"))
     with build.lease.result() as lease:
         assert lease.entry == environment_of(image)

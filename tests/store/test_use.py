@@ -124,7 +124,7 @@ def test_unreleased_lease_warns(store: Store, entry: Entry) -> None:
 def test_lease_that_is_told_of_later(store: Store, entry: Entry) -> None:
     """A lease holds from the start, and whoever gives it back meanwhile, in whatever thread, leaves nothing behind."""
     for _ in range(100):
-        lease = leases.claim_ready(entry, store.layout, Holder("agent"), announce=False)
+        lease = leases.claim_whole(entry)
         assert lease is not None
         with pytest.raises(InUseError):
             evict(store.layout, entry)
@@ -133,7 +133,7 @@ def test_lease_that_is_told_of_later(store: Store, entry: Entry) -> None:
         lease.release()
         telling.join()
         assert not list(store.layout.leases_of(entry.key).glob("*"))
-    with leases.claim_ready(entry, store.layout, Holder("agent"), announce=False) or pytest.fail("no lease") as lease:
+    with leases.claim_whole(entry) or pytest.fail("no lease") as lease:
         assert leases.live_leases(store.layout, entry.key) == []
         lease.announce(store.layout, Holder("agent"))
         assert [holder["pid"] for holder in leases.live_leases(store.layout, entry.key)] == [os.getpid()]
