@@ -50,9 +50,8 @@ class Donors:
             file = _pyc.place_of(f"{there}/{module.name}")
             is_same = texts.get(module.name) == module.inode() and compiled.get(os.path.basename(file)) in self.known
             # Whoever edits a file of uv's cache in place edits it in all environments.
-            if not (
-                is_same and module.stat(follow_symlinks=False).st_mtime_ns < donor.ready and _put(file, module.path)
-            ):
+            is_same = is_same and module.stat(follow_symlinks=False).st_mtime_ns < donor.ready
+            if not (is_same and _put(file, module.path)):
                 left.append(module)
         return left
 
