@@ -52,7 +52,8 @@ def sizes(layout: Layout, entry: Entry) -> MeasuredRecord:
     record = MeasuredRecord.read(entry)
     if record is not None and entry.readonly and record.size_bytes:
         return record
-    if record is not None and all(_links(f"{entry.path}/{name}") == links for name, links in record.probes):
+    top = os.fspath(entry.path)
+    if record is not None and all(_links(f"{top}/{name}") == links for name, links in record.probes):
         return record
     return record_sizes(layout, entry)
 

@@ -84,4 +84,6 @@ def format_duration(seconds: float) -> str:
 
 def printable(text: str) -> str:
     """The text without the teeth of control characters: names and command lines of others are shown in terminals."""
+    if text.isprintable():  # nearly always, and asked at once
+        return text
     return "".join(character if character.isprintable() else "?" for character in text)
