@@ -20,10 +20,6 @@ from ray_envcache.units import printable
 
 PrintJson = Callable[[dict[str, Any]], None]
 
-tmpdir_option = click.option(
-    "--tmpdir", metavar="DIR", help="With --sessions: look here, not in $RAY_TMPDIR/ray, $TMPDIR/ray or /tmp/ray."
-)
-
 
 def show(tmpdir: str | None, print_json: PrintJson | None) -> None:
     """Print the sessions, as JSON if there is a printer for that."""
@@ -54,12 +50,6 @@ def collect(
         click.echo(f"error: Cannot remove {printable(name)}: {printable(reason)}", err=True)
     if report.failed:
         sys.exit(1)
-
-
-def refuse_without_sessions(*given: object) -> None:
-    """Raise where options that need --sessions came without it."""
-    if any(value is not None for value in given):
-        raise click.UsageError("--tmpdir and --older-than are about session directories: add --sessions")
 
 
 def _report_as_json(report: Report) -> dict[str, Any]:

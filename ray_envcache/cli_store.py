@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from ray_envcache import cli_sessions, inventory, pins, tables
+from ray_envcache import inventory, pins, tables
 from ray_envcache.collector import Report, collect
 from ray_envcache.entry import utc
 from ray_envcache.errors import FieldValueError
@@ -69,16 +69,23 @@ def _parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Param
     return callback
 
 
+_tmpdir_option = click.option(
+    "--tmpdir", metavar="DIR", help="With --sessions: look here, not in $RAY_TMPDIR/ray, $TMPDIR/ray or /tmp/ray."
+)
+
+
 @click.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: bytes as integers, UTC times.")
 @click.option("--sessions", is_flag=True, help="Show Ray's session directories instead: alive or dead, size, age.")
-@cli_sessions.tmpdir_option
+@_tmpdir_option
 def list_(*, as_json: bool, sessions: bool, tmpdir: str | None) -> None:
     """Show the environments: their users, and the disk they take."""
     if sessions:
+        from ray_envcache import cli_sessions  # not for environments
+
         cli_sessions.show(tmpdir, _print_json if as_json else None)
         return
-    cli_sessions.refuse_without_sessions(tmpdir)
+    _refuse_without_sessions(tmpdir)
     store = Store.open()
     found = inventory.survey(store.layout, store.lower)
     if as_json:
@@ -169,7 +176,7 @@ def purge(*, yes: bool) -> None:
 @click.option(
     "--older-than", callback=_parsed(parse_duration), metavar="1d", help="With --sessions: not written for so long."
 )
-@cli_sessions.tmpdir_option
+@_tmpdir_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--print-timer", is_flag=True, help="Print a systemd user timer and a crontab line, and do nothing.")
 def gc(*, dry_run: bool, everything: bool, as_json: bool, print_timer: bool, sessions: bool, **limits: Any) -> None:
@@ -187,14 +194,22 @@ def gc(*, dry_run: bool, everything: bool, as_json: bool, print_timer: bool, ses
     older_than, tmpdir = limits.pop("older_than"), limits.pop("tmpdir")
     given = {name: value for name, value in limits.items() if value is not None}
     if sessions:
+        from ray_envcache import cli_sessions  # not for environments
+
         others = [f"--{name.replace('_', '-')}" for name in given] + ["--all"] * everything
         printer = _print_json if as_json else None
         cli_sessions.collect(tmpdir, older_than, dry_run=dry_run, others=others, print_json=printer)
         return
-    cli_sessions.refuse_without_sessions(older_than, tmpdir)
+    _refuse_without_sessions(older_than, tmpdir)
     chosen = replace(Limits.from_environ(os.environ), everything=everything, **given)
     report = collect(Store.open().layout, chosen, dry_run=dry_run)
     _finish_collection(report, as_json=as_json, dry_run=dry_run)
+
+
+def _refuse_without_sessions(*given: object) -> None:
+    """Raise where options that need --sessions came without it."""
+    if any(value is not None for value in given):
+        raise click.UsageError("--tmpdir and --older-than are about session directories: add --sessions")
 
 
 def _as_json(status: inventory.Status) -> dict[str, Any]:

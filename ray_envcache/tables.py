@@ -5,17 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from ray_envcache.collector import Report
-from ray_envcache.doctor_nodes import node_name
 from ray_envcache.findings import ERROR
-from ray_envcache.inventory import Status, User
-from ray_envcache.session_gc import Report as SessionReport
-from ray_envcache.sessions import Session
 from ray_envcache.units import format_duration, format_size, printable
+
+if TYPE_CHECKING:
+    from ray_envcache.collector import Report
+    from ray_envcache.inventory import Status, User
+    from ray_envcache.session_gc import Report as SessionReport
+    from ray_envcache.sessions import Session
 
 KEY_LENGTH = 12
 """Digits of a key that people see; commands take any unambiguous start."""
@@ -128,14 +129,16 @@ def print_session_report(report: SessionReport, stream: TextIO, *, dry_run: bool
 
 def print_nodes(nodes: list[dict[str, Any]], stream: TextIO) -> None:
     """The nodes of a cluster, as `doctor_nodes.NodeReport` has them; key and seconds where environments were built."""
+    from ray_envcache.doctor_nodes import node_name  # `doctor` alone needs it
+
     built = any(node["seconds"] is not None for node in nodes)
     columns = ("NODE", "HOST", "PLUGIN", "STORE", "FREE", "RAY", "PYTHON", "UV", *(("KEY", "SECONDS") if built else ()))
-    rows = [_node(node)[: len(columns)] for node in nodes]
+    rows = [_node(node_name(node["ip"], node["node_id"]), node)[: len(columns)] for node in nodes]
     _print_table(columns, rows, stream, numeric={"FREE", "SECONDS"})
 
 
-def _node(node: dict[str, Any]) -> Sequence[str]:
-    name, free, seconds = node_name(node["ip"], node["node_id"]), node["free_bytes"], node["seconds"]
+def _node(name: str, node: dict[str, Any]) -> Sequence[str]:
+    free, seconds = node["free_bytes"], node["seconds"]
     return (
         name, node["host"], _plugin(node), _store(node), "-" if free is None else format_size(free),
         node["ray"] or "-", node["python"] or "-", node["uv"] or "-", (node["key"] or "-")[:KEY_LENGTH],

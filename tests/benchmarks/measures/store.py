@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable
 
 from ray_envcache.layout import Layout
-from tests.benchmarks import fabricate
+from tests.benchmarks import fabricate, processes
 from tests.benchmarks.bench import Bench
+from tests.benchmarks.host import Command
 from tests.benchmarks.measure import Result
 
 
@@ -33,20 +34,22 @@ def gc(bench: Bench, result: Result) -> None:
 
 
 def list_entries(bench: Bench, result: Result) -> None:
-    """`ray-envcache list` with 1000 entries, without the start of an interpreter that can only say its version."""
+    """`ray-envcache list` with 1000 entries, without the start of an interpreter that does nothing."""
     (entries,), (packages,) = bench.pick([1000], [20]), bench.pick([100], [20])
-    folder = bench.wide(packages, real_ray=False).project.folder
-    with bench.host.folder() as root:
+    folder, host = bench.wide(packages, real_ray=False).project.folder, bench.host
+    with host.folder() as root:
         bench.finish(folder, root / "store")
         fabricate.fill(root / "store", entries)
 
         def command(*arguments: str) -> Callable[[], dict[str, float]]:
-            return lambda: {"ms": bench.host.envcache(*arguments, store=root / "store").seconds * 1000}
+            run: Command = [host.python, *arguments]
+            return lambda: {"ms": processes.run(run, host.environ(root / "store"), host.disk).seconds * 1000}
 
-        command("list")()
-        samples = bench.repeat(result, {"list": command("list"), "--version": command("--version")})
-    found = {name: result.add(f"ray-envcache {name}", "ms", one["ms"]) for name, one in samples.items()}
-    pairs = zip(found["list"].samples, found["--version"].samples, strict=True)
-    beyond = result.add("list beyond --version", "ms", [one - other for one, other in pairs])
+        ways = {"list": command("-m", "ray_envcache", "list"), "python": command("-c", "pass")}
+        ways["list"]()
+        samples = bench.repeat(result, {**ways, "--version": command("-m", "ray_envcache", "--version")})
+    found = {name: result.add(name, "ms", one["ms"]) for name, one in samples.items()}
+    pairs = zip(found["list"].samples, found["python"].samples, strict=True)
+    beyond = result.add("list beyond the interpreter's start", "ms", [one - other for one, other in pairs])
     result.report(f"`list` with {entries} entries, after interpreter start", beyond, 200.0)
     result.report("ray-envcache --version", found["--version"])
