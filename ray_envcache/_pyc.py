@@ -65,11 +65,7 @@ def place_of(path: str) -> str:
 def link(path: str, text: bytes, places: Places) -> bool:
     """Give the module at `path` what somebody made of its text; False where nobody did."""
     target = place_of(path)
-    for file in _files(text, places):
-        with suppress(FileNotFoundError):
-            put(file, target)
-            return True
-    return False
+    return any(put_if_there(file, target) for file in _files(text, places))
 
 
 def known(text: bytes, places: Places) -> bytes:
@@ -117,6 +113,14 @@ def put(file: str, target: str) -> None:
         if error.errno not in _NO_LINK:
             raise
         _replace(file, target)
+
+
+def put_if_there(file: str, target: str) -> bool:
+    """The same; False where there is no `file`."""
+    with suppress(FileNotFoundError):
+        put(file, target)
+        return True
+    return False
 
 
 def _compiled(path: str, text: bytes) -> bytes:

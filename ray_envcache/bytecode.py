@@ -75,8 +75,8 @@ def compile_tree(top: Path, places: Places, workers: int, donors: Donors = NOBOD
     helpers = [_fork(directories[number::workers], places, donors) for number in range(workers)]
     try:
         while helpers:
-            _, status = os.waitpid(helpers[-1], 0)
-            helpers.pop()
+            _, status = os.waitpid(helpers[0], 0)
+            helpers.pop(0)
             _require_done(status, top)
     except BaseException:
         # One of them found no room, or we were interrupted.

@@ -51,7 +51,7 @@ class Donors:
             is_same = texts.get(module.name) == module.inode() and compiled.get(os.path.basename(file)) in self.known
             # Whoever edits a file of uv's cache in place edits it in all environments.
             is_same = is_same and module.stat(follow_symlinks=False).st_mtime_ns < donor.ready
-            if not (is_same and _put(file, module.path)):
+            if not (is_same and _pyc.put_if_there(file, _pyc.place_of(module.path))):
                 left.append(module)
         return left
 
@@ -81,10 +81,3 @@ def _inodes(directory: str) -> dict[str, int]:
             return {item.name: item.inode() for item in items}
     except FileNotFoundError:
         return {}
-
-
-def _put(file: str, module: str) -> bool:
-    with suppress(FileNotFoundError):
-        _pyc.put(file, _pyc.place_of(module))
-        return True
-    return False

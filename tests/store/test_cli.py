@@ -199,7 +199,9 @@ def test_interrupted_compiling(
     import psutil
 
     text = "x = [1]\n" * 3000
-    support.make_wheel(wheels, "many", modules={f"many/m{number}.py": f"{text}{number}\n" for number in range(100)})
+    # Two directories: enough for two helpers.
+    modules = {f"many{number % 2}/m{number}.py": f"{text}{number}\n" for number in range(100)}
+    support.make_wheel(wheels, "many", modules=modules)
     project = support.make_project(tmp_path / "project", wheels, ["ray", "many"])
     child = subprocess.Popen(
         [sys.executable, "-m", "ray_envcache", "build", project], stderr=subprocess.PIPE, text=True
@@ -219,4 +221,4 @@ def test_interrupted_compiling(
     assert not any(helper.is_running() for helper in helpers)
     (entry,) = store.layout.all_entries()
     support.wait_until(entry.compiled.exists, "the background finished it", 120)
-    assert len(list(entry.site_packages.glob("many/__pycache__/*.pyc"))) == 100
+    assert len(list(entry.site_packages.glob("many?/__pycache__/*.pyc"))) == 100
