@@ -8,20 +8,20 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ray_envcache import inventory, pins, tables
-from ray_envcache.collector import Report, collect
 from ray_envcache.entry import utc
 from ray_envcache.errors import FieldValueError
-from ray_envcache.evict import evict
 from ray_envcache.layout import Entry
 from ray_envcache.lower import VARIABLE, missing_stores
-from ray_envcache.policy import Limits
 from ray_envcache.store import Store
 from ray_envcache.units import format_size, parse_duration, parse_space
+
+if TYPE_CHECKING:
+    from ray_envcache.collector import Report
 
 SCHEMA_VERSION = 1
 
@@ -143,6 +143,8 @@ def rm(*, keys: tuple[str, ...]) -> None:
 
     Refuses what is in use or pinned, and says why.
     """
+    from ray_envcache.evict import evict  # not for those that only look
+
     store = Store.open()
     for entry in [entry for key in keys for entry in _removable(store.find(key))]:
         gone = evict(store.layout, entry)
@@ -153,6 +155,9 @@ def rm(*, keys: tuple[str, ...]) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def purge(*, yes: bool) -> None:
     """Remove all that is neither in use nor pinned."""
+    from ray_envcache.collector import collect  # not for those that only look
+    from ray_envcache.policy import Limits
+
     store = Store.open()
     if not yes:
         _confirm(f"Remove all environments in {store.layout.root}?")
@@ -200,6 +205,9 @@ def gc(*, dry_run: bool, everything: bool, as_json: bool, print_timer: bool, ses
         printer = _print_json if as_json else None
         cli_sessions.collect(tmpdir, older_than, dry_run=dry_run, others=others, print_json=printer)
         return
+    from ray_envcache.collector import collect  # not for those that only look
+    from ray_envcache.policy import Limits
+
     _refuse_without_sessions(older_than, tmpdir)
     chosen = replace(Limits.from_environ(os.environ), everything=everything, **given)
     report = collect(Store.open().layout, chosen, dry_run=dry_run)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ray_envcache import _flock, holders, leases, lower, pins
 from ray_envcache.entry import ReadyRecord, utc
 from ray_envcache.layout import Entry, Layout, layout_of
-from ray_envcache.sizes import sizes
+from ray_envcache.sizes import MeasuredRecord, sizes
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,17 @@ def _statuses(layout: Layout, store: Layout, entries: list[Entry]) -> list[Statu
     """What is asked once for all, then each entry: there may be thousands."""
     processes = _processes(store, entries)
     pinned = set() if store.readonly else pins.pinned_keys(store)
-    leased = layout.leased_keys()
+    leased, links = layout.leased_keys(), dict[int, int]()
 
     def look(entry: Entry) -> Status:
         users = _users(layout, entry, processes.get(entry.path.name, []), leased=entry.key in leased)
-        return _status(layout, entry, users, pinned=entry.key in pinned)
+        return _status(layout, entry, users, sizes(layout, entry, links), pinned=entry.key in pinned)
 
     return [look(entry) for entry in entries]
 
 
-def _status(layout: Layout, entry: Entry, users: tuple[User, ...], *, pinned: bool) -> Status:
-    record, size = ReadyRecord.read(entry), sizes(layout, entry)
+def _status(layout: Layout, entry: Entry, users: tuple[User, ...], size: MeasuredRecord, *, pinned: bool) -> Status:
+    record = ReadyRecord.read(entry)
     base = entry.base(record.base) if record else None
     return Status(
         key=entry.key,

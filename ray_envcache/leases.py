@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import sys
 import time
 import warnings
@@ -131,7 +130,7 @@ class Lease:
         with self._telling:
             if self._in_use is None:
                 return
-            path = layout.leases_of(self.entry.key) / secrets.token_hex(8)
+            path = layout.leases_of(self.entry.key) / _fs.unique()
             try:
                 descriptor = _own_file(path)
             except OSError as error:

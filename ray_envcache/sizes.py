@@ -6,26 +6,30 @@ import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from ray_envcache import _disk, _fs, shared_bytecode
 from ray_envcache.entry import SCHEMA_VERSION, frozen
 from ray_envcache.layout import Entry, Layout
 
-_PROBES = 16
+_SAMPLES = 16
+
+Sample: TypeAlias = tuple[str, int, int]
+"""A file of an entry: its name there, its inode, and its links, as `_look` counts them."""
 
 
 @dataclass(frozen=True)
 class MeasuredRecord:
     """Sizes in bytes. `exact` is False where `reclaimable_bytes` is a lower bound.
 
-    `probes` are files of the entry and their numbers of links when it was measured.
+    `samples` are some files of the entry as they were when it was measured.
     """
 
     size_bytes: int
     reclaimable_bytes: int
     files: int
     exact: bool
-    probes: tuple[tuple[str, int], ...]
+    samples: tuple[Sample, ...]
 
     def write(self, entry: Entry) -> None:
         _fs.write_json(entry.measured, {"schema_version": SCHEMA_VERSION, **asdict(self)}, durable=False)
@@ -41,21 +45,34 @@ class MeasuredRecord:
             return None
 
 
-def sizes(layout: Layout, entry: Entry) -> MeasuredRecord:
+def sizes(layout: Layout, entry: Entry, known: dict[int, int] | None = None) -> MeasuredRecord:
     """The sizes of an entry: as recorded, where the record still holds, else measured anew (and recorded).
 
     What deleting an entry frees changes without the entry: when uv's cache is cleaned, the entry becomes the only
-    owner of its files; and when another entry with the same packages comes or goes, of their bytecode. Some files,
-    spread over the tree, tell by their number of links. In a lower store nothing is recorded, and what it frees is
-    its owner's business.
+    owner of its files; and when the first other entry with the same packages comes, or the last one goes, of their
+    bytecode. Some files, spread over the tree, tell by their number of links. In a lower store nothing is recorded,
+    and what it frees is its owner's business.
+
+    `known` has the links of inodes that were looked at already, for the next entry: most packages are those of others
+    too.
     """
     record = MeasuredRecord.read(entry)
     if record is not None and entry.readonly and record.size_bytes:
         return record
-    top = os.fspath(entry.path)
-    if record is not None and all(_links(f"{top}/{name}") == links for name, links in record.probes):
+    if record is not None and _holds(record, os.fspath(entry.path), {} if known is None else known):
         return record
     return record_sizes(layout, entry)
+
+
+def _holds(record: MeasuredRecord, top: str, known: dict[int, int]) -> bool:
+    for name, inode, links in record.samples:
+        if inode not in known:
+            # By the inode found, should it be another one: of the recorded one nothing is known.
+            found, now = _look(f"{top}/{name}")
+            known[found] = now
+        if known.get(inode) != links:
+            return False
+    return True
 
 
 def record_sizes(layout: Layout, entry: Entry) -> MeasuredRecord:
@@ -63,10 +80,10 @@ def record_sizes(layout: Layout, entry: Entry) -> MeasuredRecord:
     finished = entry.compiled.exists() and not entry.readonly
     if finished and not entry.measured.exists():
         # The record counts too: it must be there when it is measured.
-        _write(entry, MeasuredRecord(0, 0, 0, False, (("", -1),)))
+        _write(entry, MeasuredRecord(0, 0, 0, False, (("", 0, -1),)))
     # Bytecode that only this entry links to goes with it.
     use = _disk.measure(entry.path, shared_bytecode.inodes(layout))
-    record = MeasuredRecord(use.size, use.reclaimable, use.files, use.exact, tuple(_probes(entry)))
+    record = MeasuredRecord(use.size, use.reclaimable, use.files, use.exact, tuple(_samples(entry)))
     if finished:
         _write(entry, record)
     return record
@@ -77,14 +94,14 @@ def _write(entry: Entry, record: MeasuredRecord) -> None:
         record.write(entry)
 
 
-def _probes(entry: Entry) -> list[tuple[str, int]]:
-    """Names and link counts of files spread evenly over the packages."""
+def _samples(entry: Entry) -> list[Sample]:
+    """Files spread evenly over the packages."""
     chosen = [path for kind in _first_files(entry.site_packages) for path in _spread(kind)]
-    return [(os.path.relpath(path, entry.path), _links(path)) for path in chosen]
+    return [(os.path.relpath(path, entry.path), *_look(os.fspath(path))) for path in chosen]
 
 
 def _spread(paths: list[Path]) -> list[Path]:
-    return sorted(paths)[:: max(1, len(paths) * 2 // _PROBES)]
+    return sorted(paths)[:: max(1, len(paths) * 2 // _SAMPLES)]
 
 
 def _first_files(site_packages: Path) -> tuple[list[Path], list[Path]]:
@@ -107,8 +124,15 @@ def _bytecode_in(package: Path) -> Path | None:
     return None
 
 
-def _links(path: str | Path) -> int:
+def _look(path: str) -> tuple[int, int]:
+    """The inode of a file, and its links as far as they matter; zeros where there is none.
+
+    That is up to the first one that is not the entry's own (nor, of bytecode, the one of what entries share): how many
+    others have the file changes nothing, and would have all entries measured again whenever another one comes.
+    """
     try:
-        return os.lstat(path).st_nlink
+        found = os.lstat(path)
     except OSError:
-        return 0
+        return 0, 0
+    own = 2 if path.endswith(".pyc") else 1
+    return found.st_ino, min(found.st_nlink, own + 1)

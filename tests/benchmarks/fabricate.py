@@ -12,7 +12,7 @@ from typing import Any
 from ray_envcache import _fs
 from ray_envcache.entry import utc_now
 from ray_envcache.layout import Entry, Layout
-from ray_envcache.sizes import MeasuredRecord
+from ray_envcache.sizes import MeasuredRecord, Sample
 
 
 def fill(store: Path, count: int) -> None:
@@ -34,18 +34,28 @@ def _copy(layout: Layout, template: Entry, record: dict[str, Any], key: str) -> 
     # Not durable: a thousand syncs take long.
     _fs.write_json(entry.ready, {**record, "key": key, "path": os.fspath(entry.path)}, durable=False)
     _fs.write_json(entry.compiled, {"compiled_at": utc_now(), "seconds": 1.0}, durable=False)
-    MeasuredRecord(700_000_000, 70_000_000, 20_000, exact=True, probes=tuple(_probes(template, entry))).write(entry)
+    samples = tuple(_samples(template, entry))
+    MeasuredRecord(700_000_000, 70_000_000, 20_000, exact=True, samples=samples).write(entry)
     shutil.copy(next(layout.memo.iterdir()), layout.memo_of(key))
 
 
-def _probes(template: Entry, entry: Entry) -> Iterator[tuple[str, int]]:
-    """The files by whose links it is known that a record of sizes still holds: as many as the template has."""
+def _samples(template: Entry, entry: Entry) -> Iterator[Sample]:
+    """The files by which it is known that a record of sizes still holds: as uv links packages, those of the template.
+
+    Of every second entry; the others have files of their own, like an environment with packages that no other has.
+    """
     record = MeasuredRecord.read(template)
     assert record is not None
-    for name, _ in record.probes:
-        (entry.path / name).parent.mkdir(parents=True, exist_ok=True)
-        (entry.path / name).touch()
-        yield name, 1
+    shared = int(entry.key, 16) % 2 == 0
+    for name, inode, _ in record.samples:
+        path = entry.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if shared:
+            os.link(template.path / name, path)
+            yield name, inode, 3 if name.endswith(".pyc") else 2  # others have it too
+        else:
+            path.touch()
+            yield name, path.stat().st_ino, 1
 
 
 def add_files(entry: Entry, count: int) -> None:

@@ -123,6 +123,35 @@ def test_reclaimable_follows_the_cache_of_uv(
     assert support.run_python("import aa", python=entry.python) == "", "nothing breaks"
 
 
+def test_sizes_are_measured_again_only_where_they_changed(store: Store, wheels: Path, tmp_path: Path) -> None:
+    """The first other environment with the same packages, and the last one's end, change what is freed; others do not.
+
+    Else each build would have all environments of a host walked through by the next `list` or `gc`.
+    """
+    for name in ("aa", "bb", "cc"):
+        support.make_wheel(wheels, name, modules={f"{name}.py": f"DATA = '{name * 100_000}'\n"})
+
+    def build(*packages: str) -> Entry:
+        project = support.make_project(tmp_path / f"project-{packages[-1]}", wheels, ["ray", *packages])
+        return support.build_finished(store, project)
+
+    def measured(entry: Entry) -> tuple[int, int]:
+        """What it would free, and the file that says so: each record is a new one."""
+        return sizes(store.layout, entry).reclaimable_bytes, entry.measured.stat().st_mtime_ns
+
+    first = build("aa")
+    alone, _ = measured(first)
+    others = [build("aa", "bb")]
+    shared = measured(first)
+    assert shared[0] <= alone - 200_000, "the bytecode of aa is another's too"
+    others.append(build("aa", "cc"))
+    assert measured(first) == shared
+    evict(store.layout, others.pop())
+    assert measured(first) == shared
+    evict(store.layout, others.pop())
+    assert measured(first)[0] == alone
+
+
 def test_never_follows_a_link_out_of_the_store(store: Store, make: Make, tmp_path: Path) -> None:
     """Symbolic links in an entry, in the trash, and in place of an entry are removed or left, never followed."""
     outside = tmp_path / "outside"
