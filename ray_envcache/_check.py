@@ -31,46 +31,70 @@ def _sibling(name: str) -> Any:
     return module
 
 
-def _provide_bytecode(site: str, shared: str, staged: str, twins: str) -> Callable[[], None]:
-    """Have every module below `site` get its bytecode when it is imported.
+class _Bytecode:
+    """Gives every module below `site` its bytecode when it is imported, and has it stay for whoever comes next."""
 
-    It stays, for whoever comes next, once what is returned was called.
-    """
-    pyc, original = _sibling("_pyc"), SourceFileLoader.get_data
-    places = pyc.Places(os.path.join(shared, pyc.tag()), os.path.join(staged, pyc.tag()))
+    def __init__(self, site: str, shared: str, staged: str, twins: str) -> None:
+        self._site, self._twins = site, twins
+        self._cut_off: set[str] = set()
+        self._pyc = _sibling("_pyc")
+        self._places = self._pyc.Places(*(os.path.join(place, self._pyc.tag()) for place in (shared, staged)))
+        self._helper, self._pipe = _start_helper(self._put_down)
 
-    def put_down(source: str, text: bytes, bytecode: bytes) -> None:
+    def install(self) -> None:
+        """From now on the import system asks here."""
+        get_data, get_code = SourceFileLoader.get_data, SourceFileLoader.get_code
+
+        def provide(loader: Any, path: str) -> bytes:
+            return self._find(path) or get_data(loader, path)
+
+        def load(loader: Any, name: str) -> Any:
+            try:
+                return get_code(loader, name)
+            except (EOFError, ValueError, TypeError):
+                self._cut_off.add(loader.path)
+                return get_code(loader, name)
+
+        SourceFileLoader.get_data = provide  # type: ignore[method-assign,assignment]
+        SourceFileLoader.get_code = load  # type: ignore[method-assign,assignment]
+
+    def wait(self) -> None:
+        """Wait until all is put down. Whatever became of the helper: modules are imported without that."""
+        with suppress(BrokenPipeError):
+            self._pipe.close()
+        os.waitpid(self._helper, 0)
+
+    def _find(self, path: str) -> bytes:
+        """What is to be read from `path`; b"" where it is no bytecode of ours, or cannot be compiled."""
+        if not (path.startswith(f"{self._site}/") and path.endswith(".pyc") and "/__pycache__/" in path):
+            return b""
+        source = source_from_cache(path)
+        text = self._pyc.read(source)
+        # Whether a twin's is whole is seen by who loads it, here and in the helper: twice here would take too long.
+        found: bytes = self._pyc.known(text, self._places) or self._pyc.unproven(self._twin_of(source), text)
+        compiled: bytes = b"" if found else self._pyc.made(source, text)
+        if found or compiled:
+            # Little, where it can: the pipe holds 64 kB, and who fills it waits.
+            marshal.dump((source, compiled), self._pipe)
+            self._pipe.flush()
+        return found or compiled
+
+    def _twin_of(self, source: str) -> str:
+        return self._twins + source[len(self._site) :] if self._twins and source not in self._cut_off else ""
+
+    def _put_down(self, source: str, compiled: bytes) -> None:
         # Without room for it the module is compiled again by whoever imports it.
         with suppress(OSError):
-            os.makedirs(places.staged, exist_ok=True)
+            text = self._pyc.read(source)
+            os.makedirs(self._places.staged, exist_ok=True)
             os.makedirs(os.path.join(os.path.dirname(source), "__pycache__"), exist_ok=True)
-            if not pyc.link(source, text, places):
-                pyc.keep(source, text, bytecode, places)
-
-    helper, pipe = _start_helper(put_down)
-
-    def get_data(self: Any, path: str) -> bytes:
-        if path.startswith(f"{site}/") and path.endswith(".pyc") and "/__pycache__/" in path:
-            source = source_from_cache(path)
-            text = pyc.read(source)
-            bytecode: bytes = pyc.known(text, places) or pyc.made(source, text, twins and twins + source[len(site) :])
-            if bytecode:
-                marshal.dump((source, text, bytecode), pipe)
-                pipe.flush()
-                return bytecode
-        return original(self, path)
-
-    def wait() -> None:
-        # Whatever became of the helper, modules are imported without what it should have put down.
-        with suppress(BrokenPipeError):
-            pipe.close()
-        os.waitpid(helper, 0)
-
-    SourceFileLoader.get_data = get_data  # type: ignore[method-assign]
-    return wait
+            if not self._pyc.link(source, text, self._places):
+                made = compiled or self._pyc.made(source, text, self._twin_of(source))
+                if made:
+                    self._pyc.keep(source, text, made, self._places)
 
 
-def _start_helper(put_down: Callable[[str, bytes, bytes], None]) -> tuple[int, IO[bytes]]:
+def _start_helper(put_down: Callable[[str, bytes], None]) -> tuple[int, IO[bytes]]:
     """Start a process that does so with all that is written to its pipe.
 
     Making files takes half as long as the import, and threads would wait for each other's interpreter lock.
@@ -93,9 +117,10 @@ def main(request: str) -> None:
     """Answer with the versions of ray and Python, the prefix, and the number of holds."""
     gc.disable()  # a tenth of the import would go into looking for garbage
     asked = json.loads(request)
-    wait = _provide_bytecode(*(asked[name] for name in ("site", "shared", "staged", "twins")))
+    bytecode = _Bytecode(*(asked[name] for name in ("site", "shared", "staged", "twins")))
+    bytecode.install()
     ray = importlib.import_module("ray").__version__ if asked["import_ray"] else version("ray")
-    wait()
+    bytecode.wait()
     held = [name for name, module in sys.modules.items() if name.startswith("_ray_envcache_hold") and module.HELD]
     sys.stdout.write(f"{json.dumps([ray, platform.python_version(), sys.prefix, len(held)])}\n")
     sys.stdout.flush()

@@ -88,8 +88,23 @@ def made(path: str, text: bytes, twin: str = "") -> bytes:
     changes, so its bytecode is never checked against the source (PEP 552, unchecked hashes): an import then costs one
     `stat` less.
     """
-    code = (twin and _code_of(twin, text)) or _compiled(path, text)
-    return MAGIC_NUMBER + _UNCHECKED + source_hash(text) + code if code else b""
+    of_twin = twin and unproven(twin, text)
+    if of_twin and _is_whole(of_twin):
+        return of_twin
+    code = _compiled(path, text)
+    return _header(text) + code if code else b""
+
+
+def unproven(twin: str, text: bytes) -> bytes:
+    """What Python made of `twin`, b"" where there is none, or it is not of this text and valid. May be cut off."""
+    try:
+        found, bytecode, stat = read(twin), read(cache_from_source(twin)), os.stat(twin)
+    except OSError:
+        return b""
+    # As Python itself decides whether it is valid: its version, time and size of the source.
+    times = (int(stat.st_mtime) & 0xFFFF_FFFF, stat.st_size & 0xFFFF_FFFF)
+    valid = MAGIC_NUMBER + b"\0\0\0\0" + b"".join(number.to_bytes(4, "little") for number in times)
+    return _header(text) + bytecode[_HEADER:] if found == text and bytecode[:_HEADER] == valid else b""
 
 
 def keep(path: str, text: bytes, bytecode: bytes, places: Places) -> None:
@@ -130,17 +145,16 @@ def _compiled(path: str, text: bytes) -> bytes:
         return b""
 
 
-def _code_of(twin: str, text: bytes) -> bytes:
-    """The code in the bytecode of `twin`, b"" where there is none, or it is not of this text and valid."""
+def _header(text: bytes) -> bytes:
+    return MAGIC_NUMBER + _UNCHECKED + source_hash(text)
+
+
+def _is_whole(bytecode: bytes) -> bool:
     try:
-        found, bytecode, stat = read(twin), read(cache_from_source(twin)), os.stat(twin)
-        marshal.loads(bytecode[_HEADER:])  # noqa: S302  # what Python would load, and run; is it whole?
-    except (OSError, EOFError, ValueError, TypeError):
-        return b""
-    # As Python itself decides whether it is valid: its version, time and size of the source.
-    times = (int(stat.st_mtime) & 0xFFFF_FFFF, stat.st_size & 0xFFFF_FFFF)
-    valid = MAGIC_NUMBER + b"\0\0\0\0" + b"".join(number.to_bytes(4, "little") for number in times)
-    return bytecode[_HEADER:] if found == text and bytecode[:_HEADER] == valid else b""
+        marshal.loads(bytecode[_HEADER:])  # noqa: S302  # what Python would load, and run
+    except (EOFError, ValueError, TypeError):
+        return False
+    return True
 
 
 def _write_whole(path: str, data: bytes) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import marshal
 import os
+import py_compile
+import shutil
 import subprocess
 import sys
+from importlib.util import cache_from_source
 from pathlib import Path
 
 import pytest
@@ -34,7 +38,7 @@ assert sum(importlib.import_module(f"ray.m{{number}}").VALUE for number in range
     return package.parent
 
 
-def check(site: Path, before: str = "") -> tuple[list[object], list[Path]]:
+def check(site: Path, before: str = "", twins: Path | None = None) -> tuple[list[object], list[Path]]:
     """What the check answers, and the bytecode that is there afterwards."""
     staged = site.parent / "staged"
     request = {
@@ -42,7 +46,7 @@ def check(site: Path, before: str = "") -> tuple[list[object], list[Path]]:
         "site": f"{site}",
         "shared": f"{site.parent}/shared",
         "staged": f"{staged}",
-        "twins": "",
+        "twins": f"{twins or ''}",
     }
     program = f"""
 import runpy, sys
@@ -67,6 +71,28 @@ def test_answer(site: Path) -> None:
         0,
     ]
     assert len(bytecode) == MODULES + 1
+
+
+def test_twins(site: Path) -> None:
+    """What the cluster's Python made of the same text is taken; what is cut off there is compiled, and the rest kept."""
+    twins = site.parent / "twins"
+    shutil.copytree(site, twins)
+    for source in twins.rglob("m*.py"):
+        text = source.read_text()
+        source.write_text(text.replace("TEXT", "TWIN"))  # as long, and seen in its bytecode
+        os.utime(source, (1e9, 1e9))
+        py_compile.compile(str(source), doraise=True, invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP)
+        source.write_text(text)
+        os.utime(source, (1e9, 1e9))
+    for name in ("m0", "m7", f"m{MODULES - 1}"):
+        cached = Path(cache_from_source(str(twins / "ray" / f"{name}.py")))
+        cached.write_bytes(cached.read_bytes()[:-5])
+    answer, bytecode = check(site, twins=twins)
+    assert answer[0] == "1.0"
+    assert len(bytecode) == MODULES + 1
+    contents = [path.read_bytes() for path in bytecode]
+    assert all(marshal.loads(content[16:]) for content in contents), "whole"
+    assert sum(b"TWIN" in content for content in contents) == MODULES - 3
 
 
 def test_helper_that_dies(site: Path) -> None:
