@@ -3,7 +3,8 @@
 An environment is handed out as soon as it is linked and checked, because compiling takes thirty times longer than
 linking. This process follows: `python -m ray_envcache.bytecode ROOT ENTRY`. It holds the entry while it works, steps
 aside for everybody else, and may be killed at any moment: whoever uses the entry next starts it again, and it goes on
-where it was. What an earlier environment has compiled is linked, see `shared_bytecode`.
+where it was. What an earlier environment has compiled is linked, see `shared_bytecode`; what our own Python has made of
+the same text is taken over.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from ray_envcache import _flock, _fs, _pyc, _testpoints, shared_bytecode
 from ray_envcache._pyc import Places
+from ray_envcache.cluster_ray import packages_folder
 from ray_envcache.donors import NOBODY, Donors, donors_for
 from ray_envcache.entry import utc_now
 from ray_envcache.layout import Entry, Layout
@@ -116,7 +118,7 @@ def _do_share(directories: list[str], places: Places, donors: Donors) -> None:
     missing = {directory: _link_directory(directory, places, donors) for directory in directories}
     for directory, modules in missing.items():
         if modules:
-            _compile_directory(directory, modules, places)
+            _compile_directory(directory, modules, places, donors)
 
 
 def _link_directory(directory: str, places: Places, donors: Donors) -> list[str]:
@@ -127,12 +129,12 @@ def _link_directory(directory: str, places: Places, donors: Donors) -> list[str]
         return [path for path in left if not _pyc.link(path, _pyc.read(path), places)]
 
 
-def _compile_directory(directory: str, modules: list[str], places: Places) -> None:
+def _compile_directory(directory: str, modules: list[str], places: Places, donors: Donors) -> None:
     with _thawed(directory):
         for path in modules:
             text = _pyc.read(path)
             # Another process may have been faster, or another module have the same text.
-            if not _pyc.link(path, text, places) and (made := _pyc.made(path, text)):
+            if not _pyc.link(path, text, places) and (made := _pyc.made(path, text, donors.twin_of(path))):
                 _pyc.keep(path, text, made, places)
 
 
@@ -159,7 +161,7 @@ def _finish(layout: Layout, entry: Entry, workers: int) -> None:
     os.makedirs(places.staged, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what foreign text is warned of is nobody's business, nor an error, here
-        compile_tree(entry.site_packages, places, workers, donors_for(layout, entry, shared))
+        compile_tree(entry.site_packages, places, workers, donors_for(layout, entry, shared, packages_folder()))
     # From here on the entry survives a crash of the machine, not only of processes; and what it shares.
     os.sync()
     shared_bytecode.publish(places.staged, shared)

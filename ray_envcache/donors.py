@@ -34,6 +34,12 @@ class Donors:
     """Of the new environment."""
     known: Collection[int] = frozenset()
     donors: Sequence[Donor] = ()
+    own: str = ""
+    """Where our own Python has its packages: some of them have the same text, and it has compiled what it imported."""
+
+    def twin_of(self, module: str) -> str:
+        """The path at which our own Python would have this module; "" where it has none."""
+        return self.own and self.own + module[len(self.packages) :]
 
     def give(self, directory: str, modules: Sequence[os.DirEntry[str]]) -> list[os.DirEntry[str]]:
         """Link the bytecode of modules in a directory that donors have; returns the others."""
@@ -59,8 +65,11 @@ class Donors:
 NOBODY = Donors("")
 
 
-def donors_for(layout: Layout, entry: Entry, shared: Path) -> Donors:
-    """The latest finished environments of the store, other than `entry`, that it may have files in common with."""
+def donors_for(layout: Layout, entry: Entry, shared: Path, own: str = "") -> Donors:
+    """The latest finished environments of the store, other than `entry`, that it may have files in common with.
+
+    `own` is where our own Python has its packages.
+    """
     packages = entry.site_packages
     inside, device = packages.relative_to(entry.path), os.stat(packages).st_dev
     found: list[Donor] = []
@@ -72,7 +81,7 @@ def donors_for(layout: Layout, entry: Entry, shared: Path) -> Donors:
                 found.append(Donor(os.fspath(site), os.stat(other.ready).st_mtime_ns))
     found.sort(key=lambda donor: donor.ready, reverse=True)
     known = _inodes(os.fspath(shared)).values() if found else ()
-    return Donors(os.fspath(packages), frozenset(known), found[:_MOST])
+    return Donors(os.fspath(packages), frozenset(known), found[:_MOST], own)
 
 
 def _inodes(directory: str) -> dict[str, int]:
