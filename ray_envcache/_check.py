@@ -80,7 +80,8 @@ class _Bytecode:
         return found or compiled
 
     def _twin_of(self, source: str) -> str:
-        return self._twins + source[len(self._site) :] if self._twins and source not in self._cut_off else ""
+        twin: str = self._pyc.twin_of(source, self._site, self._twins)
+        return "" if source in self._cut_off else twin
 
     def _put_down(self, source: str, compiled: bytes) -> None:
         # Without room for it the module is compiled again by whoever imports it.
@@ -88,10 +89,7 @@ class _Bytecode:
             text = self._pyc.read(source)
             os.makedirs(self._places.staged, exist_ok=True)
             os.makedirs(os.path.join(os.path.dirname(source), "__pycache__"), exist_ok=True)
-            if not self._pyc.link(source, text, self._places):
-                made = compiled or self._pyc.made(source, text, self._twin_of(source))
-                if made:
-                    self._pyc.keep(source, text, made, self._places)
+            self._pyc.give(source, text, self._places, self._twin_of(source), compiled)
 
 
 def _start_helper(put_down: Callable[[str, bytes], None]) -> tuple[int, IO[bytes]]:

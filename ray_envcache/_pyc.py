@@ -107,6 +107,21 @@ def unproven(twin: str, text: bytes) -> bytes:
     return _header(text) + bytecode[_HEADER:] if found == text and bytecode[:_HEADER] == valid else b""
 
 
+def twin_of(path: str, packages: str, own: str) -> str:
+    """Where below `own` the module would be that is at `path` below `packages`; "" where there is no `own`."""
+    return own and own + path[len(packages) :]
+
+
+def give(path: str, text: bytes, places: Places, twin: str = "", compiled: bytes = b"") -> None:
+    """Give the module at `path` bytecode: what somebody made of its text, else `compiled`, else what is `made` here.
+
+    It gets none where it cannot be compiled. Raises OSError.
+    """
+    # Another process may have been faster, or another module have the same text.
+    if not link(path, text, places) and (bytecode := compiled or made(path, text, twin)):
+        keep(path, text, bytecode, places)
+
+
 def keep(path: str, text: bytes, bytecode: bytes, places: Places) -> None:
     """Give the module at `path` this bytecode, and others with its text too. Each file appears when it is whole."""
     _, staged = _files(text, places)

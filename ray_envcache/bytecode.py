@@ -132,10 +132,7 @@ def _link_directory(directory: str, places: Places, donors: Donors) -> list[str]
 def _compile_directory(directory: str, modules: list[str], places: Places, donors: Donors) -> None:
     with _thawed(directory):
         for path in modules:
-            text = _pyc.read(path)
-            # Another process may have been faster, or another module have the same text.
-            if not _pyc.link(path, text, places) and (made := _pyc.made(path, text, donors.twin_of(path))):
-                _pyc.keep(path, text, made, places)
+            _pyc.give(path, _pyc.read(path), places, donors.twin_of(path))
 
 
 @contextmanager

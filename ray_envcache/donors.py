@@ -39,7 +39,7 @@ class Donors:
 
     def twin_of(self, module: str) -> str:
         """The path at which our own Python would have this module; "" where it has none."""
-        return self.own and self.own + module[len(self.packages) :]
+        return _pyc.twin_of(module, self.packages, self.own)
 
     def give(self, directory: str, modules: Sequence[os.DirEntry[str]]) -> list[os.DirEntry[str]]:
         """Link the bytecode of modules in a directory that donors have; returns the others."""

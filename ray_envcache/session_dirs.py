@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import stat
 import sys
 import time
@@ -17,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_envcache import _disk
+from ray_envcache import _disk, _fs
 from ray_envcache.errors import TempDirError
 
 LATEST = "session_latest"
@@ -105,7 +104,7 @@ def find_sessions(temp: Path) -> Iterator[SessionDir]:
 
 def going_name(name: str) -> str:
     """A new unique name for a session directory that is about to be deleted."""
-    return f".{name}.going-{secrets.token_hex(4)}"
+    return f".{name}.going-{_fs.unique(4)}"
 
 
 def examine(session: SessionDir) -> Contents:
@@ -165,7 +164,7 @@ def _point(latest: Path, name: str | None) -> None:
         latest.unlink(missing_ok=True)
         return
     # Relative: absolute links of Ray's are void as soon as the temp directory gets another name.
-    new = latest.with_name(f".{LATEST}.{secrets.token_hex(4)}")
+    new = latest.with_name(f".{LATEST}.{_fs.unique(4)}")
     try:
         new.symlink_to(name)
         new.replace(latest)
