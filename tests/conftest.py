@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from ray_envcache import registration
 from ray_envcache.cluster_ray import installed_ray
@@ -22,6 +25,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     slow = [item for item in items if item.get_closest_marker("slow")]
     config.hook.pytest_deselected(items=slow)
     items[:] = [item for item in items if item not in slow]
+
+
+class _TogetherByFile(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no annotations
+    """With `-n`, the tests of a file run one after the other: they share what they need, and the names of processes."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        # One cluster with all that Ray has is enough.
+        return os.path.dirname(file) if "/doors/" in file else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    return _TogetherByFile(config, log)
 
 
 @pytest.fixture(autouse=True, scope="session")

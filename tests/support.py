@@ -23,6 +23,7 @@ from pathlib import Path
 import psutil
 import pytest
 import uv
+from filelock import FileLock
 
 from ray_envcache import bytecode
 from ray_envcache.cluster_ray import installed_ray
@@ -253,6 +254,19 @@ def short_folder() -> Iterator[Path]:
     """A temporary folder with a short path."""
     with tempfile.TemporaryDirectory(prefix="re", dir="/tmp", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that all of this run share: of the processes of pytest-xdist the first one makes it, the others wait."""
+    run = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    folder, done = run / name, run / f"{name}.done"
+    with FileLock(run / f"{name}.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
 
 
 @contextmanager

@@ -32,22 +32,30 @@ with_both_rays = pytest.mark.parametrize("python", [OLDEST, NEWEST], indirect=Tr
 @pytest.fixture(scope="session", params=[pytest.param(OLDEST, marks=pytest.mark.slow), NEWEST])
 def python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of a venv with that Ray and this package; it runs drivers, raylets and agents."""
-    venv = tmp_path_factory.mktemp("cluster") / "venv"
     requirement = "ray" if request.param == NEWEST else f"ray=={request.param}"
-    support.run_uv("venv", f"--python={sys.executable}", venv, cwd=REPOSITORY)
-    # With bytecode, whatever the tests' own environment says of it: each of a cluster's processes would compile ray.
-    support.run_uv("pip", "install", "--compile-bytecode", f"--python={venv}", requirement, REPOSITORY, cwd=REPOSITORY)
-    return venv / "bin" / "python"
+
+    def make(folder: Path) -> None:
+        support.run_uv("venv", f"--python={sys.executable}", folder / "venv", cwd=REPOSITORY)
+        # With bytecode, whatever the tests' own environment says of it: each of a cluster's processes would compile ray.
+        target = f"--python={folder / 'venv'}"
+        support.run_uv("pip", "install", "--compile-bytecode", target, requirement, REPOSITORY, cwd=REPOSITORY)
+
+    return support.made_once(tmp_path_factory, f"ray-{request.param}", make) / "venv/bin/python"
 
 
 @pytest.fixture(scope="session")
 def bytecode(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a store shares among its environments, once it has had one with ray: else each test compiles that anew."""
-    with run_host(python, tmp_path_factory.mktemp("bytecode")) as host:
-        command: list[str | Path] = [python, "-m", "ray_envcache", "build", host.project("project")]
-        done = subprocess.run(command, env=host.environ(), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return host.layout.bytecode
+
+    def make(folder: Path) -> None:
+        with run_host(python, folder) as host:
+            command: list[str | Path] = [python, "-m", "ray_envcache", "build", host.project("project")]
+            done = subprocess.run(command, env=host.environ(), capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+
+    # A folder for each Ray: a Python's folder of bytecode is named by its version only.
+    folder = support.made_once(tmp_path_factory, f"bytecode-of-{python.parents[2].name}", make)
+    return Layout(folder / "store").bytecode
 
 
 @dataclass

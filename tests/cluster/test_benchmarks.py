@@ -31,6 +31,7 @@ def start(place: Path, *arguments: str | Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.cluster
+@pytest.mark.timeout(900)  # twenty clusters, one after the other
 def test_smoke(tmp_path: Path, children: list[subprocess.Popen[str]]) -> None:
     """Every measure gives rows and samples, none fails, pictures are drawn, and nothing is left."""
     with support.short_folder() as place:
