@@ -50,11 +50,13 @@ def _environment(one: Status) -> Sequence[str]:
 
 
 def _layers_below_their_environments(found: list[Status]) -> list[Status]:
-    layers = [one for one in found if one.base]
-    bases = [one for one in found if not one.base]
-    ordered = [each for base in bases for each in (base, *(layer for layer in layers if layer.base_path == base.path))]
+    layers: dict[str | None, list[Status]] = {}
+    for one in found:
+        if one.base:
+            layers.setdefault(one.base_path, []).append(one)
+    ordered = [each for one in found if not one.base for each in (one, *layers.pop(one.path, ()))]
     # A layer whose environment is gone or broken stands alone.
-    return [*ordered, *(layer for layer in layers if layer not in ordered)]
+    return ordered + [layer for alone in layers.values() for layer in alone]
 
 
 def print_users(status: Status, stream: TextIO) -> None:
