@@ -158,7 +158,7 @@ def _ray() -> Finding:
 
 
 def _lockfile(path: str) -> Finding:
-    from ray_envcache.store import require_buildable  # only where there is a path
+    from ray_envcache.planning import require_buildable  # only where there is a path
 
     ray = installed_ray()
     resolved = require_buildable(EnvSpec.parse(os.path.abspath(path)), ray)

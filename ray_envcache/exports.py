@@ -25,16 +25,17 @@ def export(spec: EnvSpec, project: Project, interpreter: Interpreter) -> dict[st
 
 
 @contextmanager
-def require_current(project: Project, interpreter: Interpreter) -> Iterator[None]:
+def require_current(project: Project, executable: str) -> Iterator[None]:
     """Raise LockfileError where uv.lock no longer matches pyproject.toml, or a script's lock the script.
 
-    At the end of the context: uv looks while others read the lockfile, and one that cannot be read says more.
+    At the end of the context: uv looks while others ask the interpreter and read the lockfile, and what they find wrong
+    says more.
     """
     if project.kind not in {Kind.UV, Kind.SCRIPT}:
         yield
         return
     script = [f"--script={project.file.name}"] if project.kind is Kind.SCRIPT else []
-    check = ["lock", "--check", *script, f"--python={interpreter.executable}"]
+    check = ["lock", "--check", *script, f"--python={executable}"]
     with _uv.running([*check, "--offline"], cwd=project.folder) as finish:
         yield
         done = finish()

@@ -17,7 +17,7 @@ from ray_envcache.guard import guarded
 from ray_envcache.layout import Layout
 from ray_envcache.leases import Holder, Lease
 from ray_envcache.spec import FIELD, EnvSpec, refuse_combinations
-from ray_envcache.store import Store, digest_of_files, digest_of_local, require_buildable
+from ray_envcache.store import Store, digest_of_files, digest_of_local
 
 if TYPE_CHECKING:
     from ray_envcache.lockfile import ResolvedSet
@@ -51,6 +51,8 @@ def pinned_field(value: Any) -> dict[str, Any]:
     digest = digest_of_files(spec)
     state = (spec, digest, ray)
     if state not in _checked:
+        from ray_envcache.planning import require_buildable  # once for each project
+
         _checked[state] = require_buildable(spec, ray)
     return spec.with_digest(digest).with_content(digest_of_local(spec, _checked[state])).to_field()
 

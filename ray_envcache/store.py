@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray_envcache import _flock, _fs, interpreter
 from ray_envcache.entry import file_identity, is_unchanged
 from ray_envcache.errors import LockfileError, UnknownKeyError
-from ray_envcache.key import compute_key, digest_of, layer_key
+from ray_envcache.key import digest_of, layer_key
 from ray_envcache.layout import Entry, Layout, default_root, layout_of, newest_first
 from ray_envcache.leases import Holder, Lease, claim_whole
 from ray_envcache.lower import lower_stores
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ray_envcache.builder import Observer
     from ray_envcache.cluster_ray import AnyRay
     from ray_envcache.environment import EnvironmentPlan
-    from ray_envcache.inherit import Inherited
     from ray_envcache.lockfile import ResolvedSet
 
 _MEMO_SCHEMA = 2
@@ -96,18 +95,21 @@ class Store:
         if lease is not None:
             lease.announce(self.layout, holder)
         else:
-            from ray_envcache.builder import Silent  # not on the warm path
+            from ray_envcache import planning  # not on the warm path
 
-            plan = self._plan(inputs, ray, check_current=check_current or spec.digest is None)
-            lease = self._build(inputs, plan, holder, observer or Silent())
+            project = inputs.project or _locate_pinned(spec)
+            check = check_current or spec.digest is None
+            plan = planning.plan_of(spec, project, inputs.executable, ray, check_current=check)
+            lease = self._build(inputs, plan, holder, observer)
         if finish:
             self.finish_all(lease)
         return lease
 
-    def _build(self, inputs: Inputs, plan: EnvironmentPlan, holder: Holder, observer: Observer) -> Lease:
+    def _build(self, inputs: Inputs, plan: EnvironmentPlan, holder: Holder, observer: Observer | None) -> Lease:
         from ray_envcache import room  # not on the warm path
-        from ray_envcache.builder import Build
+        from ray_envcache.builder import Build, Silent
 
+        observer = observer or Silent()
         lease = self._claim_lower(plan.key, holder)
         if lease is None:
             room.ensure_room(self.layout, plan)
@@ -133,30 +135,6 @@ class Store:
     def _claim_any(self, key: str) -> Lease | None:
         entries = (entry for layout in (self.layout, *self.lower) for entry in layout.entries_of(key))
         return next(filter(None, map(claim_whole, entries)), None)
-
-    def _plan(self, inputs: Inputs, ray: AnyRay, *, check_current: bool) -> EnvironmentPlan:
-        """What a build for `inputs` would be. Asks uv and the interpreter; changes nothing."""
-        from ray_envcache import exports, inherit, lockfile  # not on the warm path
-        from ray_envcache.environment import EnvironmentPlan
-
-        project = inputs.project or _locate_pinned(inputs.spec)
-        python = interpreter.probe(inputs.executable)
-        ray.require_fit(python)
-        with exports.require_current(project, python) if check_current else nullcontext():
-            resolved = lockfile.resolve(inputs.spec, project, python)
-        version, added = ray.version_in(resolved), ray.additions(resolved, python)
-        resolved, added, inherited = inherit.split(resolved, added, inputs.spec)
-        return EnvironmentPlan(
-            key=compute_key(resolved, added, python, _outside(inputs.spec, inherited)),
-            resolved=resolved,
-            added=added,
-            interpreter=python,
-            folder=project.folder,
-            project=project.name(),
-            ray=version,
-            inherited=tuple(inherited),
-            system_site_packages=inputs.spec.system_site_packages,
-        )
 
     def find(self, prefix: str) -> list[Entry]:
         """The entries of the key that starts with `prefix`, newest first, those of lower stores last.
@@ -236,12 +214,6 @@ class Store:
             _fs.write_json(self.layout.memo_of(inputs.memo), memo, durable=False)
 
 
-def _outside(spec: EnvSpec, inherited: list[Inherited]) -> list[Any]:
-    """What an environment uses from outside of the store; nothing, mostly."""
-    visible = ["system site-packages"] if spec.system_site_packages else []
-    return [*visible, *(one.identity() for one in inherited)]
-
-
 def _content(inputs: Inputs, local: list[list[Any]]) -> str | None:
     """The digest of the local packages as they are now, None where their folders cannot be known."""
     from ray_envcache import layers, lockfile  # not on the warm path of an agent
@@ -274,19 +246,6 @@ def digest_of_local(spec: EnvSpec, resolved: ResolvedSet) -> str | None:
     if not (resolved.local and spec.install_project):
         return None
     return layers.digest_of(layers.look(resolved.local))
-
-
-def require_buildable(spec: EnvSpec, ray: AnyRay) -> ResolvedSet:
-    """Raise what `Store.acquire` would raise for bad input, without a store and without building anything."""
-    from ray_envcache import exports, lockfile  # for drivers only
-
-    python = interpreter.probe(interpreter.base_executable(spec.python))
-    ray.require_fit(python)
-    project = Project.locate(Path(spec.path), spec.package)
-    with exports.require_current(project, python):
-        resolved = lockfile.resolve(spec, project, python)
-    ray.additions(resolved, python)
-    return resolved
 
 
 def _digest_of(spec: EnvSpec) -> tuple[Project | None, str]:

@@ -13,8 +13,9 @@ import pytest
 from ray_envcache import _flock, errors
 from ray_envcache.cluster_ray import ClusterRay, installed_ray
 from ray_envcache.leases import Holder
+from ray_envcache.planning import require_buildable
 from ray_envcache.spec import EnvSpec
-from ray_envcache.store import Store, require_buildable
+from ray_envcache.store import Store
 from tests import index, support
 
 

@@ -25,7 +25,7 @@ FLOORS = (
     ("lockfile", "leases", "sizes", "clock", "content", "plan", "mentions", "session_dirs", "companion"),
     ("key", "cluster_ray", "venv_files", "pins", "sessions", "tmpdir", "inherit"),
     ("environment", "doctor_nodes"),
-    ("bytecode", "builder", "evict", "inventory", "session_gc"),
+    ("bytecode", "builder", "evict", "inventory", "session_gc", "planning"),
     ("layers",),
     ("collector",),
     ("room", "autogc"),
