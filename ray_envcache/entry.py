@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from ray_envcache import _fs
 from ray_envcache.layout import Entry
@@ -15,8 +15,7 @@ from ray_envcache.layout import Entry
 SCHEMA_VERSION = 1
 
 
-@dataclass(frozen=True)
-class ReadyRecord:
+class ReadyRecord(NamedTuple):  # made in a sixth of a dataclass's time, wherever the plugin is imported
     """The proof that an entry is complete, written last. Times are UTC ISO 8601, sizes bytes.
 
     `path` is where it was built, the only place where it works. Of a layer `base` is the name of the entry it lies on
@@ -49,7 +48,7 @@ class ReadyRecord:
 
     def write(self, entry: Entry) -> None:
         """Publish the entry: from now on it is handed out."""
-        _fs.write_json(entry.ready, {"schema_version": SCHEMA_VERSION, **asdict(self)})
+        _fs.write_json(entry.ready, {"schema_version": SCHEMA_VERSION, **self._asdict()})
 
     @classmethod
     def read(cls, entry: Entry) -> ReadyRecord | None:
@@ -57,17 +56,13 @@ class ReadyRecord:
 
         Unknown fields are ignored: a newer version of this package may share the store.
         """
-        data = _fs.read_json(entry.ready)
-        if data is None or data.get("schema_version") != SCHEMA_VERSION or data.get("key") != entry.key:
-            return None
-        try:
-            record = cls(**{name: frozen(data[name]) for name in cls.__dataclass_fields__})
-        except KeyError:
-            return None
-        return record if record._holds(entry) else None
+        values = recorded(entry.ready, cls._fields)
+        record = None if values is None else cls._make(values)
+        return record if record and record.holds(entry) else None
 
-    def _holds(self, entry: Entry) -> bool:
-        if not _is_same_place(self.path, os.fspath(entry.path)):
+    def holds(self, entry: Entry) -> bool:
+        """Whether it is still true of the entry: neither the place nor anything used from elsewhere has changed."""
+        if self.key != entry.key or not _is_same_place(self.path, os.fspath(entry.path)):
             return False
         if not is_unchanged(os.fspath(entry.python), self.base_python_file):
             return False
@@ -126,6 +121,16 @@ def boot_id() -> str:
         return ""
 
 
-def frozen(value: Any) -> Any:
-    """A value of JSON as records have it: tuples, no lists."""
-    return tuple(value) if isinstance(value, list) else value
+def recorded(path: Path, names: Sequence[str]) -> list[Any] | None:
+    """The values with these names in the record at `path`; None where there is none, or not of our schema.
+
+    They are as records have them: tuples, no lists.
+    """
+    data = _fs.read_json(path)
+    if data is None or data.get("schema_version") != SCHEMA_VERSION:
+        return None
+    try:
+        values = [data[name] for name in names]
+    except KeyError:
+        return None
+    return [tuple(value) if isinstance(value, list) else value for value in values]

@@ -6,16 +6,14 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray_envcache.errors import InterpreterError
 
 
-@dataclass(frozen=True)
-class Interpreter:
+class Interpreter(NamedTuple):
     """A base interpreter (never one of a virtual environment).
 
     `tags` are its compatibility tags, best first, which name platform and libc; `markers` its environment markers.
@@ -31,7 +29,7 @@ class Interpreter:
 
     def identity(self) -> dict[str, Any]:
         """What of it goes into a key."""
-        data = asdict(self)
+        data = self._asdict()
         # Hundreds of tags, all derived from the platform: their digest says the same.
         data["tags"] = hashlib.sha256("\n".join(self.tags).encode()).hexdigest()
         # The kernel's release and version change with every update and decide about no package.

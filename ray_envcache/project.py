@@ -10,11 +10,10 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray_envcache.errors import DigestError, LockfileError
 
@@ -32,8 +31,7 @@ class Kind(Enum):
     SCRIPT = "script.py.lock"
 
 
-@dataclass(frozen=True)
-class Project:
+class Project(NamedTuple):
     """A lockfile and what belongs to it.
 
     `folder` is where uv runs and relative paths start: of a workspace its root. `file` is the lockfile itself, of a

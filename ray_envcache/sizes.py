@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from ray_envcache import _disk, _fs, shared_bytecode
-from ray_envcache.entry import SCHEMA_VERSION, frozen
+from ray_envcache.entry import SCHEMA_VERSION, recorded
 from ray_envcache.layout import Entry, Layout
 
 _SAMPLES = 16
@@ -18,8 +17,7 @@ Sample: TypeAlias = tuple[str, int, int]
 """A file of an entry: its name there, its inode, and its links, as `_look` counts them."""
 
 
-@dataclass(frozen=True)
-class MeasuredRecord:
+class MeasuredRecord(NamedTuple):
     """Sizes in bytes. `exact` is False where `reclaimable_bytes` is a lower bound.
 
     `samples` are some files of the entry as they were when it was measured.
@@ -32,17 +30,12 @@ class MeasuredRecord:
     samples: tuple[Sample, ...]
 
     def write(self, entry: Entry) -> None:
-        _fs.write_json(entry.measured, {"schema_version": SCHEMA_VERSION, **asdict(self)}, durable=False)
+        _fs.write_json(entry.measured, {"schema_version": SCHEMA_VERSION, **self._asdict()}, durable=False)
 
     @classmethod
     def read(cls, entry: Entry) -> MeasuredRecord | None:
-        data = _fs.read_json(entry.measured)
-        if data is None or data.get("schema_version") != SCHEMA_VERSION:
-            return None
-        try:
-            return cls(**{name: frozen(data[name]) for name in cls.__dataclass_fields__})
-        except KeyError:
-            return None
+        values = recorded(entry.measured, cls._fields)
+        return None if values is None else cls._make(values)
 
 
 def sizes(layout: Layout, entry: Entry, known: dict[int, int] | None = None) -> MeasuredRecord:

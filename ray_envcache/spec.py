@@ -9,8 +9,7 @@ import os
 import re
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray_envcache.errors import FieldValueError
 
@@ -28,8 +27,7 @@ FIELD = "envcache"
 SHAPE = 'a path such as "pyproject.toml", or {"path": ..., "extras": [...], "groups": [...], "python": ...}'
 
 
-@dataclass(frozen=True)
-class EnvSpec:
+class EnvSpec(NamedTuple):
     """A validated field value. `extras` and `groups` are normalized and sorted: their order means nothing.
 
     `python` is a version ("3.12", "3.12.4") the cluster's Python must have, or the absolute path of an interpreter
@@ -88,18 +86,18 @@ class EnvSpec:
 
     def with_digest(self, digest: str) -> EnvSpec:
         """The same selection, pinned to files with this digest."""
-        return replace(self, digest=digest)
+        return self._replace(digest=digest)
 
     def with_content(self, content: str | None) -> EnvSpec:
         """The same selection, pinned to local packages with this digest, or to none."""
-        return replace(self, content=content)
+        return self._replace(content=content)
 
     def with_path(self, path: str) -> EnvSpec:
         """The same selection from the project at another path."""
-        return replace(self, path=path)
+        return self._replace(path=path)
 
 
-OPTIONS = tuple(EnvSpec.__dataclass_fields__)
+OPTIONS = EnvSpec._fields
 
 
 _RIVALS = ("pip", "uv", "conda", "image_uri", "container")

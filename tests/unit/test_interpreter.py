@@ -9,7 +9,6 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import packaging.markers
@@ -144,7 +143,7 @@ def test_probe_quotes_the_reason(tmp_path: Path) -> None:
 
 
 def _claiming(path: Path, version: str) -> str:
-    data = {**asdict(interpreter.probe(BASE)), "executable": str(path), "version": version}
+    data = {**interpreter.probe(BASE)._asdict(), "executable": str(path), "version": version}
     return program(path, f"#!/bin/sh\necho {shlex.quote(json.dumps(data))}")
 
 
@@ -171,7 +170,7 @@ def test_identity() -> None:
     )
     assert one.identity()["markers"] == {"os_name": "posix"}
     assert len(json.dumps(one.identity())) < 1000
-    assert one.identity() != replace(one, tags=("a-b-d",)).identity()
+    assert one.identity() != one._replace(tags=("a-b-d",)).identity()
 
 
 def test_fingerprint(tmp_path: Path) -> None:

@@ -118,13 +118,13 @@ def test_order_of_additions() -> None:
 )
 def test_relevant_of_the_interpreter(changed: dict[str, Any]) -> None:
     """Whatever differs in an interpreter that decides about packages makes another environment."""
-    assert compute_key(BASE, {}, replace(PYTHON, **changed)) != KEY
+    assert compute_key(BASE, {}, PYTHON._replace(**changed)) != KEY
 
 
 @pytest.mark.parametrize("name", ["platform_release", "platform_version"])
 def test_update_of_the_kernel(name: str) -> None:
     """An update of the kernel leaves all keys as they are."""
-    assert compute_key(BASE, {}, replace(PYTHON, markers={**PYTHON.markers, name: "6.9"})) == KEY
+    assert compute_key(BASE, {}, PYTHON._replace(markers={**PYTHON.markers, name: "6.9"})) == KEY
 
 
 def test_irrelevant() -> None:
