@@ -17,6 +17,7 @@ from types import FrameType
 from typing import NoReturn
 
 from tests.benchmarks import machine, pictures, report
+from tests.benchmarks.alternatives import ALL
 from tests.benchmarks.bench import Bench, Options
 from tests.benchmarks.host import prepared
 from tests.benchmarks.measure import BenchmarkError, Result
@@ -49,7 +50,10 @@ def main() -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     chosen = arguments.only or list(MEASURES)
-    options = Options(arguments.project, arguments.repetitions, arguments.patience, arguments.smoke, arguments.clusters)
+    ways = tuple(arguments.way or ())
+    options = Options(
+        arguments.project, arguments.repetitions, arguments.patience, arguments.smoke, arguments.clusters, ways
+    )
     results: list[Result] = []
     with prepared(arguments.dir, arguments.uv_cache, smoke=arguments.smoke) as host, ExitStack() as stack:
         places = {"disk": host.disk} | ({"other": host.other} if host.other else {})
@@ -84,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
         help="what takes longer in all is not repeated further (default: 300)",
     )
     parser.add_argument("--clusters", type=int, default=8, metavar="N", help="at most so many at once (default: 8)")
+    parser.add_argument(
+        "--way",
+        action="append",
+        metavar="LETTER",
+        choices=[one.letter for one in ALL],
+        help="of the alternatives that one cluster has only this; may be repeated",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, samples and rows there")
     parser.add_argument(
         "--pictures", type=Path, metavar="FOLDER", help="with --json or --draw: write SVG pictures there"

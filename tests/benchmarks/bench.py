@@ -34,6 +34,7 @@ class Options:
     patience: float = 300.0
     smoke: bool = False
     clusters: int = 8
+    ways: tuple[str, ...] = ()
 
 
 @dataclass
@@ -61,9 +62,10 @@ class Bench:
 
     @property
     def all_alternatives(self) -> tuple[Alternative, ...]:
-        """Those that a smoke run has time for, or all."""
+        """Those that a smoke run has time for, or that were asked for, or all."""
         few = (alternatives.FLOOR, alternatives.UV_RUN, alternatives.FIELD, alternatives.RUN)
-        return few if self.options.smoke else alternatives.ALL
+        chosen, ways = few if self.options.smoke else alternatives.ALL, self.options.ways
+        return tuple(one for one in chosen if not ways or one.letter in ways)
 
     def alternatives_at(self, count: int) -> list[Alternative]:
         """Those to measure with so many clusters: eight times all packages over the network tells of the network."""
