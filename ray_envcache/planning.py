@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_envcache import exports, interpreter
+from ray_envcache.key import compute_key
 from ray_envcache.project import Project
 from ray_envcache.spec import EnvSpec
 
-# All else is imported while uv works: together that takes as long as uv does.
+# Imported in functions, where uv is at work already: what they import themselves takes as long as uv does.
 if TYPE_CHECKING:
     from ray_envcache.cluster_ray import AnyRay
     from ray_envcache.environment import EnvironmentPlan
@@ -25,9 +26,8 @@ def plan_of(spec: EnvSpec, project: Project, executable: str, ray: AnyRay, *, ch
     With `check_current` the lockfile has to match the project. Raises LockfileError, InterpreterError, RayVersionError.
     """
     python, resolved = _resolve(spec, project, executable, ray, check_current=check_current)
-    from ray_envcache import inherit
+    from ray_envcache import inherit  # for builds only
     from ray_envcache.environment import EnvironmentPlan
-    from ray_envcache.key import compute_key
 
     version, added = ray.version_in(resolved), ray.additions(resolved, python)
     resolved, added, inherited = inherit.split(resolved, added, spec)
@@ -57,7 +57,7 @@ def _resolve(
     spec: EnvSpec, project: Project, executable: str, ray: AnyRay, *, check_current: bool
 ) -> tuple[Interpreter, ResolvedSet]:
     with exports.require_current(project, executable) if check_current else nullcontext():
-        from ray_envcache import lockfile
+        from ray_envcache import lockfile  # while uv looks
 
         python = interpreter.probe(executable)
         ray.require_fit(python)
