@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 _NETWORK = frozenset(
     """
@@ -30,8 +30,7 @@ _Place: TypeAlias = tuple[int, int, int]  # device, first byte on it, end
 _VANISHED = (FileNotFoundError, NotADirectoryError)
 
 
-@dataclass(frozen=True)
-class DiskUse:
+class DiskUse(NamedTuple):
     """Bytes and files of one tree, or of several together.
 
     `size`: bytes the tree occupies, each inode once. `reclaimable`: bytes that deleting it would free now. What is
@@ -45,16 +44,14 @@ class DiskUse:
     exact: bool
 
 
-@dataclass(frozen=True)
-class DiskUses:
+class DiskUses(NamedTuple):
     """The use of each of several trees, and of all together, where inodes they have in common count once."""
 
     each: dict[Path, DiskUse]
     total: DiskUse
 
 
-@dataclass(frozen=True)
-class FileSystem:
+class FileSystem(NamedTuple):
     """Bytes in all and free for this user, inodes free for this user (None: no fixed number), and the type's name.
 
     `kind` is the name of the kernel, such as "ext4" or "fuse.sshfs"; "" where there is no /proc to tell it.

@@ -16,7 +16,7 @@ from pathlib import Path
 _HELD_ELSEWHERE = frozenset({errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK})
 
 
-def try_flock(path: Path, *, exclusive: bool, flags: int = os.O_RDONLY) -> int | None:
+def try_flock(path: str | Path, *, exclusive: bool, flags: int = os.O_RDONLY) -> int | None:
     """Open `path` and take a flock without waiting: the descriptor, or None while somebody's flock is in the way.
 
     The descriptor is always a fresh one. Upgrading a shared flock is not atomic: a failed upgrade *loses* the shared
@@ -36,7 +36,7 @@ def try_flock(path: Path, *, exclusive: bool, flags: int = os.O_RDONLY) -> int |
     return descriptor
 
 
-def is_held(path: Path) -> bool:
+def is_held(path: str | Path) -> bool:
     """Whether somebody holds an exclusive flock on `path` at this moment."""
     try:
         descriptor = try_flock(path, exclusive=False)
@@ -48,7 +48,7 @@ def is_held(path: Path) -> bool:
     return False
 
 
-def is_free(path: Path) -> bool:
+def is_free(path: str | Path) -> bool:
     """Whether nobody holds any flock on `path`, or it is gone."""
     try:
         descriptor = try_flock(path, exclusive=True)
@@ -59,10 +59,10 @@ def is_free(path: Path) -> bool:
     return descriptor is not None
 
 
-def still_names(path: Path, descriptor: int) -> bool:
+def still_names(path: str | Path, descriptor: int) -> bool:
     """Whether `path` is still the file behind `descriptor`, not removed or replaced before the flock was ours."""
     try:
-        now = path.stat(follow_symlinks=False)
+        now = os.stat(path, follow_symlinks=False)
     except FileNotFoundError:
         return False
     mine = os.fstat(descriptor)

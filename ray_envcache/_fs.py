@@ -62,12 +62,16 @@ def _dump(data: dict[str, Any], file: TextIO, *, durable: bool) -> None:
         os.fsync(file.fileno())
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file. Not as a Path reads it: its buffer costs as much as the reading."""
+    with open(path, "rb", buffering=0) as file:
+        return file.readall()
+
+
+def read_json(path: str | Path) -> dict[str, Any] | None:
     """The JSON object in `path`, or None where there is none: no file, truncated, or something else."""
     try:
-        # Not `read_bytes`: its buffer costs as much as the reading, and the warm path and lists read many.
-        with open(path, "rb", buffering=0) as file:
-            data = json.loads(file.readall())
+        data = json.loads(read_bytes(path).decode())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return data if isinstance(data, dict) else None

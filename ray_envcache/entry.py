@@ -6,11 +6,10 @@ import os
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ray_envcache import _fs
-from ray_envcache.layout import Entry
+from ray_envcache.layout import PYTHON, READY, Entry
 
 SCHEMA_VERSION = 1
 
@@ -56,7 +55,7 @@ class ReadyRecord(NamedTuple):  # made in a sixth of a dataclass's time, whereve
 
         Unknown fields are ignored: a newer version of this package may share the store.
         """
-        values = recorded(entry.ready, cls._fields)
+        values = recorded(entry.at(READY), cls._fields)
         record = None if values is None else cls._make(values)
         return record if record and record.holds(entry) else None
 
@@ -64,11 +63,11 @@ class ReadyRecord(NamedTuple):  # made in a sixth of a dataclass's time, whereve
         """Whether it is still true of the entry: neither the place nor anything used from elsewhere has changed."""
         if self.key != entry.key or not _is_same_place(self.path, os.fspath(entry.path)):
             return False
-        if not is_unchanged(os.fspath(entry.python), self.base_python_file):
+        if not is_unchanged(entry.at(PYTHON), self.base_python_file):
             return False
         if not all(is_unchanged(path, (size, changed)) for path, size, changed in self.inherited):
             return False
-        if self.base and not os.path.exists(entry.path.parent / self.base / entry.ready.name):
+        if self.base and not os.path.exists(entry.path.parent / self.base / READY):
             return False
         # Written before a crash of the machine and perhaps never brought to the disk: only what was synced counts.
         return self.boot_id == boot_id() or entry.compiled.exists()
@@ -121,7 +120,7 @@ def boot_id() -> str:
         return ""
 
 
-def recorded(path: Path, names: Sequence[str]) -> list[Any] | None:
+def recorded(path: str, names: Sequence[str]) -> list[Any] | None:
     """The values with these names in the record at `path`; None where there is none, or not of our schema.
 
     They are as records have them: tuples, no lists.

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -25,8 +25,7 @@ Coverage = Literal["full", "partial", "none"]
 Mode = Literal["shared", "exclusive", ""]
 
 
-@dataclass(frozen=True)
-class Process:
+class Process(NamedTuple):
     """A process: `started` in seconds since 1970, the beginning of its command line, the id of its user.
 
     `mode` is how it holds the flock it was found by, "" where none was asked for.
@@ -39,8 +38,7 @@ class Process:
     mode: Mode = ""
 
 
-@dataclass(frozen=True)
-class Use:
+class Use(NamedTuple):
     """That a process uses an entry, and by what: "exe", "cwd", "root", "fd" or "maps", and the path."""
 
     pid: int
@@ -263,7 +261,7 @@ def _prefix(root: Path) -> str:
 
 def _describe_all(held: Mapping[int, Mode]) -> list[Process]:
     processes = ((describe(pid), mode) for pid, mode in held.items())
-    return [replace(process, mode=mode) for process, mode in processes if process is not None]
+    return [process._replace(mode=mode) for process, mode in processes if process is not None]
 
 
 class _Stat(NamedTuple):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
 from ray_envcache import _flock, holders, leases, lower, pins
 from ray_envcache.entry import ReadyRecord, utc
-from ray_envcache.layout import Entry, Layout, layout_of
+from ray_envcache.layout import IN_USE, Entry, Layout, layout_of
 from ray_envcache.sizes import MeasuredRecord, sizes
 
 
@@ -83,32 +83,37 @@ def status(layout: Layout, entry: Entry) -> Status:
 
 def _statuses(layout: Layout, store: Layout, entries: list[Entry]) -> list[Status]:
     """What is asked once for all, then each entry: there may be thousands."""
-    processes = _processes(store, entries)
+    seen = {entry.path.name: found for entry in entries if (found := _stat(entry.at(IN_USE)))}
+    processes = _processes(store, seen)
     pinned = set() if store.readonly else pins.pinned_keys(store)
     leased, links = layout.leased_keys(), dict[int, int]()
 
     def look(entry: Entry) -> Status:
-        users = _users(layout, entry, processes.get(entry.path.name, []), leased=entry.key in leased)
-        return _status(layout, entry, users, sizes(layout, entry, links), pinned=entry.key in pinned)
+        name = entry.path.name
+        users = _users(layout, entry, processes.get(name, []), leased=entry.key in leased)
+        size, used = sizes(layout, entry, links), seen[name].st_mtime if name in seen else 0.0
+        return _status(layout, entry, users, size, used, pinned=entry.key in pinned)
 
     return [look(entry) for entry in entries]
 
 
-def _status(layout: Layout, entry: Entry, users: tuple[User, ...], size: MeasuredRecord, *, pinned: bool) -> Status:
+def _status(
+    layout: Layout, entry: Entry, users: tuple[User, ...], size: MeasuredRecord, used: float, *, pinned: bool
+) -> Status:
     record = ReadyRecord.read(entry)
     base = entry.base(record.base) if record else None
     return Status(
         key=entry.key,
         state=_state(layout, entry, record),
         # In a lower store not even for a moment anything is taken that stands in the way of others.
-        in_use=bool(users) or not (entry.readonly or _flock.is_free(entry.in_use)),
+        in_use=bool(users) or not (entry.readonly or _flock.is_free(entry.at(IN_USE))),
         users=users,
         pinned=pinned,
         size_bytes=size.size_bytes,
         reclaimable_bytes=0 if entry.readonly else size.reclaimable_bytes,
         exact=entry.readonly or size.exact,
         created_at=record.created_at if record else None,
-        last_used=last_used(entry),
+        last_used=used,
         python=record.python if record else None,
         ray=record.ray if record else None,
         project=record.project if record else None,
@@ -150,13 +155,9 @@ def ray_session(pid: int) -> str:
     return ""
 
 
-def _processes(layout: Layout, entries: list[Entry]) -> dict[str, list[holders.Process]]:
+def _processes(layout: Layout, seen: Mapping[str, os.stat_result]) -> dict[str, list[holders.Process]]:
     """Who holds the flock of each entry now, by one look through all processes."""
-    inodes = {}
-    for entry in entries:
-        with suppress(OSError):
-            found = entry.in_use.stat()
-            inodes[found.st_dev, found.st_ino] = entry.path.name
+    inodes = {(found.st_dev, found.st_ino): name for name, found in seen.items()}
     return holders.flock_holders(inodes, layout.entries).by_name
 
 
@@ -170,7 +171,12 @@ def _state(layout: Layout, entry: Entry, record: ReadyRecord | None) -> str:
 
 def last_used(entry: Entry) -> float:
     """When somebody last began or ceased to use the entry, in Unix seconds; 0 where that is not known."""
+    found = _stat(entry.at(IN_USE))
+    return found.st_mtime if found else 0.0
+
+
+def _stat(path: str) -> os.stat_result | None:
     try:
-        return entry.in_use.stat().st_mtime
+        return os.stat(path)
     except OSError:
-        return 0.0
+        return None

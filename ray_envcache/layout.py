@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 VERSION = "v1"
+PYTHON, READY, MEASURED, IN_USE = "venv/bin/python", "ready.json", "measured.json", "in-use"
 _ENTRY_NAME = re.compile(r"(?P<key>[0-9a-f]{32})-(?P<number>[1-9][0-9]*)")
 
 
@@ -25,6 +26,10 @@ class Entry:
     path: Path
     readonly: bool = False
 
+    def at(self, name: str) -> str:
+        """One of the files below as text, for the warm path and for lists: to make a Path takes as long as a look."""
+        return f"{self.path}/{name}"
+
     @cached_property
     def venv(self) -> Path:
         return self.path / "venv"
@@ -35,7 +40,7 @@ class Entry:
 
     @cached_property
     def python(self) -> Path:
-        return self.path / "venv/bin/python"
+        return self.path / PYTHON
 
     @property
     def site_packages(self) -> Path:
@@ -44,7 +49,7 @@ class Entry:
 
     @cached_property
     def ready(self) -> Path:
-        return self.path / "ready.json"
+        return self.path / READY
 
     @cached_property
     def building(self) -> Path:
@@ -56,7 +61,7 @@ class Entry:
 
     @cached_property
     def measured(self) -> Path:
-        return self.path / "measured.json"
+        return self.path / MEASURED
 
     @cached_property
     def staged_bytecode(self) -> Path:
@@ -65,7 +70,7 @@ class Entry:
 
     @cached_property
     def in_use(self) -> Path:
-        return self.path / "in-use"
+        return self.path / IN_USE
 
     @cached_property
     def build_log(self) -> Path:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_envcache import _flock, _fs, lower
 from ray_envcache.entry import ReadyRecord, utc
-from ray_envcache.layout import Entry, Layout
+from ray_envcache.layout import IN_USE, Entry, Layout
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -162,7 +162,7 @@ def claim(entry: Entry) -> Lease | None:
     if in_use is None:
         return None
     # The collector renames the entry away under its exclusive flock; ours may have come right after.
-    if not _flock.still_names(entry.in_use, in_use):
+    if not _flock.still_names(entry.at(IN_USE), in_use):
         os.close(in_use)
         return None
     if not entry.readonly:
@@ -241,7 +241,7 @@ def _try_patiently(entry: Entry) -> int | None:
             if entry.readonly:
                 descriptor = lower.shared_flock(entry)
             else:
-                descriptor = _flock.try_flock(entry.in_use, exclusive=False)
+                descriptor = _flock.try_flock(entry.at(IN_USE), exclusive=False)
         except (FileNotFoundError, NotADirectoryError):
             return None
         if descriptor is not None:

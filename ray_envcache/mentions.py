@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ray_envcache import holders
@@ -59,7 +59,7 @@ def _look_at(pid: int, pattern: re.Pattern[bytes], found: Mentions) -> None:
         return  # it ended meanwhile, or is of the kernel
     except OSError:
         if process := holders.describe(pid):
-            found.unseen.append(replace(process, user=_user(pid)))
+            found.unseen.append(process._replace(user=_user(pid)))
 
 
 def _user(pid: int) -> int:

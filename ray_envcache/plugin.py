@@ -141,17 +141,17 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
     async def _lease(self, uri: str, runtime_env: Any, context: Any, logger: logging.Logger) -> Lease:
         try:
             given = EnvSpec.parse(runtime_env[FIELD])
-            spec, cluster_ray, holder = _located(given, context), ClusterRay(ray.__version__), _holder(logger)
+            spec, cluster_ray = _located(given, context), ClusterRay(ray.__version__)
             store, lease = await self._in_thread(partial(self._look_up, spec, cluster_ray), _discard)
             if lease is not None:
                 # Nobody waits for that: it makes a file, and where many were removed lately ext4 is slow to make one.
-                tell = partial(self._threads.submit, _announce, lease, store.layout, holder, logger)
+                tell = partial(self._threads.submit, _announce, lease, store.layout, logger)
                 asyncio.get_running_loop().call_later(TELLING_SECONDS, tell)
             else:
                 # What travelled in a working_dir is what Ray pinned; it need not have all files of the driver's folder.
                 wanted = spec if os.path.isabs(given.path) else spec.with_content(None)
                 env_vars = runtime_env.get("env_vars") or {}
-                lease = await self._build(partial(Build, store, wanted, cluster_ray, holder, logger, env_vars))
+                lease = await self._build(partial(Build, store, wanted, cluster_ray, _holder(logger), logger, env_vars))
         except EnvCacheError as error:
             named = _on_this_node(error)
             self._failures[uri] = (time.monotonic(), named)
@@ -203,9 +203,9 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
             raise type(error)(error.message, error.hint)
 
 
-def _announce(lease: Lease, layout: Layout, holder: Holder, logger: logging.Logger) -> None:
+def _announce(lease: Lease, layout: Layout, logger: logging.Logger) -> None:
     try:
-        lease.announce(layout, holder)
+        lease.announce(layout, _holder(logger))
     except OSError as error:
         logger.warning("The lease on %s holds, but nobody is told of it: %s", lease.entry.path.name, error)
 

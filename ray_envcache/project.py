@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ray_envcache import _fs
 from ray_envcache.errors import DigestError, LockfileError
 
 _SCRIPT_BLOCK = re.compile(rb"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$")  # from PEP 723
@@ -62,7 +63,7 @@ class Project(NamedTuple):
 
     def digest(self) -> str:
         """The digest of the content that decides, "sha256:...": what a field value pins."""
-        digests = {os.path.relpath(path, self.folder): self._sha256(path) for path in self.inputs()}
+        digests = {self._relative(path): self._sha256(path) for path in self.inputs()}
         return f"sha256:{hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()}"
 
     def checked_digest(self, pinned: str | None) -> str:
@@ -75,11 +76,13 @@ class Project(NamedTuple):
             )
         return digest
 
-    def inputs(self) -> list[Path]:
+    def inputs(self) -> list[str]:
         """The files that decide what is installed."""
         # Of other kinds too: uv takes settings from there, and some decide what a build from source gives.
-        places = {self.folder / "uv.toml", self.folder / "pyproject.toml", self.folder / self.member / "pyproject.toml"}
-        return [*self.lock_files(), *sorted(path for path in places if path.is_file())]
+        names = ["pyproject.toml", "uv.toml", *([f"{self.member}/pyproject.toml"] if self.member != "." else [])]
+        # The warm path: Path objects would take as long as the hash.
+        places = (os.path.join(self.folder, name) for name in names)
+        return [*map(os.fspath, self.lock_files()), *filter(os.path.isfile, places)]
 
     def lock_files(self) -> list[Path]:
         """The files that say which versions and hashes."""
@@ -108,11 +111,15 @@ class Project(NamedTuple):
                 return _inner(read_toml(self.folder / name, "repair it"), *keys)
         return {}
 
-    def _sha256(self, path: Path) -> str:
-        content = path.read_bytes()
-        if self.kind is Kind.SCRIPT and path == self.file:
+    def _relative(self, path: str) -> str:
+        top = os.path.join(self.folder, "")
+        return path.removeprefix(top) if path.startswith(top) else os.path.relpath(path, self.folder)
+
+    def _sha256(self, path: str) -> str:
+        content = _fs.read_bytes(path)
+        if self.kind is Kind.SCRIPT and path == os.fspath(self.file):
             # What the rest of a script does decides nothing, and changes all the time.
-            content = _script_block(path, content)
+            content = _script_block(self.file, content)
         return hashlib.sha256(content).hexdigest()
 
 
@@ -135,22 +142,23 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def _uv_project(given: Path, package: str | None) -> Project:
-    if not (given / "pyproject.toml").is_file():
+    if not os.path.isfile(os.path.join(given, "pyproject.toml")):  # the warm path: no Path objects
         others = sorted(path.name for path in (*given.glob("pylock*.toml"), *given.glob("requirements*.txt")))
         hint = (
             f"name the lockfile itself, such as {others[0]}" if others else "run `uv init` there, or name another path"
         )
         raise LockfileError(f"No pyproject.toml in `{given}`", hint)
     folder = _workspace_root(given)
-    if not (folder / "uv.lock").is_file():
+    lock = folder / "uv.lock"
+    if not os.path.isfile(lock):
         raise LockfileError(
             f"No uv.lock beside `{folder / 'pyproject.toml'}`",
             "run `uv lock` there; if it is there, see that .gitignore does not keep it out of the working_dir",
         )
     member = os.path.relpath(given.resolve(), folder) if package is None and folder != given else "."
     if package is not None:
-        member = _member(folder / "uv.lock", package)
-    return Project(Kind.UV, folder, folder / "uv.lock", member)
+        member = _member(lock, package)
+    return Project(Kind.UV, folder, lock, member)
 
 
 def _single_file(path: Path) -> Project:
@@ -228,8 +236,7 @@ def _parents(folder: str) -> Iterator[str]:
 
 def _pyproject(folder: str) -> bytes:
     try:
-        with open(os.path.join(folder, "pyproject.toml"), "rb") as file:
-            return file.read()
+        return _fs.read_bytes(os.path.join(folder, "pyproject.toml"))
     except OSError:
         return b""
 

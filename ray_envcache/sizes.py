@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias
 
 from ray_envcache import _disk, _fs, shared_bytecode
 from ray_envcache.entry import SCHEMA_VERSION, recorded
-from ray_envcache.layout import Entry, Layout
+from ray_envcache.layout import MEASURED, Entry, Layout
 
 _SAMPLES = 16
 
@@ -34,7 +34,7 @@ class MeasuredRecord(NamedTuple):
 
     @classmethod
     def read(cls, entry: Entry) -> MeasuredRecord | None:
-        values = recorded(entry.measured, cls._fields)
+        values = recorded(entry.at(MEASURED), cls._fields)
         return None if values is None else cls._make(values)
 
 

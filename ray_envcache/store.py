@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ray_envcache.lockfile import ResolvedSet
 
 _MEMO_SCHEMA = 2
+_layout = cache(Layout)  # it makes each of its paths once, and agents open their store for every look
 
 
 class Inputs(NamedTuple):
@@ -59,7 +61,7 @@ class Store:
         With the lower stores that $RAY_ENVCACHE_READONLY_DIRS names. Raises StoreError where it cannot be private,
         shared between processes, or written; and where a lower one is not to be trusted.
         """
-        layout = Layout(root or default_root())
+        layout = _layout(root or default_root())
         prepare_root(layout)
         return cls(layout, lower_stores(layout, os.environ))
 

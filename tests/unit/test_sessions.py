@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -400,7 +399,7 @@ def test_a_mount_in_it_keeps_it(kind: str, temp: Path, tmp_path: Path) -> None:
 def test_on_a_network_file_system_it_stays(temp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where other hosts have the directory too, its cluster may be on any of them."""
     session, real = make(temp), _disk.free_space
-    monkeypatch.setattr(_disk, "free_space", lambda path: replace(real(path), kind="lustre"))
+    monkeypatch.setattr(_disk, "free_space", lambda path: real(path)._replace(kind="lustre"))
     state, why = judge(session)
     assert (state, why) == ("in doubt", "it is on a network file system (lustre): its cluster may be on another host")
     assert collect_sessions([temp]).removed == []

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -289,7 +288,7 @@ def test_full_disk(tmp_path: Path, ballast: int) -> None:
 def test_network_file_system(long: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A temp directory that other hosts have too is refused, unless the user answers for it."""
     real = _disk.free_space
-    monkeypatch.setattr(_disk, "free_space", lambda path: replace(real(path), kind="nfs4"))
+    monkeypatch.setattr(_disk, "free_space", lambda path: real(path)._replace(kind="nfs4"))
     with pytest.raises(TempDirError, match=r"on a network file system \(nfs4\)"):
         ray_envcache.short_tmpdir(long)
     monkeypatch.setenv("RAY_ENVCACHE_ALLOW_NETWORK_FS", "1")
