@@ -160,7 +160,7 @@ def _finish(layout: Layout, entry: Entry, workers: int) -> None:
         warnings.simplefilter("ignore")  # what foreign text is warned of is nobody's business, nor an error, here
         compile_tree(entry.site_packages, places, workers, donors_for(layout, entry, shared, packages_folder()))
     # From here on the entry survives a crash of the machine, not only of processes; and what it shares.
-    os.sync()
+    _fs.sync_file_system(entry.path)
     shared_bytecode.publish(places.staged, shared)
     _fs.remove_tree(entry.staged_bytecode)
     _fs.write_json(entry.compiled, {"compiled_at": utc_now(), "seconds": round(time.monotonic() - began, 3)})

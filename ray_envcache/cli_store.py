@@ -221,9 +221,9 @@ def _refuse_without_sessions(*given: object) -> None:
 
 
 def _as_json(status: inventory.Status) -> dict[str, Any]:
-    data = asdict(status)
+    data = status._asdict()
     del data["project"], data["exact"], data["base_path"]
-    users = [{name: user[name] for name in ("pid", "kind", "cluster", "since")} for user in data.pop("users")]
+    users = [{name: getattr(user, name) for name in ("pid", "kind", "cluster", "since")} for user in data.pop("users")]
     last_used = data.pop("last_used")
     return {**data, "holders": users, "last_used_at": utc(last_used)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ray_envcache import _flock, holders, leases, lower, pins
 from ray_envcache.entry import ReadyRecord, utc
@@ -13,8 +13,7 @@ from ray_envcache.layout import IN_USE, Entry, Layout, layout_of
 from ray_envcache.sizes import MeasuredRecord, sizes
 
 
-@dataclass(frozen=True)
-class User:
+class User(NamedTuple):
     """A process that uses an entry: by a lease (`kind` is its holder's) or by running from it ("process").
 
     `since` is UTC ISO 8601. `cluster` is the Ray session it belongs to, "" where it belongs to none that lives.
@@ -28,8 +27,7 @@ class User:
     since: str
 
 
-@dataclass(frozen=True)
-class Status:
+class Status(NamedTuple):
     """One entry as people see it. Sizes in bytes; times in Unix seconds or, with `_at`, UTC ISO 8601.
 
     `exact` is False where `reclaimable_bytes` is a lower bound. `in_use` may be true without a user whom we can name:

@@ -6,7 +6,6 @@ there, not even where we could. Environments run code: others must not be able t
 
 from __future__ import annotations
 
-import logging
 import os
 import stat
 from collections.abc import Mapping
@@ -20,7 +19,6 @@ from ray_envcache.root import require_usable_name
 VARIABLE = "RAY_ENVCACHE_READONLY_DIRS"
 
 _GONE = (FileNotFoundError, NotADirectoryError)
-_logger = logging.getLogger(__name__)
 
 
 def lower_stores(own: Layout, environ: Mapping[str, str]) -> tuple[Layout, ...]:
@@ -32,7 +30,9 @@ def lower_stores(own: Layout, environ: Mapping[str, str]) -> tuple[Layout, ...]:
     found = tuple(layout for layout in named if _is_there(layout))
     for layout in named:
         if layout not in found:
-            _logger.debug("%s names `%s`, where there is no store", VARIABLE, layout.root)
+            import logging  # seldom: commands that only look would wait for it
+
+            logging.getLogger(__name__).debug("%s names `%s`, where there is no store", VARIABLE, layout.root)
     return found
 
 

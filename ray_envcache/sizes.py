@@ -11,7 +11,7 @@ from ray_envcache import _disk, _fs, shared_bytecode
 from ray_envcache.entry import SCHEMA_VERSION, recorded
 from ray_envcache.layout import MEASURED, Entry, Layout
 
-_SAMPLES = 16
+_SAMPLES = 8
 
 Sample: TypeAlias = tuple[str, int, int]
 """A file of an entry: its name there, its inode, and its links, as `_look` counts them."""

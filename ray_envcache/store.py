@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from contextlib import suppress
 from functools import cache
@@ -170,10 +169,12 @@ class Store:
 
         Where it cannot be started (no memory, no processes left), whoever uses the entry next tries again.
         """
-        from ray_envcache import _process  # not on the warm path
+        from subprocess import CalledProcessError  # not on the warm path
+
+        from ray_envcache import _process
 
         command: list[str | Path] = [sys.executable, "-m", "ray_envcache.bytecode", self.layout.root, entry.path.name]
-        with suppress(OSError, subprocess.CalledProcessError):
+        with suppress(OSError, CalledProcessError):
             _process.start_detached(command, environ=dict(os.environ))
 
     def _inputs(self, spec: EnvSpec, ray: AnyRay) -> Inputs:

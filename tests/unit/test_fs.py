@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import re
 import stat
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -101,6 +104,50 @@ def test_write_error_of_the_system(tmp_path: Path) -> None:
         """,
         str(tmp_path / "a.json"),
     )
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Calls of sync(2)."""
+    calls: list[str] = []
+    monkeypatch.setattr(os, "sync", lambda: calls.append("sync"))
+    return calls
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="macOS has no syncfs")
+def test_only_our_file_system_is_synced(tmp_path: Path, synced: list[str]) -> None:
+    """Other disks may be slow, or gone: nobody waits for them."""
+    (tmp_path / "file").write_text("x")
+    _fs.sync_file_system(tmp_path)
+    assert synced == []
+    with pytest.raises(NotADirectoryError):
+        _fs.sync_file_system(tmp_path / "file")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.ENOSYS])
+def test_failed_sync(tmp_path: Path, synced: list[str], monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """What did not get to the disk is told; where the kernel has no syncfs, everything is synced."""
+
+    def syncfs(_descriptor: int) -> int:
+        ctypes.set_errno(number)
+        return -1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(syncfs=syncfs))
+    if number == errno.ENOSYS:
+        _fs.sync_file_system(tmp_path)
+        assert synced == ["sync"]
+    else:
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))) as caught:
+            _fs.sync_file_system(tmp_path)
+        assert (caught.value.errno, caught.value.filename, synced) == (number, str(tmp_path), [])
+
+
+def test_sync_without_syncfs(tmp_path: Path, synced: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system, or a Python, without it syncs everything."""
+    for broken in (lambda *_, **__: SimpleNamespace(), _fail):
+        monkeypatch.setattr(ctypes, "CDLL", broken)
+        _fs.sync_file_system(tmp_path)
+    assert synced == ["sync"] * 2
 
 
 def test_unserializable(tmp_path: Path) -> None:
