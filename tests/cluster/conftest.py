@@ -64,15 +64,13 @@ def bytecode(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Host:
     """One store, one temp directory for Ray, and the drivers that tests run there.
 
-    Its stores have the `bytecode` from the start, where that is given. Without `in_advance` Ray starts no workers before
-    a task needs one.
+    Its stores have the `bytecode` from the start, where that is given.
     """
 
     python: Path
     folder: Path
     temp: Path
     bytecode: Path | None = None
-    in_advance: bool = True
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
@@ -92,8 +90,7 @@ class Host:
         quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(self.temp), "RAY_AUTH_MODE": "disabled"}
         # These tests themselves may run under `uv run`: no driver but the one of that test is meant to notice.
         alone = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_ENVCACHE_DIR": str(self.layout.root)}
-        fewer = {} if self.in_advance else {"RAY_prestart_worker_first_driver": "0"}
-        return {**kept, **quiet, **alone, **fewer, **more}
+        return {**kept, **quiet, **alone, **more}
 
     def start(
         self, code: str, *arguments: str | Path, before: tuple[str | Path, ...] = (), **environ: str
@@ -142,28 +139,19 @@ class Host:
         return [holder for holder in found if holder["kind"] != "bytecode"]
 
 
-@pytest.fixture(scope="module")
-def in_advance() -> bool:
-    """Whether Ray starts workers before a task needs one, as it does for users: files whose point that is say True.
-
-    Else nothing runs in these, and they take a tenth of the time of a test.
-    """
-    return False
-
-
 @pytest.fixture
-def host(python: Path, bytecode: Path, tmp_path: Path, *, in_advance: bool) -> Iterator[Host]:
-    with run_host(python, tmp_path, bytecode, in_advance=in_advance) as one:
+def host(python: Path, bytecode: Path, tmp_path: Path) -> Iterator[Host]:
+    with run_host(python, tmp_path, bytecode) as one:
         one.store("store")
         yield one
 
 
 @contextmanager
-def run_host(python: Path, folder: Path, bytecode: Path | None = None, *, in_advance: bool = True) -> Iterator[Host]:
+def run_host(python: Path, folder: Path, bytecode: Path | None = None) -> Iterator[Host]:
     """A host whose drivers are gone at the end."""
     # Sockets of Ray have at most 107 bytes: pytest's own folders are too deep.
     with support.short_folder() as temp:
-        one = Host(python, folder, temp, bytecode, in_advance)
+        one = Host(python, folder, temp, bytecode)
         try:
             yield one
         finally:

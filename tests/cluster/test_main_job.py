@@ -13,13 +13,6 @@ from tests.cluster.conftest import NEWEST, Host, uv_binary, with_both_rays
 
 pytestmark = pytest.mark.cluster
 
-
-@pytest.fixture(scope="module")
-def in_advance() -> bool:
-    """As users have it."""
-    return True
-
-
 WHERE = """
 import json, sys
 import ray, ray_envcache

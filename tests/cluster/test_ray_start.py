@@ -16,13 +16,6 @@ from tests.cluster.conftest import NEWEST, Host
 
 pytestmark = [pytest.mark.cluster, pytest.mark.parametrize("python", [NEWEST], indirect=True)]
 
-
-@pytest.fixture(scope="module")
-def in_advance() -> bool:
-    """As users have it."""
-    return True
-
-
 # Nothing but the variables tells these nodes of the plugin. Ports of workers are free ones: by default they are those
 # of any other cluster on the host.
 NODE = """

@@ -22,13 +22,6 @@ from tests.cluster.conftest import NEWEST, Host
 
 pytestmark = [pytest.mark.cluster, pytest.mark.parametrize("python", [NEWEST], indirect=True)]
 
-
-@pytest.fixture(scope="module")
-def in_advance() -> bool:
-    """As users have it."""
-    return True
-
-
 # A framework that nobody may change: it starts a cluster of its own, deep inside.
 FRAMEWORK = """
 import json, os, sys
