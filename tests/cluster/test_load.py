@@ -102,14 +102,20 @@ class Node:
         assert support.count_builds(self.witness) == builds
         support.wait_until(lambda: not workers(self.agent), "the workers are gone")
         with suppress(AssertionError):
-            support.wait_until(lambda: not self.noted["referenced"], "Ray gave back everything", seconds=5)
+            support.wait_until(lambda: not self.referenced, "Ray gave back everything", seconds=10)
         # The last act of a detached child's starter, which nobody waits for, is reaped with the next child.
         support.wait_until(lambda: not any(map(title_of, self.agent.children())), "the agent's children are gone")
-        assert len(self.host.holders()) == len(self.noted["referenced"])
+        # Given back by a thread, after Ray was answered.
+        support.wait_until(lambda: len(self.host.holders()) == self.referenced, "what Ray gave back is held by nobody")
         left = descriptors(self.agent)
         # The entry's, and the lease's own.
-        assert left.pop("store", 0) == 2 * len(self.noted["referenced"])
+        assert left.pop("store", 0) == 2 * self.referenced
         assert left == self._idle
+
+    @property
+    def referenced(self) -> int:
+        """How many environments Ray refers to."""
+        return len(self.noted["referenced"])
 
     @property
     def noted(self) -> dict[str, Any]:
