@@ -9,7 +9,8 @@ import os
 import shutil
 import stat
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -79,11 +80,8 @@ def read_json(path: str | Path) -> dict[str, Any] | None:
 
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with _opened(path) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sync_file_system(path: Path) -> None:
@@ -91,15 +89,21 @@ def sync_file_system(path: Path) -> None:
 
     Not by sync(2), where the system has better: that waits for all that is mounted, also for a server that is gone.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with _opened(path) as descriptor:
         failed = _syncfs(descriptor)
-    finally:
-        os.close(descriptor)
     if failed == errno.ENOSYS:
         os.sync()
     elif failed:
         raise OSError(failed, os.strerror(failed), os.fspath(path))
+
+
+@contextmanager
+def _opened(directory: Path) -> Iterator[int]:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _syncfs(descriptor: int) -> int:

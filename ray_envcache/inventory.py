@@ -89,7 +89,7 @@ def _statuses(layout: Layout, store: Layout, entries: list[Entry]) -> list[Statu
     def look(entry: Entry) -> Status:
         name = entry.path.name
         users = _users(layout, entry, processes.get(name, []), leased=entry.key in leased)
-        size, used = sizes(layout, entry, links), seen[name].st_mtime if name in seen else 0.0
+        size, used = sizes(layout, entry, links), _mtime(seen.get(name))
         return _status(layout, entry, users, size, used, pinned=entry.key in pinned)
 
     return [look(entry) for entry in entries]
@@ -169,7 +169,10 @@ def _state(layout: Layout, entry: Entry, record: ReadyRecord | None) -> str:
 
 def last_used(entry: Entry) -> float:
     """When somebody last began or ceased to use the entry, in Unix seconds; 0 where that is not known."""
-    found = _stat(entry.at(IN_USE))
+    return _mtime(_stat(entry.at(IN_USE)))
+
+
+def _mtime(found: os.stat_result | None) -> float:
     return found.st_mtime if found else 0.0
 
 

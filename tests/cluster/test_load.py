@@ -102,7 +102,7 @@ class Node:
         assert support.count_builds(self.witness) == builds
         support.wait_until(lambda: not workers(self.agent), "the workers are gone")
         with suppress(AssertionError):
-            support.wait_until(lambda: not self.referenced, "Ray gave back everything", seconds=10)
+            support.wait_until(lambda: not self.referenced, "Ray gave back everything", seconds=5)
         # The last act of a detached child's starter, which nobody waits for, is reaped with the next child.
         support.wait_until(lambda: not any(map(title_of, self.agent.children())), "the agent's children are gone")
         # Given back by a thread, after Ray was answered.
