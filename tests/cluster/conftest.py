@@ -36,9 +36,8 @@ def python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
     def make(folder: Path) -> None:
         support.run_uv("venv", f"--python={sys.executable}", folder / "venv", cwd=REPOSITORY)
-        # With bytecode, whatever the tests' own environment says of it: each of a cluster's processes would compile ray.
-        target = f"--python={folder / 'venv'}"
-        support.run_uv("pip", "install", "--compile-bytecode", target, requirement, REPOSITORY, cwd=REPOSITORY)
+        # Without bytecode: the first cluster writes what is needed of it, which is the lesser part.
+        support.run_uv("pip", "install", f"--python={folder / 'venv'}", requirement, REPOSITORY, cwd=REPOSITORY)
 
     return support.made_once(tmp_path_factory, f"ray-{request.param}", make) / "venv/bin/python"
 

@@ -79,7 +79,7 @@ def python(request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest
     # The old Serve does not run with a newer protobuf.
     ray = [f"ray[{EXTRAS}]"] if request.param == NEWEST else [f"ray[{EXTRAS}]=={request.param}", "protobuf<7"]
     support.run_uv("venv", f"--python={sys.executable}", venv, cwd=REPOSITORY)
-    support.run_uv("pip", "install", "--compile-bytecode", f"--python={venv}", *ray, wheel, cwd=REPOSITORY)
+    support.run_uv("pip", "install", f"--python={venv}", *ray, wheel, cwd=REPOSITORY)
     return venv / "bin" / "python"
 
 
@@ -133,7 +133,7 @@ def cluster(python: Path, wheel: Path, tmp_path_factory: pytest.TempPathFactory)
         # Without the first, one in ten servers that Ray's proxy for clients forks dies before it starts. The second
         # shortens what a client waits for an error.
         tuned = {"GRPC_ENABLE_FORK_SUPPORT": "false", "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "10"}
-        process = host.start(CLUSTER, before=(), **tuned, PYTHONDONTWRITEBYTECODE="")
+        process = host.start(CLUSTER, before=(), **tuned)
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
