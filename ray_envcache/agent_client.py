@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -126,7 +127,10 @@ def _start(environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
     pipe = subprocess.PIPE
     command = [sys.executable, "-m", "ray_envcache.agent_build"]
     try:
-        return subprocess.Popen(command, env=environ, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+        # Not in the driver's folder, or wherever the node was started: `-m` imports what lies there first.
+        return subprocess.Popen(
+            command, env=environ, cwd="/", stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
+        )
     except OSError as error:
         raise BuildError(
             f"Cannot start a process that builds: {error}", "has the node memory and processes left? (`ulimit -u`)"
@@ -136,18 +140,32 @@ def _start(environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
 def _listen(child: subprocess.Popen[bytes], logger: logging.Logger) -> str:
     """Log what the child says until it names the entry. Raises the error it reports."""
     assert child.stdout is not None
+    assert child.stderr is not None
+    # Read all the time: a child whose pipe is full waits for ever.
+    tail: deque[bytes] = deque(maxlen=20)
+    reader = threading.Thread(target=tail.extend, args=(child.stderr,), name="envcache-stderr", daemon=True)
+    reader.start()
     for raw in child.stdout:
-        message: dict[str, Any] = json.loads(raw)
+        message = _message(raw)
         if "error" in message:
             raise EnvCacheError.from_json(message["error"])
         if "ready" in message:
             return str(message["ready"])
         logger.info("%s", message.get("log", ""))
-    assert child.stderr is not None
-    output = child.stderr.read().decode(errors="replace")
+    reader.join(GRACE_SECONDS)
+    output = b"".join(tail).decode(errors="replace")
     raise BuildError(
         f"The build process ended without an answer:\n{output[-1500:]}", "was it killed for want of memory?"
     )
+
+
+def _message(raw: bytes) -> dict[str, Any]:
+    """A line of the child's stdout. What something else than us wrote there is for the log."""
+    try:
+        message = json.loads(raw)
+    except ValueError:
+        message = None
+    return message if isinstance(message, dict) else {"log": raw.decode(errors="replace").rstrip()}
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

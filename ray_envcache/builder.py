@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ray_envcache import _fs, _process, _uv, interpreter, venv_files
-from ray_envcache._flock import exclusive_flock
+from ray_envcache._flock import exclusive_flock, is_free
 from ray_envcache.cluster_ray import packages_folder
 from ray_envcache.entry import ReadyRecord, boot_id, file_identity, utc_now
 from ray_envcache.errors import BuildError
@@ -86,9 +86,13 @@ class Build:
         self.observer.waiting(f"{who}, since {known.get('since', '?')}")
 
     def _sweep(self) -> None:
-        """Throw away what dead builders of this key left; its flock is ours, so no builder lives."""
+        """Throw away what dead builders of this key left; its flock is ours, so no builder lives.
+
+        A collector that died may have left an entry without its record while a process still runs from it: that one
+        stays until nobody does.
+        """
         for entry in self.layout.entries_of(self.plan.key):
-            if not entry.ready.exists():
+            if not entry.ready.exists() and is_free(entry.in_use):
                 _fs.discard(entry.path, self.layout.trash)
 
     def _build(self, flock: int) -> Lease:
@@ -100,8 +104,9 @@ class Build:
                 self._publish(entry, time.monotonic() - began)
                 lease = self._claim(entry)
         except BaseException:
-            # Also on Ctrl-C and cancellation.
-            _fs.discard(entry.path, self.layout.trash)
+            # Also on Ctrl-C and cancellation. Once it is published it is complete, and others may run from it.
+            if not entry.ready.exists():
+                _fs.discard(entry.path, self.layout.trash)
             raise
         self.observer.finished(lease, time.monotonic() - began)
         return lease

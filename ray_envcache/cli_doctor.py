@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
@@ -62,7 +63,8 @@ def _of_host(path: str | None) -> dict[str, Any]:
 def _of_cluster(address: str, timeout: float, path: str | None) -> dict[str, Any]:
     request = {"address": address, "timeout": timeout, "path": path and os.path.abspath(path)}
     argv = [sys.executable, "-m", _MODULE, json.dumps(request)]
-    done = _process.run(argv, environ=os.environ, on_line=_pass_on)
+    # In no folder of the user: `-m` imports first what lies there.
+    done = _process.run(argv, environ=os.environ, cwd=Path("/"), on_line=_pass_on)
     try:
         answer: dict[str, Any] = json.loads(done.stdout)
     except ValueError:

@@ -18,7 +18,7 @@ from typing import Any
 from ray_envcache import _fs, content, exports, key, venv_files
 from ray_envcache.content import Content
 from ray_envcache.environment import EnvironmentPlan
-from ray_envcache.errors import DigestError
+from ray_envcache.errors import DigestError, LockfileError
 from ray_envcache.layout import Entry
 from ray_envcache.lockfile import LocalPackage
 from ray_envcache.plan import BuildUv, Plan, into
@@ -76,10 +76,16 @@ class LayerPlan(_OnTop):
         _fs.remove_tree(entry.sources)
 
     def packages(self, entry: Entry) -> list[str]:
-        """Copies of them, which keep their places to each other and to the root of their workspace."""
+        """Copies of them, which keep their places to each other and to the root of their workspace.
+
+        Raises LockfileError where they were edited after we looked: the key of the layer would lie for ever.
+        """
         top = os.path.commonpath([self.folder, *self.folders])
         for one in self.contents:
             one.copy(entry.sources / os.path.relpath(one.folder, top))
+        if digest_of(content.look(folder) for folder in self.folders) != self.digest:
+            trouble = f"The local packages of `{self.folder}` were edited while they were copied"
+            raise LockfileError(trouble, "try again")
         _copy_projects(self.folder, entry.sources / os.path.relpath(self.folder, top))
         return [os.fspath(entry.sources / os.path.relpath(folder, top)) for folder in self.folders]
 

@@ -7,6 +7,7 @@ second may be missing (a full disk); the first never is.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -121,7 +122,9 @@ class Lease:
         self._below = below
 
     def announce(self, layout: Layout, holder: Holder) -> None:
-        """Tell people who holds this lease, and what is below. Without room on the disk it goes untold, but holds.
+        """Tell people who holds this lease, and what is below.
+
+        Where the disk has no room, or is read-only by now, it goes untold, but holds.
 
         Another thread may release it meanwhile: then nobody is told.
         """
@@ -134,7 +137,7 @@ class Lease:
             try:
                 descriptor = _own_file(path)
             except OSError as error:
-                if error.errno in _fs.FULL_DISK:
+                if error.errno in _fs.FULL_DISK or error.errno == errno.EROFS:
                     return
                 raise
             self._file, self._file_flock = path, descriptor
@@ -176,8 +179,16 @@ def claim_ready(entry: Entry, layout: Layout, holder: Holder) -> Lease | None:
     `layout` is the user's own store, where people are told, also of an entry of a lower one. Raises as `claim`.
     """
     lease = claim_whole(entry)
-    if lease is not None:
+    return lease and told(lease, layout, holder)
+
+
+def told(lease: Lease, layout: Layout, holder: Holder) -> Lease:
+    """The lease, once people are told of `holder`; where that cannot be, it is given back and the OSError raised."""
+    try:
         lease.announce(layout, holder)
+    except BaseException:
+        lease.release()
+        raise
     return lease
 
 

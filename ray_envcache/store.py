@@ -14,19 +14,23 @@ from ray_envcache.entry import file_identity, is_unchanged
 from ray_envcache.errors import LockfileError, UnknownKeyError
 from ray_envcache.key import digest_of, layer_key
 from ray_envcache.layout import Entry, Layout, default_root, layout_of, newest_first
-from ray_envcache.leases import Holder, Lease, claim_whole
+from ray_envcache.leases import Holder, Lease, claim_whole, told
 from ray_envcache.lower import lower_stores
 from ray_envcache.project import Project
 from ray_envcache.root import prepare_root
 from ray_envcache.spec import EnvSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ray_envcache.builder import Observer
     from ray_envcache.cluster_ray import AnyRay
     from ray_envcache.environment import EnvironmentPlan
     from ray_envcache.lockfile import ResolvedSet
 
-_MEMO_SCHEMA = 2
+_MEMO_SCHEMA = 3
+_PLANNINGS = 3
+"""How often an environment is planned, while somebody writes the files that say what is in it."""
 _layout = cache(Layout)  # it makes each of its paths once, and agents open their store for every look
 
 
@@ -41,6 +45,25 @@ class Inputs(NamedTuple):
     executable: str
     memo: str
     editable: bool = False
+
+    def memos(self) -> Iterator[str]:
+        """The names of the memos that may tell: the one of all checkouts with these files, and that of this one."""
+        yield self.memo
+        if self.project is not None:
+            yield self.memo_in(self.project.folder)
+
+    def memo_in(self, folder: Path) -> str:
+        """The name of the memo for one checkout alone."""
+        return digest_of([self.memo, os.fspath(folder)])[:32]
+
+    def agree(self, memo: dict[str, Any]) -> bool:
+        """Whether what a memo says holds here.
+
+        Artifacts without a hash in the lockfile are those of one checkout: another has its own under the same names.
+        """
+        files = memo.get("files", {})
+        is_here = not files or (self.project is not None and memo.get("folder") == os.fspath(self.project.folder))
+        return is_here and all(was and is_unchanged(path, was) for path, was in files.items())
 
 
 class Store:
@@ -94,17 +117,26 @@ class Store:
         inputs = self._inputs(spec, ray)._replace(editable=editable)
         lease = self._warm(inputs, may_look=True)
         if lease is not None:
-            lease.announce(self.layout, holder)
+            told(lease, self.layout, holder)
         else:
-            from ray_envcache import planning  # not on the warm path
-
-            project = inputs.project or _locate_pinned(spec)
-            check = check_current or spec.digest is None
-            plan = planning.plan_of(spec, project, inputs.executable, ray, check_current=check)
+            inputs, plan = self._plan(inputs, ray, check_current=check_current or spec.digest is None)
             lease = self._build(inputs, plan, holder, observer)
         if finish:
             self.finish_all(lease)
         return lease
+
+    def _plan(self, inputs: Inputs, ray: AnyRay, *, check_current: bool) -> tuple[Inputs, EnvironmentPlan]:
+        """The plan, and the inputs it was made from: uv reads the files after we hashed them, and they may change."""
+        from ray_envcache import planning  # not on the warm path
+
+        spec = inputs.spec
+        for _ in range(_PLANNINGS):
+            project = inputs.project or _locate_pinned(spec)
+            plan = planning.plan_of(spec, project, inputs.executable, ray, check_current=check_current)
+            before, inputs = inputs, self._inputs(spec, ray)._replace(editable=inputs.editable)
+            if inputs.memo == before.memo:
+                return inputs, plan
+        raise LockfileError(f"The files in `{project.folder}` change all the time", "try again when nobody writes them")
 
     def _build(self, inputs: Inputs, plan: EnvironmentPlan, holder: Holder, observer: Observer | None) -> Lease:
         from ray_envcache import room  # not on the warm path
@@ -129,9 +161,7 @@ class Store:
     def _claim_lower(self, key: str, holder: Holder) -> Lease | None:
         """A lease on an environment of ours or, before it would be built, of a lower store."""
         lease = self._claim_any(key) if self.lower else None
-        if lease is not None:
-            lease.announce(self.layout, holder)
-        return lease
+        return lease and told(lease, self.layout, holder)
 
     def _claim_any(self, key: str) -> Lease | None:
         entries = (entry for layout in (self.layout, *self.lower) for entry in layout.entries_of(key))
@@ -198,23 +228,26 @@ class Store:
     def _recall(self, inputs: Inputs) -> tuple[dict[str, Any], Entry | None]:
         """What our memo says, else that of a lower store; and the environment, None where nothing said holds."""
         for layout in (self.layout, *self.lower):
-            if memo := _fs.read_json(layout.memo_of(inputs.memo)):
-                entry = layout.entry(str(memo.get("entry")))
-                files = memo.get("files", {}).items()
-                # In a store that is searched now, not only when somebody noted it.
-                searched = entry and (not entry.readonly or layout_of(entry) in self.lower)
-                if searched and all(was and is_unchanged(path, was) for path, was in files):
-                    return memo, entry
+            for name in inputs.memos():
+                memo = _fs.read_json(layout.memo_of(name))
+                if memo and inputs.agree(memo):
+                    entry = layout.entry(str(memo.get("entry")))
+                    # In a store that is searched now, not only when somebody noted it.
+                    if entry and (not entry.readonly or layout_of(entry) in self.lower):
+                        return memo, entry
         return {}, None
 
     def _remember(self, inputs: Inputs, entry: Entry, plan: EnvironmentPlan) -> None:
         files = {path: file_identity(path) for path in plan.resolved.local_files()}
         # Relative: another checkout of the same project has its packages elsewhere.
         local = [[one.name, os.path.relpath(one.path, plan.folder), one.editable] for one in plan.resolved.local]
+        memo = {"entry": self.layout.name_of(entry), "folder": os.fspath(plan.folder), "files": files, "local": local}
+        known = _fs.read_json(self.layout.memo_of(inputs.memo)) or memo
+        is_taken = bool(files) and known.get("folder") != memo["folder"]
         # Without room for it the next lookup is merely slower.
         with suppress(OSError):
-            memo = {"entry": self.layout.name_of(entry), "files": files, "local": local}
-            _fs.write_json(self.layout.memo_of(inputs.memo), memo, durable=False)
+            place = inputs.memo_in(plan.folder) if is_taken else inputs.memo
+            _fs.write_json(self.layout.memo_of(place), memo, durable=False)
 
 
 def _content(inputs: Inputs, local: list[list[Any]]) -> str | None:

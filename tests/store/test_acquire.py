@@ -19,7 +19,7 @@ from ray_envcache.errors import DigestError, LockfileError
 from ray_envcache.leases import Holder
 from ray_envcache.spec import EnvSpec
 from ray_envcache.store import Store, digest_of_files
-from tests import support
+from tests import index, support
 from tests.conftest import Acquire
 
 ACQUIRE = """
@@ -240,13 +240,27 @@ def test_edited_lockfile_never_gives_the_old_environment(
 def test_pinned_environment_is_found_without_its_files(
     tmp_path: Path, wheels: Path, store: Store, acquire: Acquire
 ) -> None:
-    """Where an ignored uv.lock did not travel, the pinned digest suffices if this host knows the environment."""
-    project = support.make_project(tmp_path / "project", wheels, ["ray"])
-    spec = EnvSpec.parse({"path": project, "digest": digest_of_files(EnvSpec.parse(project))})
-    entry = acquire(project).entry
+    """Where an ignored uv.lock did not travel, the pinned digest suffices if this host knows the environment.
+
+    Not where the lockfile leaves open which file a package is: then the checkout has to be here.
+    """
+    with index.serve(wheels) as served:
+        project = support.make_project(tmp_path / "project", wheels, ["ray"], lock=False)
+        in_index = f'index = [{{ url = "{served.url}", default = true }}]'
+        project.write_text(project.read_text().replace("no-index = true", in_index).replace("find-links", "#"))
+        support.run_uv("lock", cwd=project.parent)
+        entry = acquire(project).entry
+    by_file = support.make_project(tmp_path / "by-file", wheels, ["ray"])
+    acquire(by_file)
+    spec, open_spec = (
+        EnvSpec.parse({"path": one, "digest": digest_of_files(EnvSpec.parse(one))}) for one in (project, by_file)
+    )
     shutil.rmtree(project.parent)
+    shutil.rmtree(by_file.parent)
     with store.acquire(spec, installed_ray(), Holder("test")) as lease:
         assert lease.entry == entry
+    with pytest.raises(LockfileError, match="No such path"):
+        store.acquire(open_spec, installed_ray(), Holder("test"))
     with pytest.raises(LockfileError, match="No such path"):
         store.acquire(EnvSpec.parse({"path": project}), installed_ray(), Holder("test"))
 
