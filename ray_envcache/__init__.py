@@ -24,7 +24,7 @@ __version__ = "0.1.0.dev0"
 __all__ = ["EnvCacheError", "EnvSpec", "Store", "clean_sessions", "runtime_env", "short_tmpdir"]
 
 
-def runtime_env(
+def runtime_env(  # noqa: PLR0913  # the options of the field, with their names
     path: str | os.PathLike[str],
     *,
     extras: Iterable[str] = (),
@@ -32,10 +32,14 @@ def runtime_env(
     package: str | None = None,
     no_build: bool = False,
     python: str | None = None,
+    install_project: bool = True,
+    inherit: Iterable[str] = (),
+    system_site_packages: bool = False,
 ) -> dict[str, Any]:
     """A runtime_env for `@ray.remote`, `.options`, jobs, anything: absolute path, and the digest of the files pinned.
 
-    With a guard: on a node without the plugin, where Ray would ignore the field, the task fails and says so.
+    The options are those of the field. With a guard: on a node without the plugin, where Ray would ignore the field,
+    the task fails and says so.
 
     Checks what can be checked here (about 0.2 s, once per state of the files), builds nothing. Raises EnvCacheError
     where the project's files are missing, broken, outdated or do not fit this Python and ray.
@@ -43,8 +47,17 @@ def runtime_env(
     from ray_envcache.guard import guarded  # imported when it is needed, not with ray
     from ray_envcache.hook import pinned_field
 
-    chosen = {"extras": [*extras], "groups": [*groups], "package": package, "no_build": no_build, "python": python}
-    value = {"path": os.path.abspath(path), **chosen}
+    lists = {"extras": extras, "groups": groups, "inherit": inherit}
+    value = {
+        "path": os.path.abspath(path),
+        # A string stays one, and is refused: its letters are no names.
+        **{name: given if isinstance(given, str) else [*given] for name, given in lists.items()},
+        "package": package,
+        "no_build": no_build,
+        "python": python,
+        "install_project": install_project,
+        "system_site_packages": system_site_packages,
+    }
     return guarded({"envcache": pinned_field(value)})
 
 

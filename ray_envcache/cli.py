@@ -6,11 +6,12 @@ import os
 import shlex
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 import click
 
 from ray_envcache import __version__, registration
-from ray_envcache.errors import EnvCacheError
+from ray_envcache.errors import EnvCacheError, StoreError
 from ray_envcache.layout import default_root
 
 _COMMANDS = {
@@ -79,5 +80,20 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except EnvCacheError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        _fail(error)
+    except OSError as error:
+        _fail(_explained(error))
+
+
+def _fail(error: EnvCacheError) -> NoReturn:
+    click.echo(f"error: {error}", err=True)
+    sys.exit(error.exit_code)
+
+
+def _explained(error: OSError) -> EnvCacheError:
+    """What the system says, as an error of ours: of the store, where it is about a file in there."""
+    place = str(error.filename or "")
+    message = f"{error.strerror or error}" + (f": `{place}`" if place else "")
+    if place.startswith(f"{default_root()}/"):
+        return StoreError(message, "ray-envcache doctor looks whether the store can be used")
+    return EnvCacheError(message)

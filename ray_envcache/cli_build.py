@@ -28,13 +28,18 @@ from ray_envcache.store import Store
 @click.option("--package", metavar="NAME", help="The member of the workspace.")
 @click.option("--no-build", is_flag=True, help="Refuse packages that are not wheels.")
 @click.option("--python", metavar="VERSION|PATH", help="Insist on this Python.")
-def build(*, path: Path, extras: tuple[str, ...], groups: tuple[str, ...], **options: Any) -> None:
+@click.option("--no-install-project", is_flag=True, help="Leave out the packages that are developed here.")
+@click.option("--inherit", multiple=True, metavar="NAME", help="Use this one of the base Python; may be repeated.")
+@click.option("--system-site-packages", is_flag=True, help="Use all that the base Python has.")
+def build(*, path: Path, no_install_project: bool, **options: Any) -> None:
     """Build or find an environment, and print its interpreter.
 
     PATH is the project's pyproject.toml, its folder, uv.lock, pylock.toml, a requirements file or a script. Warms the
-    store of an image or a CI machine, bytecode included: nothing is left to do when it returns.
+    store of an image or a CI machine, bytecode included: nothing is left to do when it returns. The options are those
+    of the field.
     """
-    value = {"path": os.path.abspath(path), "extras": [*extras], "groups": [*groups], **options}
+    chosen = {name: [*value] if isinstance(value, tuple) else value for name, value in options.items()}
+    value = {"path": os.path.abspath(path), "install_project": not no_install_project, **chosen}
     store = Store.open()
     with observer(sys.stderr) as shown:
         lease = store.acquire(EnvSpec.parse(value), installed_ray(), Holder("cli"), shown, finish=False)

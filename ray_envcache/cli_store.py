@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,16 +18,20 @@ from ray_envcache.errors import FieldValueError
 from ray_envcache.layout import Entry
 from ray_envcache.lower import VARIABLE, missing_stores
 from ray_envcache.store import Store
-from ray_envcache.units import format_size, parse_duration, parse_space
+from ray_envcache.units import OFF, format_size, parse_duration, parse_space
 
 if TYPE_CHECKING:
     from ray_envcache.collector import Report
 
 SCHEMA_VERSION = 1
+_SWITCHED_OFF = object()
+_TOLD = ("pid", "kind", "cluster", "job", "command", "since")
+_LIMITS = ("UNUSED_FOR", "MAX_USED_SPACE", "MIN_FREE_SPACE", "RESERVED_SPACE")
+_OF_A_COLLECTOR = frozenset(f"RAY_ENVCACHE_{name}" for name in ("DIR", *_LIMITS))
 
 TIMER = """\
 # crontab -e: every hour, quiet unless something fails
-17 * * * * {command} gc > /dev/null
+17 * * * * {in_cron} gc > /dev/null
 
 # or systemd, as the store's user:
 #   mkdir -p ~/.config/systemd/user, save the two files there, then
@@ -40,7 +44,7 @@ Description=Remove Ray environments that nobody uses
 
 [Service]
 Type=oneshot
-ExecStart={command} gc
+{variables}ExecStart={in_systemd} gc
 Nice=10
 IOSchedulingClass=idle
 
@@ -67,6 +71,11 @@ def _parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Param
             raise click.BadParameter(f"{error.message}; {error.hint}") from error
 
     return callback
+
+
+def _limit(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:
+    """The same for a limit, which can also be switched off."""
+    return _parsed(lambda text: _SWITCHED_OFF if text.strip().lower() in OFF else parse(text))
 
 
 _tmpdir_option = click.option(
@@ -169,12 +178,12 @@ def purge(*, yes: bool) -> None:
 @click.command()
 @click.option("-n", "--dry-run", is_flag=True, help="Only show what would be removed.")
 @click.option(
-    "--unused-for", callback=_parsed(parse_duration), metavar="14d", help="Remove what nobody used for so long."
+    "--unused-for", callback=_limit(parse_duration), metavar="14d", help="Remove what nobody used for so long."
 )
-@click.option("--max-used-space", callback=_parsed(parse_space), metavar="50GB|30%", help="Shrink the store to this.")
-@click.option("--min-free-space", callback=_parsed(parse_space), metavar="10%", help="Free the disk up to this.")
+@click.option("--max-used-space", callback=_limit(parse_space), metavar="50GB|30%", help="Shrink the store to this.")
+@click.option("--min-free-space", callback=_limit(parse_space), metavar="10%", help="Free the disk up to this.")
 @click.option(
-    "--reserved-space", callback=_parsed(parse_space), metavar="20GB", help="Never shrink the store below this."
+    "--reserved-space", callback=_limit(parse_space), metavar="20GB", help="Never shrink the store below this."
 )
 @click.option("--all", "everything", is_flag=True, help="Remove everything that is neither in use nor pinned.")
 @click.option("--sessions", is_flag=True, help="Remove Ray's session directories of dead clusters instead.")
@@ -191,10 +200,10 @@ def gc(*, dry_run: bool, everything: bool, as_json: bool, print_timer: bool, ses
 
     Without options the defaults apply: unused for 14 days, or less than 10 % of the disk free (least recently used
     first). They can be set with RAY_ENVCACHE_UNUSED_FOR, RAY_ENVCACHE_MAX_USED_SPACE, RAY_ENVCACHE_MIN_FREE_SPACE and
-    RAY_ENVCACHE_RESERVED_SPACE ("off" switches one off). Another collector at work is no error.
+    RAY_ENVCACHE_RESERVED_SPACE; "off", there or as an option, switches one off. Another collector at work is no error.
     """
     if print_timer:
-        click.echo(TIMER.format(command=_own_command()))
+        click.echo(_timer(os.environ))
         return
     older_than, tmpdir = limits.pop("older_than"), limits.pop("tmpdir")
     given = {name: value for name, value in limits.items() if value is not None}
@@ -209,7 +218,8 @@ def gc(*, dry_run: bool, everything: bool, as_json: bool, print_timer: bool, ses
     from ray_envcache.policy import Limits
 
     _refuse_without_sessions(older_than, tmpdir)
-    chosen = replace(Limits.from_environ(os.environ), everything=everything, **given)
+    limited = {name: None if value is _SWITCHED_OFF else value for name, value in given.items()}
+    chosen = replace(Limits.from_environ(os.environ), everything=everything, **limited)
     report = collect(Store.open().layout, chosen, dry_run=dry_run)
     _finish_collection(report, as_json=as_json, dry_run=dry_run)
 
@@ -222,8 +232,8 @@ def _refuse_without_sessions(*given: object) -> None:
 
 def _as_json(status: inventory.Status) -> dict[str, Any]:
     data = status._asdict()
-    del data["project"], data["exact"], data["base_path"]
-    users = [{name: getattr(user, name) for name in ("pid", "kind", "cluster", "since")} for user in data.pop("users")]
+    del data["base_path"]
+    users = [{name: getattr(user, name) for name in _TOLD} for user in data.pop("users")]
     last_used = data.pop("last_used")
     return {**data, "holders": users, "last_used_at": utc(last_used)}
 
@@ -254,6 +264,19 @@ def _confirm(question: str) -> None:
     click.confirm(question, abort=True, err=True)
 
 
-def _own_command() -> str:
-    script = Path(sys.argv[0])
-    return os.fspath(script) if script.name == "ray-envcache" else f"{sys.executable} -m ray_envcache"
+def _timer(environ: Mapping[str, str]) -> str:
+    """What cron and systemd need: the full path, and what was chosen for this store and its limits."""
+    script = os.path.abspath(sys.argv[0])
+    command = [script] if os.path.basename(script) == "ray-envcache" else [sys.executable, "-m", "ray_envcache"]
+    chosen = [f"{name}={value}" for name, value in sorted(environ.items()) if name in _OF_A_COLLECTOR]
+    # Cron ends a line at a %, and systemd replaces what follows one. Both take quotes; systemd no others than these.
+    in_cron = shlex.join([*(["env", *chosen] if chosen else []), *command]).replace("%", "\\%")
+    in_systemd = " ".join(_quoted(word.replace("$", "$$")) for word in command)
+    variables = "".join(f"Environment={_quoted(one)}\n" for one in chosen)
+    return TIMER.format(in_cron=in_cron, in_systemd=in_systemd, variables=variables)
+
+
+def _quoted(word: str) -> str:
+    """A word as systemd takes it."""
+    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return word if escaped == word and word.isascii() and not set(word) & set(" '\t") else f'"{escaped}"'

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from ray_envcache.errors import StoreError
+
 VERSION = "v1"
 PYTHON, READY, MEASURED, IN_USE = "venv/bin/python", "ready.json", "measured.json", "in-use"
 _ENTRY_NAME = re.compile(r"(?P<key>[0-9a-f]{32})-(?P<number>[1-9][0-9]*)")
@@ -226,9 +228,27 @@ def layout_of(entry: Entry) -> Layout:
 
 
 def default_root() -> Path:
-    """$RAY_ENVCACHE_DIR, else the user's cache directory for ray-envcache."""
-    if chosen := os.environ.get("RAY_ENVCACHE_DIR"):
-        return Path(chosen).expanduser().absolute()
+    """$RAY_ENVCACHE_DIR, else the user's cache directory for ray-envcache.
+
+    Raises StoreError where that is no absolute path: from another working directory it would be another store.
+    """
+    try:
+        root = _chosen_root() or _usual_root()
+    except RuntimeError as error:  # of pathlib and platformdirs, where a user has no home
+        raise StoreError(
+            f"Cannot tell where the store is: {error}", "set RAY_ENVCACHE_DIR to an absolute path, or HOME"
+        ) from error
+    if not root.is_absolute():
+        raise StoreError(f"The path of the store is relative: `{root}`", "set RAY_ENVCACHE_DIR to an absolute path")
+    return root
+
+
+def _chosen_root() -> Path | None:
+    chosen = os.environ.get("RAY_ENVCACHE_DIR")
+    return Path(chosen).expanduser() if chosen else None
+
+
+def _usual_root() -> Path:
     import platformdirs  # not on the warm path of a store with a chosen root
 
     return platformdirs.user_cache_path("ray-envcache")

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ray_envcache.errors import FieldValueError
-from ray_envcache.units import Space, format_duration, format_size, parse_duration, parse_space
+from ray_envcache.units import OFF, Space, format_duration, format_size, parse_duration, parse_space
 
 T = TypeVar("T")
 DAY = 86_400.0
 TENTH_OF_THE_DISK = Space(share=0.1)
-_OFF = frozenset({"off", "none"})
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def _variable(environ: Mapping[str, str], name: str, parse: Callable[[str], T], 
     text = environ.get(variable, "").strip()
     if not text:
         return default
-    if text.lower() in _OFF:
+    if text.lower() in OFF:
         return None
     try:
         return parse(text)

@@ -50,7 +50,7 @@ class Project(NamedTuple):
         if not path.exists():
             raise LockfileError(
                 f"No such path: `{path}`",
-                "a relative path starts in the working_dir, if there is one, else in the driver's current directory",
+                "a relative path starts in the working_dir, if there is one, else in the current directory",
             )
         if path.is_dir() or path.name in {"pyproject.toml", "uv.lock"}:
             return _uv_project(path if path.is_dir() else path.parent, package)
@@ -153,7 +153,7 @@ def _uv_project(given: Path, package: str | None) -> Project:
     if not os.path.isfile(lock):
         raise LockfileError(
             f"No uv.lock beside `{folder / 'pyproject.toml'}`",
-            "run `uv lock` there; if it is there, see that .gitignore does not keep it out of the working_dir",
+            "run `uv lock` there; in a working_dir, see that .gitignore does not keep it out",
         )
     member = os.path.relpath(given.resolve(), folder) if package is None and folder != given else "."
     if package is not None:

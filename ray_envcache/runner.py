@@ -20,6 +20,7 @@ from ray_envcache.builder import Observer
 from ray_envcache.cluster_ray import LockedRay
 from ray_envcache.errors import CommandError, LockfileError
 from ray_envcache.leases import Holder, Lease
+from ray_envcache.project import Project
 from ray_envcache.spec import EnvSpec
 from ray_envcache.store import Store
 
@@ -44,7 +45,9 @@ def acquire(spec: EnvSpec, observer: Observer) -> Lease:
 
     The Python is the one that uv takes for the project. Raises what `Store.acquire` raises.
     """
-    python = spec.python if spec.python and os.path.isabs(spec.python) else _python_of(Path(spec.path), spec.python)
+    Project.locate(Path(spec.path), spec.package)  # else uv would be asked in a folder that is not there
+    folder = Path(spec.path if os.path.isdir(spec.path) else os.path.dirname(spec.path))
+    python = spec.python if spec.python and os.path.isabs(spec.python) else _python_of(folder, spec.python)
     wanted = EnvSpec.parse({**spec.to_field(), "python": python})
     store = Store.open()
     return store.acquire(wanted, LockedRay(), Holder("run"), observer, check_current=True, editable=True)

@@ -182,7 +182,7 @@ def _python(value: Any) -> str | None:
     if isinstance(value, str) and (re.fullmatch(_VERSION, value) or os.path.isabs(value)):  # a string from JSON
         return _path(value)
     raise FieldValueError(
-        f"`python` in the envcache field is neither a version nor an absolute path: `{_shown(value)}`",
+        f"`python` in the envcache field is neither a version of Python 3 nor an absolute path: `{_shown(value)}`",
         'write {"python": "3.12"} or {"python": "/usr/bin/python3.12"}',
     )
 

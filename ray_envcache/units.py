@@ -15,6 +15,9 @@ _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _SECONDS = {"w": 604_800, "d": 86_400, "h": 3_600, "m": 60, "s": 1}
 _NAMES = ((86_400, "day"), (3_600, "hour"), (60, "minute"), (1, "second"))
 
+OFF = frozenset({"off", "none"})
+"""What switches a limit off, in any case of letters."""
+
 
 @dataclass(frozen=True)
 class Space:

@@ -52,7 +52,7 @@ def test_list_json_has_the_schema(store: Store, project: Path) -> None:
     (one,) = listed()
     assert set(one) == {
         "key", "state", "in_use", "holders", "pinned", "size_bytes", "reclaimable_bytes", "created_at", "last_used_at",
-        "python", "ray", "source", "path", "base", "hashes", "no_build", "readonly",
+        "python", "ray", "project", "exact", "source", "path", "base", "hashes", "no_build", "readonly",
     }  # fmt: skip
     assert (one["state"], one["pinned"], one["ray"]) == ("ready", False, support.RAY_VERSION)
     assert one["size_bytes"] >= one["reclaimable_bytes"] >= 0
@@ -151,6 +151,26 @@ def test_env_prints_exports_that_a_shell_understands(store: Store) -> None:
     assert [plugin["class"] for plugin in json.loads(done.stdout)] == ["it's.a.Plugin", registration.PLUGIN_CLASS]
 
 
+def test_what_the_system_says(store: Store) -> None:
+    """An error of the operating system is a sentence too; of the store's own files it is the store that is unusable."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "ray_envcache", "gc", "-n"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+    store.layout.collector_flock.unlink()
+    store.layout.collector_flock.mkdir()
+    done = run("gc")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith(f"error: Is a directory: `{store.layout.collector_flock}`\nhint: ")
+
+
+def test_build_takes_the_options_of_the_field(store: Store, project: Path) -> None:
+    """An environment that inherits can be built before any cluster starts."""
+    assert run("build", project, "--inherit", "click").returncode == 1, "click is not in the lockfile"
+    done = run("build", project, "--system-site-packages", "--no-install-project")
+    assert "true" in (Path(done.stdout.strip()).parents[1] / "pyvenv.cfg").read_text()
+
+
 def test_version(store: Store) -> None:
     """`--version` is the package's."""
     assert run("--version").stdout.split()[-1] == ray_envcache.__version__
@@ -165,6 +185,11 @@ def test_exit_codes(store: Store, tmp_path: Path) -> None:
         (run("build", tmp_path, "--extra", "--evil"), 2),
         (run("nonsense"), 2),
         (run("list", RAY_ENVCACHE_DIR=str(broken / "store")), 3),
+    ]
+    cases += [
+        (run("list", RAY_ENVCACHE_DIR="relative"), 3),
+        (run("run", "--project", tmp_path / "nowhere", "--", "true"), 2),
+        (run("run", "--project", broken, "--", "true"), 2),
     ]
     assert [done.returncode for done, _ in cases] == [code for _, code in cases]
     assert all(done.stdout == "" and "rror: " in done.stderr and "Traceback" not in done.stderr for done, _ in cases)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -447,3 +448,38 @@ def test_timer_is_printed(store: Store) -> None:
     said = run("gc", "--print-timer").stdout
     assert f"{sys.executable} -m ray_envcache gc" in said
     assert "[Timer]" in said
+
+
+def test_timer_cleans_the_store_that_was_chosen(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Cron and systemd know nothing of a shell's variables: the store and its limits travel, however they are spelled."""
+    root = tmp_path / 'it\'s 100% "here"'
+    monkeypatch.setenv("RAY_ENVCACHE_DIR", str(root))
+    monkeypatch.setenv("RAY_ENVCACHE_UNUSED_FOR", "3d")
+    monkeypatch.chdir(Path(sys.executable).parent)
+    said = subprocess.run(["./ray-envcache", "gc", "--print-timer"], capture_output=True, text=True, check=True).stdout
+    line = next(line for line in said.splitlines() if line.startswith("17 "))
+    # As cron does it: the rest of the line is the shell's, and a % is one where a backslash is before it.
+    command = line.split(None, 5)[5].removesuffix(" > /dev/null").replace("\\%", "%")
+    words = shlex.split(command)
+    assert words == [
+        "env",
+        f"RAY_ENVCACHE_DIR={root}",
+        "RAY_ENVCACHE_UNUSED_FOR=3d",
+        f"{os.getcwd()}/ray-envcache",
+        "gc",
+    ]
+    unit = [line for line in said.splitlines() if line.startswith(("Environment=", "ExecStart="))]
+    escaped = str(root).replace('"', '\\"').replace("%", "%%")
+    assert unit == [
+        f'Environment="RAY_ENVCACHE_DIR={escaped}"',
+        "Environment=RAY_ENVCACHE_UNUSED_FOR=3d",
+        f"ExecStart={os.getcwd()}/ray-envcache gc",
+    ]
+
+
+def test_limits_can_be_switched_off(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an option as by a variable, and the option has the last word."""
+    age(make("one"), days=2)
+    monkeypatch.setenv("RAY_ENVCACHE_UNUSED_FOR", "1d")
+    assert "Removed 0 environments" in run("gc", "--unused-for", "off", "--min-free-space", "OFF").stdout
+    assert "Removed 1 environment" in run("gc", "--min-free-space", "off").stdout
