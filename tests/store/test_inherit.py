@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+import ray_envcache
 from ray_envcache.cluster_ray import installed_ray
 from ray_envcache.entry import ReadyRecord
-from ray_envcache.errors import InheritError
+from ray_envcache.errors import FieldValueError, InheritError
 from ray_envcache.leases import Holder, Lease
 from ray_envcache.spec import EnvSpec
 from ray_envcache.store import Store
@@ -108,3 +109,13 @@ def test_an_upgrade_there_makes_another_environment(store: Store, project: Path,
     with acquire(store, project, inherit=["torch"]) as lease:
         assert lease.entry != first
         assert where(lease)[0] == "newer"
+
+
+def test_helper_has_the_options_of_the_field(project: Path) -> None:
+    """What the field can say, the helper can pin; a string where names belong is refused, not taken by letters."""
+    wanted = {"inherit": ["base-*"], "install_project": False, "system_site_packages": True}
+    field = ray_envcache.runtime_env(project, inherit=["base-*"], install_project=False, system_site_packages=True)
+    assert wanted.items() <= field["envcache"].items()
+    assert field["envcache"]["digest"]
+    with pytest.raises(FieldValueError, match="groups"):
+        ray_envcache.runtime_env(project, groups="dev")

@@ -164,3 +164,40 @@ def test_build_process_that_dies(plugin: EnvCachePlugin, project: Path, monkeypa
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(BuildError, match=r"Cannot start a process that builds: .*/nowhere/python"):
         asyncio.run(run())
+
+
+def build(plugin: EnvCachePlugin, project: Path) -> None:
+    """Set up what is not built yet, and give it back."""
+
+    async def run() -> None:
+        await create(plugin, project)
+
+    asyncio.run(run())
+    plugin.delete_uri(URI, LOGGER)
+
+
+def test_build_imports_nothing_from_where_the_agent_was_started(
+    plugin: EnvCachePlugin, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node is started anywhere, also where others may write: what lies there is no code of ours."""
+    folder = tmp_path / "anywhere"
+    (folder / "ray_envcache").mkdir(parents=True)
+    for name in ("signal.py", "ray_envcache/__init__.py"):
+        (folder / name).write_text("raise SystemExit('imported from where we were started')\n")
+    monkeypatch.chdir(folder)
+    build(plugin, project)
+
+
+def test_talkative_build(
+    plugin: EnvCachePlugin,
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """More on stderr than a pipe holds, and lines of others on stdout, hold up no build; the latter are logged."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nprint('hello')\nprint('x' * 1_000_000, file=sys.stderr)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with caplog.at_level("INFO"):
+        build(plugin, project)
+    assert "hello" in caplog.messages
