@@ -121,8 +121,8 @@ def processes_using(root: Path, names: Collection[str]) -> Usage:
 def describe(pid: int) -> Process | None:
     """Describe a process for people, or return None where it is gone or there is no /proc.
 
-    Of the command line the first three arguments, each cut at 60 characters: the rest, like the environment (which is
-    not read), may hold what is nobody's business.
+    Of the command line the first three arguments, each cut to 60 characters (of a path the last ones): the rest, like
+    the environment (which is not read), may hold what is nobody's business.
     """
     try:
         about = _read_stat(pid)
@@ -130,9 +130,13 @@ def describe(pid: int) -> Process | None:
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return None
-    shown = [os.fsdecode(argument)[:60] for argument in arguments if argument.strip()][:3]
+    shown = [_cut(os.fsdecode(argument)) for argument in arguments if argument.strip()][:3]
     command = " ".join(shown) or f"[{about.name}]"
     return Process(pid, _unix_time(about.start_ticks), printable(command), user)
+
+
+def _cut(argument: str) -> str:
+    return argument[-60:] if argument.startswith("/") else argument[:60]
 
 
 def start_token(pid: int) -> str:

@@ -32,9 +32,11 @@ def find_mentions(pattern: re.Pattern[bytes]) -> Mentions:
     if not _has_proc():
         return _ask_psutil(pattern, found)
     networks: set[str] = set()
-    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):  # names only
+    pids = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())  # names only
+    for pid in pids:
         if pid != os.getpid():
             _look_at(pid, pattern, found)
+    for pid in pids:  # last: they name no process
         _look_at_sockets(pid, pattern, found, networks)
     return found
 

@@ -111,7 +111,7 @@ def test_shared_holders_are_named(root: Path, spawn: Spawn) -> None:
     assert {process.pid for process in found.by_name["one"]} == {child.pid for child in children}
     process = found.by_name["one"][0]
     assert (process.mode, process.user) == ("shared", os.getuid())
-    assert process.command.startswith(f"{sys.executable[:60]} -c import os")
+    assert process.command.startswith(f"{sys.executable[-60:]} -c import os")
     assert abs(process.started - time.time()) < 60  # in seconds since 1970, not since boot; a minute for slow hosts
 
 
@@ -305,6 +305,18 @@ def test_describe_shows_little_of_the_command_line(spawn: Spawn) -> None:
     assert len(process.command) <= 3 * 60 + 2
     assert "secret" not in process.command
     assert "hidden" not in process.command
+
+
+def test_describe_tells_a_program_by_the_end_of_its_path(tmp_path: Path) -> None:
+    """However deep it lies."""
+    deep = tmp_path / ("deep" * 20) / "gcs_server"
+    deep.parent.mkdir()
+    shutil.copy("/bin/sleep", deep)
+    with subprocess.Popen([deep, "600"]) as child:
+        process = holders.describe(child.pid)
+        child.kill()
+    assert process is not None
+    assert process.command.endswith("deep/gcs_server 600")
 
 
 def test_describe_what_is_gone_or_nameless(spawn: Spawn) -> None:
