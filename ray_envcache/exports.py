@@ -46,9 +46,11 @@ def require_current(project: Project, executable: str) -> Iterator[None]:
         _require_local_folders(project)
     lock, source = project.lock_files()[-1].name, project.file.name if script else "pyproject.toml"
     what = f"{lock} in `{project.folder}` no longer matches {source}"
-    _uv.expect_success(
-        done, LockfileError, what, f"run `uv lock{' --script ' if script else ''}{source if script else ''}`"
-    )
+    hint = f"run `uv lock{' --script ' if script else ''}{source if script else ''}`"
+    if done.returncode != 0 and "not found in the cache" in done.stderr:
+        # A package was added. uv, which was to ask no index, calls that a conflict: there is none.
+        raise LockfileError(what, hint)
+    _uv.expect_success(done, LockfileError, what, hint)
 
 
 def local_sources(lock: Path) -> list[str]:

@@ -80,6 +80,16 @@ def test_outdated_lockfile(tmp_path: Path, wheels: Path, store: Store) -> None:
     )
 
 
+def test_lockfile_without_what_was_added(tmp_path: Path, wheels: Path, store: Store) -> None:
+    """A package that this host has not met is no conflict: nothing is said of one."""
+    support.make_wheel(wheels, "wanted")
+    with index.serve(wheels) as served:
+        project = lock_from_index(tmp_path, served)
+        support.make_wheel(wheels, "unheard-of")
+        project.write_text(project.read_text().replace("'wanted'", "'wanted', 'unheard-of'"))
+        refused(store, project, errors.LockfileError, r"no longer matches pyproject.toml\nhint: run `uv lock`$")
+
+
 @pytest.mark.parametrize("name", ["environment.yml", "requirements.in", "Pipfile.lock", "pylock.a.b.toml"])
 def test_unknown_kind_of_file(tmp_path: Path, store: Store, name: str) -> None:
     """A file that is no lockfile we know is named, with those we know."""
