@@ -11,12 +11,10 @@ from contextvars import ContextVar
 from pathlib import Path
 from types import MappingProxyType
 
-from ray_envcache import _process
+from ray_envcache import _process, _secrets
 from ray_envcache.errors import BuildError, DiskFullError, EnvCacheError
 from ray_envcache.interpreter import clean_environ
 
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
-_SECRET_LENGTH = 4
 _REACH = re.compile(
     r"UV_(INDEX|DEFAULT_INDEX|EXTRA_INDEX_URL|FIND_LINKS|KEYRING_PROVIDER|INSECURE_HOST|NATIVE_TLS|SYSTEM_CERTS"
     r"|INDEX_.*|HTTP_.*|CONCURRENT_.*)|NETRC|SSL_CERT_(FILE|DIR)|(HTTPS?|ALL|NO)_PROXY|GIT_.*"
@@ -124,17 +122,8 @@ def relevant(env_vars: Mapping[str, str]) -> dict[str, str]:
 
 
 def without_credentials(text: str) -> str:
-    """The text with user and password of every URL, and every password that uv was given, blotted out."""
-    for name, value in (*os.environ.items(), *_GIVEN.get().items()):
-        # A short one would be found in ordinary words.
-        if name.startswith("UV_") and name.endswith(("_PASSWORD", "_TOKEN")) and len(value) >= _SECRET_LENGTH:
-            text = text.replace(value, "***")
-    return _CREDENTIALS.sub("***@", text)
-
-
-def strip_credentials(url: str) -> str:
-    """The URL without user and password: uv adds them again from where the user keeps them."""
-    return _CREDENTIALS.sub("", url)
+    """The text with what is secret in every URL, and every password that uv was given, blotted out."""
+    return _secrets.without_credentials(text, _GIVEN.get())
 
 
 def is_unreachable(stderr: str) -> bool:

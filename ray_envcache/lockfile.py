@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ray_envcache import _uv, exports
+from ray_envcache import _secrets, exports
 from ray_envcache.errors import InterpreterError, LockfileError
 from ray_envcache.interpreter import Interpreter
 from ray_envcache.project import Kind, Project
@@ -205,7 +205,8 @@ def _select(lock: Pylock, spec: EnvSpec, interpreter: Interpreter) -> list[tuple
 def _resolved(package: Any, artifact: Any, project: Project, known: str) -> ResolvedPackage:
     kind = type(artifact).__name__.removeprefix("Package").lower()
     table = _artifact_table(artifact, project.folder)
-    about = {"name": package.name, "version": str(package.version or ""), "index": package.index}
+    index = _secrets.strip_credentials(package.index or "")
+    about = {"name": package.name, "version": str(package.version or ""), "index": index}
     hashes = table.get("hashes", {})
     return ResolvedPackage(
         name=package.name,
@@ -243,7 +244,7 @@ def _artifact_table(artifact: Any, folder: Path) -> dict[str, Any]:
         if path.is_file():
             table["hashes"] = dict(table.get("hashes") or {"sha256": _sha256(path)})
     if "url" in table:
-        table["url"] = _uv.strip_credentials(table["url"])
+        table["url"] = _secrets.strip_credentials(table["url"])
     return table
 
 

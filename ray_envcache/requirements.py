@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
+from ray_envcache._secrets import without_credentials
 from ray_envcache.errors import LockfileError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Line:
     is_constraint: bool
 
     def __str__(self) -> str:
-        return f"`{self.text[:_SHOWN]}` in line {self.number} of `{self.file}`"
+        return f"`{_shown(self.text)}` in line {self.number} of `{self.file}`"
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,13 @@ def _lines(path: Path, seen: set[Path], *, is_constraint: bool) -> Iterator[Line
         if include is None:
             yield Line(path, number, text, is_constraint)
             continue
-        if "://" in include[2]:
+        included = _expanded(include[2].strip("\"' "))
+        if "://" in included:
             raise LockfileError(
-                f"`{path}` includes `{include[2][:_SHOWN]}` in line {number}, which may change at any time",
+                f"`{path}` includes `{_shown(include[2])}` in line {number}, which may change at any time",
                 "put that file beside it",
             )
-        other = Path(os.path.normpath(path.parent / _expanded(include[2].strip("\"' "))))
+        other = Path(os.path.normpath(path.parent / included))
         if other not in seen:
             seen.add(other)
             yield from _lines(other, seen, is_constraint=is_constraint or "c" in include[1][:3])
@@ -178,7 +180,7 @@ def _requirement(text: str, line: Line) -> Requirement | None:
 def _nameless(text: str, line: Line) -> Requirement | None:
     """The requirement for a bare path or URL, whose wheel says what it is."""
     from packaging.requirements import Requirement
-    from packaging.utils import InvalidWheelFilename, parse_wheel_filename
+    from packaging.utils import parse_wheel_filename
 
     url, _, marker = text.partition(" ;")
     bare = re.sub(r"\[[^\]]*\]$", "", url.strip())
@@ -189,11 +191,11 @@ def _nameless(text: str, line: Line) -> Requirement | None:
         bare = path.as_uri()
     try:
         name = parse_wheel_filename(os.path.basename(path_of(bare)))[0]
-    except InvalidWheelFilename:
+        return Requirement(f"{name} @ {bare}" + (f" ; {marker}" if marker else ""))
+    except ValueError:  # also of what is neither URL nor marker; its text has the whole line
         raise LockfileError(
             f"What package is meant is not said: {line}", "write `name==version`, or `name @ url`"
         ) from None
-    return Requirement(f"{name} @ {bare}" + (f" ; {marker}" if marker else ""))
 
 
 def lock_command(path: Path) -> str:
@@ -260,3 +262,8 @@ def _canonical(name: str) -> str:
     from packaging.utils import canonicalize_name
 
     return canonicalize_name(name)
+
+
+def _shown(text: str) -> str:
+    # Before it is cut: half a password is no login any more.
+    return without_credentials(text)[:_SHOWN]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -90,6 +91,27 @@ def test_in_the_url_of_an_index(tmp_path: Path, served: index.Index, store: Stor
     """Unwise, but people do it: the password stays in the file where they wrote it."""
     url = served.url.replace("://", f"://{USER}:{PASSWORD}@")
     with acquire(store, lock(tmp_path / "project", served, url)):
+        require_untold(store.layout.root)
+
+
+def test_in_a_pylock(
+    tmp_path: Path, wheels: Path, served: index.Index, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a lockfile has of them, be it of the index or of a file, is neither kept nor told."""
+    served.locked = True
+    netrc = tmp_path / "netrc"
+    netrc.write_text(f"machine 127.0.0.1 login {USER} password {PASSWORD}\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    url = served.url.replace("://", f"://{USER}:{PASSWORD}@")
+    packages = "".join(
+        f'[[packages]]\nname = "{wheel.name.split("-")[0]}"\nversion = "{wheel.name.split("-")[1]}"\nindex = "{url}"\n'
+        f'wheels = [{{ url = "{url.removesuffix("simple")}files/{wheel.name}", '
+        f'hashes = {{ sha256 = "{hashlib.sha256(wheel.read_bytes()).hexdigest()}" }} }}]\n'
+        for wheel in wheels.iterdir()
+    )
+    lockfile = tmp_path / "pylock.toml"
+    lockfile.write_text(f'lock-version = "1.0"\ncreated-by = "a test"\n{packages}')
+    with acquire(store, lockfile):
         require_untold(store.layout.root)
 
 

@@ -55,6 +55,28 @@ def test_lines_that_leave_a_choice(tmp_path: Path, line: str) -> None:
     assert f"`{line}` in line 3 of `{tmp_path / 'requirements.txt'}`" in caught.value.message
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a @ https://somebody:s3cret@example.org/a-1.0-py3-none-any.whl",
+        "a @ git+https://somebody:s3cret@example.org/a",
+        "https://somebody:s3cret@example.org/a.tar.gz",
+        "https://somebody:s3cret@example.org/a-1.0-py3-none-any.whl ; not a marker",
+        "https://somebody:s3cret@[example.org/a-1.0-py3-none-any.whl",
+        "https://example.org/a.tar.gz?token=s3cret",
+        f"https://{'x' * 100}:s3cret{'y' * 100}@example.org/a.tar.gz",
+        "-r https://somebody:s3cret@example.org/all.txt",
+        "-r ${SERVER}/all.txt",
+    ],
+)
+def test_errors_show_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    """What is refused is shown without the user and password in its URL, and without what variables hold."""
+    monkeypatch.setenv("SERVER", "https://somebody:s3cret@example.org")
+    with pytest.raises(LockfileError, match="line 1") as caught:
+        entries(tmp_path, line)
+    assert "s3cret" not in str(caught.value)
+
+
 def test_options_and_folders_are_no_entries(tmp_path: Path) -> None:
     """Options are uv's business; folders are local packages, which have no version to fix."""
     (tmp_path / "local").mkdir()
