@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +45,39 @@ class Content:
     size: int
     digest: str
 
-    def copy(self, target: Path) -> None:
-        """Copy the files to `target`. Files too large to be read are linked to, not copied."""
-        for name in self.files:
-            path = target / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if name in self.by_time:
-                path.symlink_to(self.folder / name)
-            elif (self.folder / name).is_file():
-                shutil.copy2(self.folder / name, path)
-            else:
-                _copy_link(self.folder, name, path)
+    @property
+    def top(self) -> str:
+        """The folder that has the package, and what `cache-keys` names beside it."""
+        outside = (os.path.normpath(self.folder / name) for name in self.files if name.startswith("../"))
+        return os.path.commonpath([self.folder, *outside])
+
+    def copy(self, target: Path, within: Path | None = None) -> None:
+        """Copy the files to `target`; those beside the package too, where their places are inside of `within`.
+
+        Files too large to be read are linked to, not copied. Whatever the names are, and wherever links lead, nothing
+        is written outside of `within`, by default `target`.
+        """
+        target.mkdir(parents=True, exist_ok=True)
         # Backends that ask version control for the version find it there.
         if (self.folder / ".git").exists():
             (target / ".git").symlink_to(self.folder / ".git")
+        for directory, names in _by_directory(self.files):
+            place = Path(os.path.realpath(target / directory))
+            if not is_inside(place, within or target):
+                continue
+            place.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                # There already where one package lies in another, or a link leads to what was copied.
+                if not os.path.lexists(place / os.path.basename(name)):
+                    self._copy(name, place / os.path.basename(name))
+
+    def _copy(self, name: str, path: Path) -> None:
+        if name in self.by_time:
+            path.symlink_to(self.folder / name)
+        elif (self.folder / name).is_file():
+            shutil.copy2(self.folder / name, path)
+        else:
+            _copy_link(self.folder, name, path)
 
     def warning(self) -> str:
         """What is wrong with so many bytes, "" where they can be read."""
@@ -71,11 +91,19 @@ class Content:
         )
 
 
+def _by_directory(files: tuple[str, ...]) -> Iterator[tuple[str, Iterator[str]]]:
+    return groupby(sorted(files, key=os.path.dirname), os.path.dirname)
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether what is, or would be made, at `path` lies in `folder` once all links are followed."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
 def _copy_link(folder: Path, name: str, copy: Path) -> None:
     """Copy a link to a folder, or to nowhere; one that leads out of the package leads to the same place."""
     target = os.path.realpath(folder / name)
-    inside = os.path.commonpath([target, os.path.realpath(folder)]) == os.path.realpath(folder)
-    copy.symlink_to(os.readlink(folder / name) if inside else target)
+    copy.symlink_to(os.readlink(folder / name) if is_inside(Path(target), folder) else target)
 
 
 def look(folder: Path) -> Content:

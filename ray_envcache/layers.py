@@ -80,13 +80,13 @@ class LayerPlan(_OnTop):
 
         Raises LockfileError where they were edited after we looked: the key of the layer would lie for ever.
         """
-        top = os.path.commonpath([self.folder, *self.folders])
+        top = os.path.commonpath([self.folder, *self.folders, *(one.top for one in self.contents)])
         for one in self.contents:
-            one.copy(entry.sources / os.path.relpath(one.folder, top))
+            one.copy(entry.sources / os.path.relpath(one.folder, top), within=entry.sources)
         if digest_of(content.look(folder) for folder in self.folders) != self.digest:
             trouble = f"The local packages of `{self.folder}` were edited while they were copied"
             raise LockfileError(trouble, "try again")
-        _copy_projects(self.folder, entry.sources / os.path.relpath(self.folder, top))
+        _copy_projects(self.folder, entry.sources / os.path.relpath(self.folder, top), within=entry.sources)
         return [os.fspath(entry.sources / os.path.relpath(folder, top)) for folder in self.folders]
 
 
@@ -98,12 +98,13 @@ class EditableLayerPlan(_OnTop):
         return [argument for folder in self.folders for argument in ("--editable", os.fspath(folder))]
 
 
-def _copy_projects(root: Path, target: Path) -> None:
+def _copy_projects(root: Path, target: Path, within: Path) -> None:
     """Copy the pyproject.toml of a workspace and its members: a build of one reads what they say of each other."""
     lock = root / "uv.lock"
     for name in {".", *(exports.local_sources(lock) if lock.is_file() else ())}:
         source, copy = root / name / "pyproject.toml", target / name / "pyproject.toml"
-        if source.is_file() and not copy.exists():
+        # One elsewhere that is not installed is not needed either.
+        if source.is_file() and not copy.exists() and content.is_inside(copy, within):
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)
 

@@ -175,6 +175,32 @@ def test_a_lease_keeps_what_a_layer_lies_on(store: Store, project: Path, acquire
         lease.release()
 
 
+def test_files_beside_a_package(tmp_path: Path, wheels: Path, store: Store, acquire: Acquire) -> None:
+    """A build sees those that `cache-keys` names where they belong, and none of them is left in the store."""
+    version = tmp_path / "repo" / "common" / "version.txt"
+    version.parent.mkdir(parents=True)
+    version.write_text("1")
+    package = make_package(tmp_path / "repo" / "libs" / "app", "app", dependencies=["ray"])
+    make_package(tmp_path / "repo" / "tools", "tools")
+    with (package / "pyproject.toml").open("a") as file:
+        file.write(
+            f'[dependency-groups]\ntools = ["tools"]\n[tool.uv]\nno-index = true\nfind-links = ["{wheels}"]\n'
+            'cache-keys = [{ file = "../../common/*.txt" }]\n[tool.uv.sources]\ntools = { path = "../../tools" }\n'
+        )
+    with (package / "backend.py").open("a") as file:
+        file.write('assert pathlib.Path("../../common/version.txt").exists()\n')
+    support.run_uv("lock", cwd=package)
+    before = {path.name for path in store.layout.entries.parent.iterdir()}
+    first = acquire(package)
+    version.write_text("2")
+    second = acquire(package)
+    assert first.entry.key != second.entry.key
+    assert {path.name for path in store.layout.entries.parent.iterdir()} == before
+    entries = {entry.path for lease in (first, second) for entry in lease.entries}
+    assert {*store.layout.entries.iterdir()} == entries
+    assert not any((entry / name).exists() for entry in entries for name in ("common", "tools", "sources"))
+
+
 def test_a_pinned_layer_keeps_what_it_lies_on(store: Store, project: Path, acquire: Acquire) -> None:
     """Nothing but `unpin` of the layer gives the environment below free."""
     lease = acquire(project)

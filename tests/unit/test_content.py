@@ -102,6 +102,60 @@ def test_cache_keys_add_ignored_files_and_variables(tmp_path: Path, monkeypatch:
     assert len({first.digest, second.digest, look(tmp_path).digest}) == 3
 
 
+def test_files_beside_the_package(tmp_path: Path) -> None:
+    """They are in the digest, and in a copy only where their place is in the part of it that is ours to fill."""
+    package = write(tmp_path / "repo" / "libs" / "package", {"a.py": b""})
+    write(tmp_path / "repo", {"common/version.txt": b"1"})
+    (package / "pyproject.toml").write_text('[tool.uv]\ncache-keys = [{ file = "../../common/*.txt" }]\n')
+    seen = look(package)
+    assert (seen.files, seen.top) == (
+        ("../../common/version.txt", "a.py", "pyproject.toml"),
+        str(tmp_path / "repo"),
+    )
+    for name, within in (("a", None), ("b", tmp_path / "b" / "libs"), ("c", tmp_path / "c")):
+        seen.copy(tmp_path / name / "libs" / "package", within)
+        assert (tmp_path / name / "libs" / "package" / "a.py").exists()
+        assert (tmp_path / name / "common").exists() is (name == "c")
+    (tmp_path / "repo" / "common" / "version.txt").write_bytes(b"2")
+    assert look(package).digest != seen.digest
+
+
+def test_files_behind_links(tmp_path: Path) -> None:
+    """What `cache-keys` names behind a link is hashed, and nothing is written through the copy of the link."""
+    package = write(tmp_path / "package", {"inner/b.txt": b"b"})
+    outside = write(tmp_path / "outside", {"c.txt": b"c"})
+    (package / "out").symlink_to("../outside")
+    (package / "absolute").symlink_to(package / "inner")
+    (package / "pyproject.toml").write_text('[tool.uv]\ncache-keys = [{ file = "*/*.txt" }]\n')
+    subprocess.run(["git", "init", "-q", package], check=True)
+    seen = look(package)
+    assert {"out", "out/c.txt", "absolute/b.txt", "inner/b.txt"} <= set(seen.files)
+    seen.copy(tmp_path / "copy")
+    assert (tmp_path / "copy" / "out" / "c.txt").read_bytes() == b"c"
+    assert (tmp_path / "copy" / "inner" / "b.txt").read_bytes() == b"b"
+    (outside / "c.txt").write_bytes(b"d")
+    assert look(package).digest != seen.digest
+
+
+def test_a_commit_named_as_a_file(tmp_path: Path) -> None:
+    """`.git` of a copy is that of the package, whatever of it is hashed, and stays as it is."""
+    (tmp_path / "pyproject.toml").write_text('[tool.uv]\ncache-keys = [{ file = ".git/HEAD" }]\n')
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    seen = look(tmp_path)
+    seen.copy(tmp_path / "copy")
+    assert ".git/HEAD" in seen.files
+    assert (tmp_path / "copy" / ".git").readlink() == tmp_path / ".git"
+
+
+def test_a_package_in_another(tmp_path: Path) -> None:
+    """The copy of the outer one has the files of the inner one, links too: they are there when its turn comes."""
+    outer = write(tmp_path / "outer", {"a.py": b"", "inner/b.py": b"b"})
+    (outer / "inner" / "link").symlink_to("nowhere")
+    look(outer).copy(tmp_path / "copy")
+    look(outer / "inner").copy(tmp_path / "copy" / "inner")
+    assert (tmp_path / "copy" / "inner" / "link").is_symlink()
+
+
 def test_links_sockets_and_pipes(tmp_path: Path) -> None:
     """Links count by where they point, and are never followed in circles; what cannot be copied is no content."""
     folder = write(tmp_path / "package", {"a.py": b"", "sub/b.py": b""})
