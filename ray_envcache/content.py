@@ -204,8 +204,28 @@ def _cache_keys(folder: Path) -> list[dict[str, Any]]:
 
 def _matching(folder: Path, keys: list[dict[str, Any]]) -> set[str]:
     patterns = [str(key["file"]) for key in keys if "file" in key]
-    found = (path for pattern in patterns if not os.path.isabs(pattern) for path in folder.glob(pattern))
-    return {os.path.relpath(path, folder) for path in found if path.is_file()}
+    if not isinstance(keys, list):
+        raise LockfileError(
+            f"`cache-keys` in `{pyproject}` is not a list: `{keys}`", 'write `cache-keys = [{ file = "src/**/*.rs" }]`'
+        )
+    return {name for pattern in patterns if not os.path.isabs(pattern) for name in _glob(folder, pattern)}
+
+
+def _glob(folder: Path, pattern: str) -> list[str]:
+    # Later Pythons would take `**.rs` for `*.rs`, and miss what lies deeper.
+    if any("**" in part and part != "**" for part in pattern.split("/")):
+        raise _no_pattern(folder, pattern)
+    try:
+        return [os.path.relpath(path, folder) for path in folder.glob(pattern) if path.is_file()]
+    except (ValueError, IndexError) as error:
+        raise _no_pattern(folder, pattern) from error
+
+
+def _no_pattern(folder: Path, pattern: str) -> LockfileError:
+    return LockfileError(
+        f"`cache-keys` in `{folder / 'pyproject.toml'}` has a `file` that is no pattern for files: `{pattern}`",
+        "write `src/**/*.rs` for the files in all folders below src, `src/*.rs` for those in src itself",
+    )
 
 
 def _extras(folder: Path, keys: list[dict[str, Any]]) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -100,6 +101,22 @@ def test_cache_keys_add_ignored_files_and_variables(tmp_path: Path, monkeypatch:
     second = look(tmp_path)
     (tmp_path / "made.c").write_bytes(b"2")
     assert len({first.digest, second.digest, look(tmp_path).digest}) == 3
+
+
+@pytest.mark.parametrize("pattern", ["src/**.rs", "**.rs", "a**/b", ""])
+def test_cache_keys_that_are_no_patterns(tmp_path: Path, pattern: str) -> None:
+    """The error names the file and what is wrong in it, with every Python."""
+    (tmp_path / "pyproject.toml").write_text(f'[tool.uv]\ncache-keys = [{{ file = "{pattern}" }}]\n')
+    with pytest.raises(LockfileError, match=re.escape(f"no pattern for files: `{pattern}`")) as caught:
+        look(tmp_path)
+    assert (str(tmp_path / "pyproject.toml") in caught.value.message, "**/*" in caught.value.hint) == (True, True)
+
+
+def test_cache_keys_that_are_no_list(tmp_path: Path) -> None:
+    """The letters of a word are no patterns."""
+    (tmp_path / "pyproject.toml").write_text('[tool.uv]\ncache-keys = "src/*.rs"\n')
+    with pytest.raises(LockfileError, match=r"`cache-keys` in .* is not a list"):
+        look(tmp_path)
 
 
 def test_files_beside_the_package(tmp_path: Path) -> None:
