@@ -19,6 +19,7 @@ GRACE_SECONDS = 1.0
 
 
 OnLine = Callable[[str], None]
+Decode = Callable[[bytes], str]
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,10 @@ def run(
     cwd: Path | None = None,
     on_line: OnLine | None = None,
     pass_fds: Sequence[int] = (),
+    decode: Decode | None = None,
 ) -> Completed:
     """Run a child to its end, as `running` does. `on_line` as for `Finish`."""
-    with running(argv, environ=environ, cwd=cwd, pass_fds=pass_fds) as finish:
+    with running(argv, environ=environ, cwd=cwd, pass_fds=pass_fds, decode=decode) as finish:
         return finish(on_line)
 
 
@@ -62,8 +64,11 @@ def running(
     environ: Mapping[str, str],
     cwd: Path | None = None,
     pass_fds: Sequence[int] = (),
+    decode: Decode | None = None,
 ) -> Iterator[Finish]:
     """Run a child beside us, in a process group of its own; what the context gets waits for its end.
+
+    Its stdout is read by `decode`, by default as UTF-8 text with a mark in place of every byte that is none.
 
     Whatever ends the context (Ctrl-C, cancellation, an error in `on_line`) ends the whole group first; what a child
     started that a signal killed ends too. If *we* are killed, the child goes on and keeps what `pass_fds` gave it: a
@@ -80,7 +85,7 @@ def running(
         start_new_session=True,
     ) as child:
         try:
-            yield partial(_communicate, child)
+            yield partial(_communicate, child, decode or _as_text)
         except BaseException:
             # Once it was waited for, its number may be somebody else's.
             if child.returncode is None:
@@ -138,7 +143,11 @@ def _signal_group(child: subprocess.Popen[bytes], number: signal.Signals) -> Non
         os.killpg(child.pid, number)
 
 
-def _communicate(child: subprocess.Popen[bytes], on_line: OnLine | None = None) -> Completed:
+def _as_text(output: bytes) -> str:
+    return output.decode(errors="replace")
+
+
+def _communicate(child: subprocess.Popen[bytes], decode: Decode, on_line: OnLine | None = None) -> Completed:
     assert child.stdout is not None  # for mypy: both are pipes
     assert child.stderr is not None
     output: list[bytes] = []
@@ -146,12 +155,12 @@ def _communicate(child: subprocess.Popen[bytes], on_line: OnLine | None = None) 
     reader.start()
     lines: list[str] = []
     for raw in child.stderr:
-        line = raw.decode(errors="replace").rstrip("\r\n")
+        line = _as_text(raw).rstrip("\r\n")
         lines.append(line)
         if on_line is not None:
             on_line(line)
     reader.join()
-    done = Completed(child.wait(), b"".join(output).decode(errors="replace"), "\n".join(lines))
+    done = Completed(child.wait(), decode(b"".join(output)), "\n".join(lines))
     if done.killed:
         # Killed by somebody else, so that it could not end what it had started: nobody waits for that any more.
         _signal_group(child, signal.SIGKILL)

@@ -59,7 +59,7 @@ class Content:
         """
         target.mkdir(parents=True, exist_ok=True)
         # Backends that ask version control for the version find it there.
-        if (self.folder / ".git").exists():
+        if (self.folder / ".git").exists() and not os.path.lexists(target / ".git"):
             (target / ".git").symlink_to(self.folder / ".git")
         for directory, names in _by_directory(self.files):
             place = Path(os.path.realpath(target / directory))
@@ -117,7 +117,7 @@ def look(folder: Path) -> Content:
     names = {name for name in (*_seen(folder), *_matching(folder, settings)) if _is_file_or_link(folder / name)}
     sizes = {name: _size(folder / name) for name in names}
     by_time = _too_large(sizes)
-    listing = [[name, *_identity(folder / name, read=name not in by_time)] for name in sorted(names)]
+    listing = sorted([_portable(name), *_identity(folder / name, read=name not in by_time)] for name in names)
     digest = hashlib.sha256(json.dumps([listing, _extras(folder, settings)]).encode()).hexdigest()
     return Content(folder, tuple(sorted(names)), by_time, sum(sizes.values()), f"sha256:{digest}")
 
@@ -144,7 +144,7 @@ def _seen(folder: Path) -> list[str]:
 def _git(folder: Path, *arguments: str) -> str | None:
     """What git says of `folder`, None without git or outside of a repository."""
     try:
-        done = _process.run(["git", "-C", folder, *arguments], environ=clean_environ())
+        done = _process.run(["git", "-C", folder, *arguments], environ=clean_environ(), decode=os.fsdecode)
     except FileNotFoundError:
         return None
     return done.stdout if done.returncode == 0 else None
@@ -186,11 +186,16 @@ def _too_large(sizes: dict[str, int]) -> frozenset[str]:
 def _identity(path: Path, *, read: bool) -> list[Any]:
     """What tells a file from another one in its place. Links count by where they point: nothing is followed twice."""
     if not path.is_file():
-        return ["link", os.readlink(path)]
+        return ["link", _portable(os.readlink(path))]
     found = path.stat()
     if not read:
         return ["by time", found.st_size, found.st_mtime_ns]
     return [bool(found.st_mode & 0o111), hashlib.sha256(path.read_bytes()).hexdigest()]
+
+
+def _portable(name: str) -> str:
+    # Digests are compared between nodes, whose locales may differ. A name need not be text in any of them.
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
 def _cache_keys(folder: Path) -> list[dict[str, Any]]:
@@ -199,15 +204,15 @@ def _cache_keys(folder: Path) -> list[dict[str, Any]]:
         return []  # a package of setup.py alone
     tool = read_toml(pyproject, "repair it").get("tool", {})
     keys = tool.get("uv", {}).get("cache-keys", [])
+    if not isinstance(keys, list):
+        raise LockfileError(
+            f"`cache-keys` in `{pyproject}` is not a list: `{keys}`", 'write `cache-keys = [{ file = "src/**/*.rs" }]`'
+        )
     return [key if isinstance(key, dict) else {"file": str(key)} for key in keys]
 
 
 def _matching(folder: Path, keys: list[dict[str, Any]]) -> set[str]:
     patterns = [str(key["file"]) for key in keys if "file" in key]
-    if not isinstance(keys, list):
-        raise LockfileError(
-            f"`cache-keys` in `{pyproject}` is not a list: `{keys}`", 'write `cache-keys = [{ file = "src/**/*.rs" }]`'
-        )
     return {name for pattern in patterns if not os.path.isabs(pattern) for name in _glob(folder, pattern)}
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from ray_envcache import content, key, layers
 from ray_envcache.content import look
 from ray_envcache.errors import LockfileError
+from tests import support
 
 NAMES = st.from_regex(r"[a-z]{1,6}(/[a-z]{1,6}){0,2}\.(py|txt|c)", fullmatch=True)
 TREES = st.dictionaries(NAMES, st.binary(max_size=20), min_size=1, max_size=6).filter(
@@ -171,6 +172,37 @@ def test_a_package_in_another(tmp_path: Path) -> None:
     look(outer).copy(tmp_path / "copy")
     look(outer / "inner").copy(tmp_path / "copy" / "inner")
     assert (tmp_path / "copy" / "inner" / "link").is_symlink()
+
+
+@pytest.mark.parametrize("git", [True, False])
+def test_names_that_are_no_text(tmp_path: Path, *, git: bool) -> None:
+    """A file is content by whatever bytes it is named, and two of them are two."""
+    names = [os.fsdecode(b"caf\xe9.txt"), os.fsdecode(b"caf\xe8.txt")]
+    try:
+        write(tmp_path, {names[0]: b"1"})
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    (tmp_path / "link").symlink_to(names[0])
+    if git:
+        subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    first = look(tmp_path)
+    assert set(first.files) == {names[0], "link"}
+    first.copy(tmp_path / "copy")
+    assert (tmp_path / "copy" / names[0]).read_bytes() == b"1"
+    shutil.rmtree(tmp_path / "copy")
+    (tmp_path / names[0]).write_bytes(b"2")
+    second = look(tmp_path)
+    (tmp_path / names[0]).rename(tmp_path / names[1])
+    assert len({first.digest, second.digest, look(tmp_path).digest}) == 3
+
+
+def test_digest_is_the_same_in_every_locale(tmp_path: Path) -> None:
+    """Nodes compare digests, and not all of them have the same encoding."""
+    write(tmp_path, {"café.py": b"", "naïve.py": b""})
+    program = "import sys; from pathlib import Path; from ray_envcache.content import look; print(look(Path(sys.argv[1])).digest)"
+    plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "POSIX"}
+    seen = {support.run_python(program, str(tmp_path), environ=environ).strip() for environ in ({}, plain)}
+    assert seen == {look(tmp_path).digest}
 
 
 def test_links_sockets_and_pipes(tmp_path: Path) -> None:
