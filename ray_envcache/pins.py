@@ -10,24 +10,26 @@ from ray_envcache import _disk, _fs
 from ray_envcache.entry import ReadyRecord, utc_now
 from ray_envcache.errors import ReadOnlyError, StoreError, UnknownKeyError
 from ray_envcache.layout import Entry, Layout, layout_of
-from ray_envcache.leases import claim
+from ray_envcache.leases import claim, claim_whole
 
 
 def pin(layout: Layout, entry: Entry) -> None:
-    """Keep the environment of this key.
+    """Keep the environment of this key, and what it lies on.
 
-    Raises UnknownKeyError where a collector was faster, StoreError where the disk has no room for the pin, and
-    ReadOnlyError where it is in a lower store.
+    Raises UnknownKeyError where a collector was faster, or it is broken; StoreError where the disk has no room for the
+    pin, and ReadOnlyError where it is in a lower store.
     """
     if entry.readonly:
         raise ReadOnlyError(
             f"The environment {entry.path.name} cannot be pinned: `{layout_of(entry).root}` is read-only here",
             f"its owner can: RAY_ENVCACHE_DIR={layout_of(entry).root} ray-envcache pin {entry.key[:12]}",
         )
-    lease = claim(entry)
+    # One in the making has no record yet, nor needs one: its builder holds what is below.
+    lease = claim_whole(entry) or (None if entry.ready.exists() else claim(entry))
     if lease is None:
-        raise UnknownKeyError(f"The environment {entry.path.name} was just removed", "ray-envcache build makes it anew")
-    # While the claim is held no collector can be between its look for pins and the removal.
+        gone = "is broken, or what it lies on is just being removed" if entry.ready.exists() else "was just removed"
+        raise UnknownKeyError(f"The environment {entry.path.name} {gone}", "ray-envcache build makes it anew")
+    # While the claims are held no collector can be between its look for pins and the removal.
     with lease:
         try:
             _fs.write_json(layout.pin_of(entry.key), {"key": entry.key, "by": _user(), "since": utc_now()})

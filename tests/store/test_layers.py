@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from ray_envcache import _fs, pins
 from ray_envcache.cluster_ray import installed_ray
 from ray_envcache.collector import collect
 from ray_envcache.entry import ReadyRecord
-from ray_envcache.errors import BuildError, DigestError, InUseError, LockfileError
+from ray_envcache.errors import BuildError, DigestError, InUseError, LockfileError, UnknownKeyError
 from ray_envcache.evict import evict
 from ray_envcache.layout import Entry
 from ray_envcache.leases import Holder, Lease
@@ -213,6 +215,25 @@ def test_a_pinned_layer_keeps_what_it_lies_on(store: Store, project: Path, acqui
     pins.unpin(store.layout, lease.entry.key)
     assert len(collect(store.layout, Limits(everything=True)).removed) == 2
     assert list(store.layout.all_entries()) == []
+
+
+@pytest.mark.parametrize("point", ["evict-locked", "evict-unpublished"])
+def test_pin_while_what_is_below_is_removed(
+    store: Store, project: Path, acquire: Acquire, tmp_path: Path, children: list[subprocess.Popen[str]], point: str
+) -> None:
+    """A layer is pinned with the environment below it, or not at all."""
+    lease = acquire(project)
+    base = base_of(store, lease)
+    lease.release()
+    (tmp_path / f"stop-{point}").touch()
+    environ = {**os.environ, "RAY_ENVCACHE_TEST_POINTS": str(tmp_path)}
+    children.append(subprocess.Popen([sys.executable, "-m", "ray_envcache", "rm", base.key], env=environ, text=True))
+    support.wait_until((tmp_path / f"reached-{point}").exists, "it has looked for pins")
+    with pytest.raises(UnknownKeyError, match="what it lies on is just being removed"):
+        pins.pin(store.layout, lease.entry)
+    (tmp_path / f"stop-{point}").unlink()
+    assert children[0].wait() == 0
+    assert pins.pinned_keys(store.layout) == set()
 
 
 def test_a_layer_whose_environment_went_is_no_good_without(store: Store, project: Path, acquire: Acquire) -> None:
