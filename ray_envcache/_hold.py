@@ -16,12 +16,17 @@ def _hold() -> "int | None":
     entry = __file__
     for _ in range(5):
         entry = os.path.dirname(entry)
-    opened = os.open(os.path.join(entry, "in-use"), os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        # Out of the way of programs that expect certain low descriptors, such as a closed stdin's.
-        held = fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 64)
-    finally:
-        os.close(opened)
+    held = os.open(os.path.join(entry, "in-use"), os.O_RDONLY | os.O_CLOEXEC)
+    # Out of the way of programs that expect certain low descriptors, such as a closed stdin's; where few are allowed
+    # at least of the standard streams, and without any to spare it stays where it is.
+    for least in (64, 3):
+        try:
+            moved = fcntl.fcntl(held, fcntl.F_DUPFD_CLOEXEC, least)
+        except OSError:
+            continue
+        os.close(held)
+        held = moved
+        break
     # The only exclusive holder is a collector: one that has just looked, or one that removes the entry at this
     # moment. Both take milliseconds; nobody waits longer for them.
     for _ in range(100):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import subprocess
 import venv
@@ -104,6 +105,24 @@ def test_hold_has_its_own_name(entry: Entry) -> None:
     """The hold's module is named after its entry, so that stacked environments have one each."""
     code = "import sys; print([n for n, m in sys.modules.items() if 'hold' in n and m.HELD >= 64])"
     assert support.run_python(code, python=entry.python) == f"['_ray_envcache_hold_{KEY[:12]}_1']\n"
+
+
+@pytest.mark.parametrize("limit", [16, 64, 1024])
+def test_hold_with_few_descriptors(entry: Entry, children: list[subprocess.Popen[str]], limit: int) -> None:
+    """However few the system allows, the entry is held, and by no descriptor of a standard stream, open or not."""
+    code = (
+        "import sys, time; print([m.HELD for n, m in sys.modules.items() if '_hold_' in n], flush=True); time.sleep(60)"
+    )
+    few = ["sh", "-c", f'ulimit -n {limit}; exec "$0" -I -c "$1" <&-', str(entry.python), code]
+    child = subprocess.Popen(few, stdout=subprocess.PIPE, text=True)
+    children.append(child)
+    assert child.stdout is not None
+    (held,) = json.loads(child.stdout.readline())
+    assert held >= (64 if limit > 64 else 3)
+    assert shared_by_others(entry)
+    child.kill()
+    child.wait()
+    assert not shared_by_others(entry)
 
 
 def test_hold_breaks_nothing(entry: Entry) -> None:
