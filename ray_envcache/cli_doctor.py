@@ -19,7 +19,6 @@ from ray_envcache.doctor import check_lockfile, examine
 from ray_envcache.doctor_nodes import SAYS, node_name
 from ray_envcache.errors import ClusterError, EnvCacheError
 from ray_envcache.findings import ERROR, OK
-from ray_envcache.units import printable
 
 SCHEMA_VERSION = 1
 _MODULE = "ray_envcache.doctor_cluster"  # by name: it imports ray
@@ -101,8 +100,8 @@ def _print_findings(findings: Iterable[dict[str, str]], place: str = "") -> None
 
 
 def _printable(text: str) -> str:
-    # What nodes say comes from other machines: no control characters.
-    return "\n       ".join(map(printable, text.splitlines()))
+    # What nodes say comes from other machines: no control characters, and any letters.
+    return "\n       ".join(tables.shown(line, sys.stdout) for line in text.splitlines())
 
 
 def _print_cluster(data: dict[str, Any]) -> None:

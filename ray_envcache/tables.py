@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 KEY_LENGTH = 12
 """Digits of a key that people see; commands take any unambiguous start."""
 
+_BELOW = "└"
+
 
 def print_environments(found: list[Status], stream: TextIO) -> None:
     """The environments of a store with a footer of totals."""
@@ -40,7 +42,7 @@ def _environment(one: Status) -> Sequence[str]:
     state = one.state + (", pinned" if one.pinned else "") + (", read-only" if one.readonly else "")
     # In use by nobody we can name: a process of another container.
     users = str(len(one.users)) if one.users else ("?" if one.in_use else "-")
-    project = ("└ " if one.base else "") + (one.project or "-")
+    project = (f"{_BELOW} " if one.base else "") + (one.project or "-")
     least = "" if one.exact else "at least "
     return (
         one.key[:KEY_LENGTH], project, one.python or "-", one.ray or "-", state, users,
@@ -169,7 +171,7 @@ def _print_table(
 
     By hand: a thousand rows take rich half a second.
     """
-    cells = [[printable(cell) for cell in row] for row in rows]
+    cells = [[shown(cell, stream) for cell in row] for row in rows]
     if not cells:
         return
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
@@ -184,7 +186,19 @@ def _print_table(
 
 def _say(text: str, stream: TextIO) -> None:
     # Names and paths in it are others'.
-    click.echo(printable(text), file=stream)
+    click.echo(shown(text, stream), file=stream)
+
+
+def shown(text: str, stream: TextIO) -> str:
+    """The text as `stream` can have it: no control characters, and codes in place of letters that it has not."""
+    text, encoding = printable(text), stream.encoding or "utf-8"
+    if text.isascii():
+        return text
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.replace(_BELOW, "+").encode(encoding, "backslashreplace").decode(encoding)
+    return text
 
 
 def _seconds(moment: str | None) -> float:

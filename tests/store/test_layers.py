@@ -203,6 +203,19 @@ def test_files_beside_a_package(tmp_path: Path, wheels: Path, store: Store, acqu
     assert not any((entry / name).exists() for entry in entries for name in ("common", "tools", "sources"))
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii", "posix"])
+def test_list_in_any_encoding(store: Store, project: Path, acquire: Acquire, encoding: str) -> None:
+    """A layer stands below its environment, marked with what the output can have."""
+    with acquire(project) as lease:
+        key = lease.entry.key
+    plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "POSIX"}
+    environ = {**os.environ, **(plain if encoding == "posix" else {"PYTHONIOENCODING": encoding})}
+    command = [sys.executable, "-m", "ray_envcache", "list"]
+    _, _, layer, _ = subprocess.check_output(command, env=environ).decode().splitlines()
+    assert layer.split()[:3] == [key[:12], "└" if encoding == "utf-8" else "+", "app"]
+    assert len(json.loads(subprocess.check_output([*command, "--json"], env=environ))["envs"]) == 2
+
+
 def test_a_pinned_layer_keeps_what_it_lies_on(store: Store, project: Path, acquire: Acquire) -> None:
     """Nothing but `unpin` of the layer gives the environment below free."""
     lease = acquire(project)
