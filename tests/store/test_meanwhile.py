@@ -134,9 +134,9 @@ def test_edit_beside_the_build_of_a_layer(
     support.run_uv("lock", cwd=folder)
     copy = content.Content.copy
 
-    def late(self: content.Content, target: Path) -> None:
+    def late(self: content.Content, target: Path, within: Path) -> None:
         source.write_text("VERSION = 99\n")
-        copy(self, target)
+        copy(self, target, within)
 
     with monkeypatch.context() as patch:
         patch.setattr(content.Content, "copy", late)
