@@ -11,7 +11,7 @@ import re
 import stat
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,33 +63,55 @@ class Contents:
 def temp_dirs(chosen: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> list[Path]:
     """The directories to look in, resolved: Ray's own default, or `chosen`, which may be Ray's or the one above it.
 
-    Raises TempDirError where `chosen` is no directory.
+    And those of runs that are our own. Raises TempDirError where `chosen` is no directory, or where one cannot be
+    looked into; but for those of runs, whose names anybody may take where everybody may write.
     """
+    top = _top(chosen, environ)
+    # In what cannot be searched there may be a directory of Ray's.
+    unclear = os.path.isdir(top) and not os.access(top, os.X_OK)
+    meant = [*([top] if chosen is not None or unclear else []), *_resolved([top / "ray"])]
+    for temp in meant:
+        if not _may_look(temp):
+            raise TempDirError(f"You may not look into the temp directory `{temp}`", "choose another one with --tmpdir")
+    return [*meant, *filter(_may_look, _resolved(run / "ray" for run in _runs_in(top)))]
+
+
+def _top(chosen: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> Path:
     if chosen is not None:
         if not os.path.isdir(chosen):
             raise TempDirError(f"No directory: `{os.fspath(chosen)}`", "name the temp directory of Ray clusters")
-        top = Path(chosen).resolve()
-    else:
-        # As in ray._common.utils.get_default_system_temp_dir.
-        default = environ.get("TMPDIR") if sys.platform.startswith("linux") else None
-        top = Path(environ.get("RAY_TMPDIR") or default or "/tmp").resolve()  # noqa: S108  # where Ray puts them
-    below = _below(top)
-    found = [top, *below] if chosen is not None else below
-    for temp in found:
-        if not os.access(temp, os.R_OK | os.X_OK):
-            raise TempDirError(f"You may not look into the temp directory `{temp}`", "choose another one with --tmpdir")
-    return found
+        return Path(chosen).resolve()
+    # As in ray._common.utils.get_default_system_temp_dir.
+    default = environ.get("TMPDIR") if sys.platform.startswith("linux") else None
+    return Path(environ.get("RAY_TMPDIR") or default or "/tmp").resolve()  # noqa: S108  # where Ray puts them
 
 
-def _below(top: Path) -> list[Path]:
-    """The directory that Ray makes in RAY_TMPDIR; also where an administrator, or the user, put a link to another.
+def _may_look(temp: Path) -> bool:
+    return os.access(temp, os.R_OK | os.X_OK)
 
-    And those of runs whose end nobody could clean up behind.
-    """
-    runs = sorted(run for run in top.glob(f"{RUN_PREFIX}*") if not run.is_symlink())
-    found = [below for below in (top / "ray", *(run / "ray" for run in runs)) if below.is_dir()]
+
+def _resolved(temps: Iterable[Path]) -> list[Path]:
+    """Those that are directories; also where an administrator, or the user, put a link to another."""
     mine = {0, os.geteuid()}
-    return [below.resolve() for below in found if not below.is_symlink() or below.lstat().st_uid in mine]
+    # Not as a Path tells it: that raises where we may not look.
+    return [
+        temp.resolve()
+        for temp in temps
+        if os.path.isdir(temp) and (not os.path.islink(temp) or temp.lstat().st_uid in mine)
+    ]
+
+
+def _runs_in(top: Path) -> list[Path]:
+    return sorted(run for run in top.glob(f"{RUN_PREFIX}*") if _is_own(run))
+
+
+def _is_own(path: Path) -> bool:
+    """Whether it is a directory, not a link, and ours."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False  # its run has ended
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
 
 
 def find_sessions(temp: Path) -> Iterator[SessionDir]:
@@ -130,11 +152,11 @@ def mend_latest(temp: Path) -> None:
 
     Ray itself never mends one: it replaces a link only if that leads somewhere. Not being able to is no error.
     """
-    latest = temp / LATEST
-    _sweep_links(temp)
-    if not latest.is_symlink() or latest.exists():
-        return
     with suppress(OSError):
+        _sweep_links(temp)
+        latest = temp / LATEST
+        if not latest.is_symlink() or latest.exists():
+            return
         newest = _newest(temp)
         _point(latest, newest)
         # A cluster that starts at this moment makes its directory first, and its link then. If ours came in between,

@@ -679,6 +679,89 @@ def test_temp_directories_are_rays(tmp_path: Path) -> None:
         session_dirs.temp_dirs(tmp_path / "missing", environ)
 
 
+CLI_AS_NOBODY = """
+import _strptime, contextlib, io, os, sys
+from ray_envcache import cli, run_tmpdir, tmpdir
+given = sys.argv[1:]
+def call(*arguments):
+    sys.argv = ["ray-envcache", *arguments]
+    try:
+        cli.main()
+        return 0
+    except SystemExit as end:
+        return end.code or 0
+# Once as root, and unheard, for all that is imported late: the other user may not read where it lies.
+with contextlib.redirect_stdout(io.StringIO()):
+    for verb in ("list", "gc"):
+        call(verb, "--sessions", "--json", "--tmpdir", "/proc/self")
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+sys.stderr = sys.stdout
+print(call(*given))
+"""
+
+
+def cli_as_nobody(*arguments: str | Path, **environ: str) -> list[str]:
+    """What the command line says to another user; the last line is its status."""
+    return support.run_python(CLI_AS_NOBODY, *map(str, arguments), environ=environ).splitlines()
+
+
+@needs_root
+@pytest.mark.parametrize("verb", ["list", "gc"])
+@pytest.mark.parametrize(("outer", "inner"), [(0o700, None), (0o755, 0o700), (0o700, 0o700), (0o755, 0o755)])
+def test_directories_of_other_users_runs(temp: Path, verb: str, outer: int, inner: int | None) -> None:
+    """What others called like a run, whatever its modes, stops nobody; those of one's own are looked into."""
+    foreign, own = (temp.parent / f"{session_dirs.RUN_PREFIX}{name}" for name in ("aaaaaaaa", "bbbbbbbb"))
+    for folder in (foreign, own):
+        (folder / "ray").mkdir(parents=True)
+    session = make(own / "ray")
+    for path in (own, own / "ray"):
+        os.chown(path, NOBODY, NOBODY)
+    give_to_nobody(session)
+    if inner is None:
+        (foreign / "ray").rmdir()
+    else:
+        make(foreign / "ray", 2)
+        (foreign / "ray").chmod(inner)
+    foreign.chmod(outer)
+    for arguments in (("--tmpdir", temp.parent), ()):
+        said = cli_as_nobody(verb, "--sessions", "--json", *arguments, RAY_TMPDIR=str(temp.parent))
+        assert said[-1] == "0", said
+        report = json.loads("\n".join(said[:-1]))
+        assert str(own / "ray") in report["temp_dirs"]
+        assert str(foreign / "ray") not in report["temp_dirs"]
+    assert session.exists() is (verb == "list")
+
+
+@needs_root
+def test_a_temp_directory_that_may_not_be_looked_into(temp: Path) -> None:
+    """The one that was chosen, or Ray's in it, is an error that names it; so is a default that hides one."""
+    for forbidden, arguments in (
+        (temp.parent, ("--tmpdir", temp.parent)),
+        (temp.parent, ()),
+        (temp, ("--tmpdir", temp.parent)),
+        (temp, ()),
+    ):
+        mode = forbidden.stat().st_mode
+        forbidden.chmod(0o700)
+        said = cli_as_nobody("list", "--sessions", *arguments, RAY_TMPDIR=str(temp.parent))
+        assert (said[0], said[-1]) == (f"error: You may not look into the temp directory `{forbidden}`", "2")
+        forbidden.chmod(mode)
+
+
+@needs_root
+def test_links_that_may_not_be_looked_at_are_not_mended(temp: Path) -> None:
+    """Where Ray's directory belongs to somebody else, nothing is mended, and that is no error."""
+    temp.chmod(0o700)
+    code = """
+    import os, sys
+    from pathlib import Path
+    from ray_envcache import session_dirs
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+    session_dirs.mend_latest(Path(sys.argv[1]))
+    """
+    support.run_python(code, str(temp))
+
+
 def test_json_has_the_schema(temp: Path) -> None:
     """Exactly the documented fields, bytes as integers, UTC times; of a dead one, a kept one and one in doubt."""
     make(temp, 1, age=-500)
