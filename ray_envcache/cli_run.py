@@ -57,8 +57,13 @@ def _run(project: str | None, tmpdir: str | None, command: list[str], options: d
         program = runner.find_command(command[0], environ)
         place = RunTmpdir.make(tmpdir, os.environ)
         status = 1
+
+        def say(text: str) -> None:
+            click.echo(f"ray-envcache: {text}", err=True)
+
         try:
-            status = runner.run(program, command, {**environ, "RAY_TMPDIR": place.short}, lease)
+            held = [*lease.descriptors, *place.descriptors]
+            status = runner.run(program, command, {**environ, "RAY_TMPDIR": place.short}, held)
         finally:
-            place.close(lambda text: click.echo(f"ray-envcache: {text}", err=True), failed=status != 0, keep=keep)
+            place.close(say, failed=status != 0, keep=keep, lent=True)
         return status

@@ -41,7 +41,7 @@ def collect(
     report = collect_sessions(temps, older_than=older_than or 0.0, dry_run=dry_run)
     if not dry_run:
         sweep_links()
-        run_tmpdir.sweep(temps)
+        run_tmpdir.sweep(session_dirs.run_dirs(tmpdir, os.environ))
     if print_json:
         print_json({"dry_run": dry_run, "temp_dirs": _paths(temps), **_report_as_json(report)})
     else:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -13,7 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_envcache import _fs, session_dirs
+from ray_envcache import _flock, _fs, session_dirs
+from ray_envcache.session_dirs import find_sessions
 from ray_envcache.session_gc import collect_sessions
 from ray_envcache.sessions import STARTING_SECONDS, Session, survey
 from ray_envcache.tmpdir import ShortTmpdir, require_usable, short_tmpdir
@@ -21,6 +24,10 @@ from ray_envcache.tmpdir import ShortTmpdir, require_usable, short_tmpdir
 _logger = logging.getLogger(__name__)
 PATIENCE_SECONDS = 10.0
 """How long the processes of a cluster may take to end after the program that started it."""
+LENT_SECONDS = 1.0
+"""How long what the program started otherwise may take."""
+
+_NAME = re.compile(rf"{session_dirs.RUN_PREFIX}[a-z0-9_]{{8}}")
 
 
 @contextmanager
@@ -54,15 +61,37 @@ def _shut_down() -> None:
         ray.shutdown()
 
 
-def sweep(temps: Iterable[Path]) -> None:
-    """Remove what killed runs left of their directories, once no session is in them. Saved logs stay."""
-    for temp in temps:
-        folder = temp.parent
-        is_run = folder.name.startswith(session_dirs.RUN_PREFIX) and temp.name == "ray"
-        with suppress(OSError):
-            # Not one in which a cluster is about to make its session.
-            if is_run and time.time() - temp.stat().st_mtime > STARTING_SECONDS and not survey([temp]):
-                _remove(folder, temp)
+def sweep(runs: Iterable[Path]) -> None:
+    """Remove what killed runs left of their directories, once nobody holds them and no session is in them.
+
+    Saved logs stay, and whatever is not as a run leaves it.
+    """
+    for folder in runs:
+        with suppress(OSError, RecursionError):
+            # The flock comes a moment after the directory.
+            held = _take(folder) if _NAME.fullmatch(folder.name) and _age(folder) > STARTING_SECONDS else None
+            if held is not None:
+                try:
+                    if _is_left(folder):
+                        _remove(folder, folder / "ray")
+                finally:
+                    os.close(held)
+
+
+def _take(folder: Path) -> int | None:
+    return _flock.try_flock(folder, exclusive=True, flags=os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _age(folder: Path) -> float:
+    """Seconds since something was made in the directory of a run, or in that of its clusters."""
+    made = [path.lstat().st_mtime for path in (folder, folder / "ray") if os.path.lexists(path)]
+    return time.time() - max(made, default=time.time())
+
+
+def _is_left(folder: Path) -> bool:
+    """Whether this is a directory that a run made, with nothing in it but what dead clusters leave, and saved logs."""
+    private = folder.lstat().st_mode & 0o777 == stat.S_IRWXU  # a directory may give its group to what is made in it
+    return private and set(os.listdir(folder)) <= {"ray", "logs"} and not any(find_sessions(folder / "ray"))
 
 
 def _remove(folder: Path, temp: Path) -> None:
@@ -75,21 +104,26 @@ def _remove(folder: Path, temp: Path) -> None:
 
 @dataclass(frozen=True)
 class RunTmpdir:
-    """A directory of one run's own below the chosen temp directory, mode 0700, and the short path to it for Ray."""
+    """A directory of one run's own below the chosen temp directory, mode 0700, and the short path to it for Ray.
+
+    It carries a flock: while somebody has a descriptor of that nobody sweeps it.
+    """
 
     folder: Path
     short: ShortTmpdir
+    descriptor: int | None
 
     @classmethod
     def make(cls, chosen: str | None, environ: Mapping[str, str]) -> RunTmpdir:
         """Below `chosen`, else $RAY_TMPDIR, else $TMPDIR, else the system's. Raises TempDirError."""
         top = os.path.abspath(chosen or environ.get("RAY_TMPDIR") or environ.get("TMPDIR") or tempfile.gettempdir())
         require_usable(top)
-        folder = Path(tempfile.mkdtemp(prefix=session_dirs.RUN_PREFIX, dir=top))
+        folder, descriptor = _make_folder(top)
         try:
-            return cls(folder, short_tmpdir(folder))
+            return cls(folder, short_tmpdir(folder), descriptor)
         except BaseException:
             folder.rmdir()
+            _close(descriptor)
             raise
 
     @property
@@ -97,32 +131,58 @@ class RunTmpdir:
         """Where Ray puts the sessions."""
         return self.folder / "ray"
 
-    def close(self, say: Callable[[str], None], *, failed: bool, keep: bool) -> None:
+    @property
+    def descriptors(self) -> list[int]:
+        """Those that keep the directory and the link to it: whoever inherits them keeps both, also when we are dead."""
+        return [one for one in (self.descriptor, self.short.fileno()) if one is not None]
+
+    def close(self, say: Callable[[str], None], *, failed: bool, keep: bool, lent: bool = False) -> None:
         """Remove what dead clusters left; with `failed` all but their logs, with `keep` nothing.
 
-        A cluster that lives on, because the program meant it to, keeps its session.
+        A cluster that lives on, because the program meant it to, keeps its session. With `lent`, what lives on of a
+        program that inherited the descriptors keeps the directory.
         """
-        if not keep:
-            self._wait()
-            dead = [one for one in self._sessions() if one.state == "dead"]
-            if failed:
-                self._save_logs([Path(one.path) for one in dead], say)
-            collect_sessions([self.temp], only={one.name for one in dead}, starting=0)
-        left = self._sessions()
-        for one in left:
-            say(f"{'kept' if keep else one.state}: {one.path} ({'--keep-session' if keep else one.why})")
+        left = self._clean(say, failed=failed, keep=keep)
+        self._give_back(say, left=bool(left), lent=lent)
+
+    def _give_back(self, say: Callable[[str], None], *, left: bool, lent: bool) -> None:
+        """Let go of directory and link, and remove them where nobody needs them."""
+        _close(self.descriptor)
+        if lent and self._others_hold():
+            self.short.leave()
+            say(f"kept: {self.folder} (the program left a process that has it; `gc --sessions` removes it later)")
+            return
         self.short.release(patience=0)
         if not left:
             _remove(self.folder, self.temp)
 
+    def _others_hold(self) -> bool:
+        """Whether somebody else has the flock, and keeps it for more than a moment."""
+        deadline = time.monotonic() + LENT_SECONDS
+        while self.descriptor is not None and not _flock.is_free(self.folder):
+            if time.monotonic() > deadline:
+                return True
+            time.sleep(0.05)
+        return False
+
+    def _clean(self, say: Callable[[str], None], *, failed: bool, keep: bool) -> list[Session]:
+        """Remove dead sessions; those that are left, after a word about each."""
+        if not keep:
+            self._collect(say, failed=failed)
+        left = self._sessions()
+        for one in left:
+            say(f"{'kept' if keep else one.state}: {one.path} ({'--keep-session' if keep else one.why})")
+        return left
+
+    def _collect(self, say: Callable[[str], None], *, failed: bool) -> None:
+        self._wait()
+        dead = [one for one in self._sessions() if one.state == "dead"]
+        if failed:
+            self._save_logs([Path(one.path) for one in dead], say)
+        collect_sessions([self.temp], only={one.name for one in dead}, starting=0)
+
     def _sessions(self) -> list[Session]:
         return survey([self.temp], starting=0) if self.temp.is_dir() else []
-
-    def _wait(self) -> None:
-        """Until no cluster lives any more, or for as long as that usually takes."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while time.monotonic() < deadline and any(one.state != "dead" for one in self._sessions()):
-            time.sleep(0.1)
 
     def _save_logs(self, sessions: list[Path], say: Callable[[str], None]) -> None:
         for session in sessions:
@@ -133,3 +193,29 @@ class RunTmpdir:
                 # What has no folder for logs is not taken for a session.
                 (session / "logs").mkdir()
                 say(f"logs of the failed run: {kept}")
+
+    def _wait(self) -> None:
+        """Until no cluster lives any more, or for as long as that usually takes."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < deadline and any(one.state != "dead" for one in self._sessions()):
+            time.sleep(0.1)
+
+
+def _make_folder(top: str) -> tuple[Path, int | None]:
+    """A new directory and the descriptor of its flock; None on a file system that has none, where nobody sweeps."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=session_dirs.RUN_PREFIX, dir=top))
+        try:
+            descriptor = _take(folder)
+        except FileNotFoundError:
+            continue  # a sweep came between
+        except OSError:
+            return folder, None
+        if descriptor is not None and _flock.still_names(folder, descriptor):
+            return folder, descriptor
+        _close(descriptor)
+
+
+def _close(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)

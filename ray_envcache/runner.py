@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -73,13 +73,13 @@ def find_command(name: str, environ: Mapping[str, str]) -> str:
     return program
 
 
-def run(program: str, command: Sequence[str], environ: Mapping[str, str], lease: Lease) -> int:
+def run(program: str, command: Sequence[str], environ: Mapping[str, str], held: Iterable[int]) -> int:
     """Run a command to its end: its exit status, negative for the signal that killed it. Raises CommandError.
 
-    Should we be killed, the command goes on, and still holds the environment: it inherits the lease.
+    Should we be killed, the command goes on, and still holds what we do: it inherits the descriptors in `held`.
     """
     with _signals_blocked() as before:
-        for descriptor in lease.descriptors:
+        for descriptor in held:
             os.set_inheritable(descriptor, True)
         try:
             pid = os.posix_spawn(program, list(command), dict(environ), setsigmask=before)

@@ -76,6 +76,14 @@ def temp_dirs(chosen: str | os.PathLike[str] | None, environ: Mapping[str, str])
     return [*meant, *filter(_may_look, _resolved(run / "ray" for run in _runs_in(top)))]
 
 
+def run_dirs(chosen: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> list[Path]:
+    """Those called like directories of runs where `temp_dirs` looks, our own, also without anything of Ray in them."""
+    top = _top(chosen, environ)
+    chosen_run = top.parent if top.name == "ray" else top
+    is_run = chosen_run.name.startswith(RUN_PREFIX) and _is_own(chosen_run)
+    return [*([chosen_run] if is_run else []), *_runs_in(top)]
+
+
 def _top(chosen: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> Path:
     if chosen is not None:
         if not os.path.isdir(chosen):

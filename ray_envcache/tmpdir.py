@@ -93,6 +93,13 @@ class ShortTmpdir(str):
         _mend(self.target)
         return True
 
+    def leave(self) -> None:
+        """Let go of the link and keep it, for others who inherited the descriptor: when they have ended it is swept."""
+        if self._descriptor is not None:
+            atexit.unregister(self._at_exit)
+            os.close(self._descriptor)
+            self._descriptor = None
+
     def _at_exit(self, owner: int) -> None:
         if owner == os.getpid():
             self.release(patience=0)

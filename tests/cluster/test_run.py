@@ -8,14 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from ray_envcache.inventory import survey
-from ray_envcache.run_tmpdir import sweep
-from ray_envcache.session_dirs import RUN_PREFIX, temp_dirs
+from ray_envcache.session_dirs import temp_dirs
 from ray_envcache.session_gc import collect_sessions
 from tests import support
 from tests.cluster.conftest import NEWEST, Host
@@ -213,6 +213,53 @@ def test_killed_run_leaves_the_program_alone(host: Host, program: Path) -> None:
     assert not os.path.exists(session)
 
 
+# A driver that lives on keeps its session: it has a log open.
+BETWEEN = """
+import subprocess, sys
+CLUSTER = '''
+import json, ray
+ray.init(num_cpus=1, include_dashboard=False)
+print(json.dumps({"session": ray._private.worker._global_node.get_session_dir_path()}), flush=True)
+'''
+for _ in range(2):
+    subprocess.run([sys.executable, "-c", CLUSTER], check=True)
+    sys.stdin.readline()
+"""
+
+
+def test_between_two_clusters(host: Host, program: Path) -> None:
+    """A program that has no cluster at the moment keeps its temp directory, also when `run` was killed."""
+    place = host.folder / ("long" * 40)
+    place.mkdir()
+    (program / "main.py").write_text(BETWEEN)
+    child = start(host, program, "python", "main.py", options=("--tmpdir", place))
+    session = Path(said(child)["session"])
+    (run_folder,) = place.iterdir()
+    child.kill()
+    child.wait()
+    command: list[str | Path] = [host.python, "-m", "ray_envcache", "gc", "--sessions", "--json", "--tmpdir", place]
+
+    def collect() -> list[str]:
+        # Whatever changed a moment ago would be left for the next time.
+        for path in (*run_folder.glob("ray/session_*"), run_folder / "ray", run_folder):
+            with suppress(FileNotFoundError):
+                os.utime(path, (0, 0), follow_symlinks=False)
+        report = json.loads(subprocess.check_output(command, env=host.environ(), text=True))
+        return [one["name"] for one in report["removed"]]
+
+    support.wait_until(lambda: collect() == [session.name], "the first session is dead", 60)
+    assert collect() == []
+    assert child.stdin is not None
+    print(file=child.stdin, flush=True)
+    second = Path(said(child)["session"])
+    assert second.parent == session.parent
+    support.wait_until(lambda: collect() == [second.name], "the second session is dead", 60)
+    assert run_folder.exists()
+    child.stdin.close()
+    support.wait_until(lambda: collect() == [] and not run_folder.exists(), "nothing is left", 60)
+    assert not os.path.lexists(session.parents[2])
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
@@ -290,18 +337,3 @@ def test_clean_sessions_in_a_program(host: Host, end: str) -> None:
     assert all("logs" in path.parts for path in left)
     assert bool(left) is (end == "fail")
     assert list(place.rglob("sockets")) == []
-
-
-def test_remains_of_killed_runs_are_swept(host: Host) -> None:
-    """`gc --sessions` removes the directory of a run whose sessions are gone, not one that may just begin, nor logs."""
-    place = host.temp
-    old, new, logs = (place / f"{RUN_PREFIX}{name}" for name in ("old", "new", "logs"))
-    for folder in (old, new, logs):
-        (folder / "ray").mkdir(parents=True)
-    (logs / "logs").mkdir()
-    for folder in (old, logs):
-        os.utime(folder / "ray", (1, 1))
-    sweep(temp_dirs(place, {}))
-    assert sorted(path.relative_to(place) for path in place.rglob("*")) == [
-        logs.relative_to(place), logs.relative_to(place) / "logs", new.relative_to(place), new.relative_to(place) / "ray",
-    ]  # fmt: skip
