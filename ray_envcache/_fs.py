@@ -162,8 +162,8 @@ def _raise_unless_gone(error: BaseException) -> None:
         raise error
 
 
-def empty_directory(descriptor: int) -> None:
-    """Delete all that is in an open directory, where others may write at the same time.
+def empty_directory(descriptor: int, *, but: str = "") -> None:
+    """Delete all that is in an open directory, where others may write at the same time; what is called `but` stays.
 
     By descriptors alone: no link that is put in meanwhile leads us elsewhere. What cannot be deleted does not keep the
     rest; the first such error is raised at the end. What is gone already is none.
@@ -171,7 +171,7 @@ def empty_directory(descriptor: int) -> None:
     with suppress(PermissionError):
         os.fchmod(descriptor, stat.S_IRWXU)  # frozen directories too
     with os.scandir(descriptor) as found:
-        items = [(item.name, item.is_dir(follow_symlinks=False)) for item in found]
+        items = [(item.name, item.is_dir(follow_symlinks=False)) for item in found if item.name != but]
     failures = [failure for item in items if (failure := _remove_item(descriptor, *item))]
     if failures:
         raise failures[0]

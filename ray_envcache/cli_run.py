@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,15 @@ def _run(project: str | None, tmpdir: str | None, command: list[str], options: d
         program = runner.find_command(command[0], environ)
         place = RunTmpdir.make(tmpdir, os.environ)
         status = 1
-
-        def say(text: str) -> None:
-            click.echo(f"ray-envcache: {text}", err=True)
-
         try:
             held = [*lease.descriptors, *place.descriptors]
             status = runner.run(program, command, {**environ, "RAY_TMPDIR": place.short}, held)
         finally:
-            place.close(say, failed=status != 0, keep=keep, lent=True)
+            place.close(_say, failed=status != 0, keep=keep, lent=True)
         return status
+
+
+def _say(text: str) -> None:
+    # Not through a buffer: what a full disk does not take would be tried again at our end, and change our status.
+    with suppress(OSError):
+        os.write(2, f"ray-envcache: {text}\n".encode(errors="replace"))

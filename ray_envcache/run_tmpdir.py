@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 import stat
 import sys
 import tempfile
@@ -140,10 +139,18 @@ class RunTmpdir:
         """Remove what dead clusters left; with `failed` all but their logs, with `keep` nothing.
 
         A cluster that lives on, because the program meant it to, keeps its session. With `lent`, what lives on of a
-        program that inherited the descriptors keeps the directory.
+        program that inherited the descriptors keeps the directory. What cannot be removed is said, and no exception:
+        how the program ended matters more.
         """
-        left = self._clean(say, failed=failed, keep=keep)
-        self._give_back(say, left=bool(left), lent=lent)
+        left = True
+        try:
+            try:
+                left = bool(self._clean(say, failed=failed, keep=keep))
+            finally:
+                self._give_back(say, left=left, lent=lent)
+        except (OSError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or error
+            say(f"not all of the temp directory could be removed: {self.folder} ({reason})")
 
     def _give_back(self, say: Callable[[str], None], *, left: bool, lent: bool) -> None:
         """Let go of directory and link, and remove them where nobody needs them."""
@@ -167,32 +174,26 @@ class RunTmpdir:
 
     def _clean(self, say: Callable[[str], None], *, failed: bool, keep: bool) -> list[Session]:
         """Remove dead sessions; those that are left, after a word about each."""
-        if not keep:
-            self._collect(say, failed=failed)
+        reasons = {} if keep else self._collect(say, failed=failed)
         left = self._sessions()
         for one in left:
-            say(f"{'kept' if keep else one.state}: {one.path} ({'--keep-session' if keep else one.why})")
+            why = "--keep-session" if keep else reasons.get(one.name, one.why)
+            say(f"{'kept' if keep else one.state}: {one.path} ({why})")
         return left
 
-    def _collect(self, say: Callable[[str], None], *, failed: bool) -> None:
+    def _collect(self, say: Callable[[str], None], *, failed: bool) -> dict[str, str]:
+        """Why what could not be removed could not, by the names of sessions."""
         self._wait()
-        dead = [one for one in self._sessions() if one.state == "dead"]
-        if failed:
-            self._save_logs([Path(one.path) for one in dead], say)
-        collect_sessions([self.temp], only={one.name for one in dead}, starting=0)
+        dead = {one.name for one in self._sessions() if one.state == "dead"}
+        logs = self.folder / "logs" if failed else None
+        report = collect_sessions([self.temp], only=dead, starting=0, logs_to=logs)
+        for kept in sorted(logs / name for name in dead) if logs else []:
+            if kept.is_dir():
+                say(f"logs of the failed run: {kept}")
+        return dict(report.failed)
 
     def _sessions(self) -> list[Session]:
         return survey([self.temp], starting=0) if self.temp.is_dir() else []
-
-    def _save_logs(self, sessions: list[Path], say: Callable[[str], None]) -> None:
-        for session in sessions:
-            kept = self.folder / "logs" / session.name
-            with suppress(FileNotFoundError):
-                kept.parent.mkdir(exist_ok=True)
-                shutil.move(session / "logs", kept)
-                # What has no folder for logs is not taken for a session.
-                (session / "logs").mkdir()
-                say(f"logs of the failed run: {kept}")
 
     def _wait(self) -> None:
         """Until no cluster lives any more, or for as long as that usually takes."""

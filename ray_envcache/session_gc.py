@@ -45,10 +45,12 @@ def collect_sessions(
     dry_run: bool = False,
     only: Collection[str] | None = None,
     starting: float = STARTING_SECONDS,
+    logs_to: Path | None = None,
 ) -> Report:
     """Remove the sessions of dead clusters into which nothing was written for `older_than` seconds.
 
-    `only` names the sessions that are meant; who knows that their clusters have ended may set `starting` to 0. What
+    `only` names the sessions that are meant; who knows that their clusters have ended may set `starting` to 0. With
+    `logs_to` the logs of each are moved there before, under its name; a session whose logs cannot be moved stays. What
     cannot be removed is no exception: the report has it.
     """
     report = Report()
@@ -61,7 +63,7 @@ def collect_sessions(
         return report
     remaining = iter(going)
     while batch := list(islice(remaining, _BATCH)):
-        _remove(batch, report)
+        _remove(batch, report, logs_to)
     for temp in temps:
         session_dirs.mend_latest(temp)
     return report
@@ -88,7 +90,7 @@ class _Claim:
     name: str
 
 
-def _remove(batch: list[Session], report: Report) -> None:
+def _remove(batch: list[Session], report: Report, logs_to: Path | None) -> None:
     with ExitStack() as stack:
         claims = [claim for one in batch if (claim := _claim(one, report, stack))]
         _testpoints.reach("sessions-renamed")
@@ -96,10 +98,9 @@ def _remove(batch: list[Session], report: Report) -> None:
         named = find_mentions(NAMED).by_name if claims else {}
         for claim in claims:
             if why := named.get(claim.session.name):
-                with suppress(OSError):
-                    _rename(claim.temp, claim.name, os.path.basename(claim.session.path))
+                _give_back(claim)
                 report.alive.append(replace(claim.session, state="alive", why=why))
-            else:
+            elif logs_to is None or _save_logs(claim, logs_to, report):
                 _delete(claim, report)
 
 
@@ -146,6 +147,36 @@ def _is_same(descriptor: int, temp: int, name: str) -> bool:
     return (mine.st_dev, mine.st_ino) == (now.st_dev, now.st_ino)
 
 
+def _give_back(claim: _Claim) -> None:
+    with suppress(OSError):
+        _rename(claim.temp, claim.name, os.path.basename(claim.session.path))
+
+
+def _save_logs(claim: _Claim, logs_to: Path, report: Report) -> bool:
+    """Move the logs out of a session, or give it back with them; whether the rest of it may go."""
+    try:
+        try:
+            _move_logs(claim, logs_to)
+        except OSError as error:
+            if error.errno not in _fs.FULL_DISK:
+                raise
+            # A folder for them needs room, which the rest of the session takes.
+            _fs.empty_directory(claim.descriptor, but="logs")
+            _move_logs(claim, logs_to)
+    except (OSError, RecursionError) as error:
+        _give_back(claim)
+        report.failed.append((claim.session.name, _reason(error)))
+        return False
+    return True
+
+
+def _move_logs(claim: _Claim, logs_to: Path) -> None:
+    with suppress(FileNotFoundError):
+        os.stat("logs", dir_fd=claim.descriptor, follow_symlinks=False)  # no folder for logs that are not there
+        logs_to.mkdir(exist_ok=True)
+        os.rename("logs", logs_to / claim.session.name, src_dir_fd=claim.descriptor)
+
+
 def _delete(claim: _Claim, report: Report) -> None:
     try:
         _fs.empty_directory(claim.descriptor)
@@ -153,6 +184,10 @@ def _delete(claim: _Claim, report: Report) -> None:
     except FileNotFoundError:
         pass  # another process deleted it with us
     except (OSError, RecursionError) as error:
-        report.failed.append((claim.session.name, getattr(error, "strerror", None) or str(error)))
+        report.failed.append((claim.session.name, _reason(error)))
         return
     report.removed.append(claim.session)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

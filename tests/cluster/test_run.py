@@ -260,6 +260,32 @@ def test_between_two_clusters(host: Host, program: Path) -> None:
     assert not os.path.lexists(session.parents[2])
 
 
+LEAVE_SESSION = """
+session=$RAY_TMPDIR/ray/session_2026-01-02_03-04-05_000001_79
+mkdir -p $session/logs $session/sockets
+echo why > $session/logs/raylet.out
+"""
+
+
+def test_the_status_of_a_failed_run(host: Host, program: Path) -> None:
+    """It stays the program's on a full disk, where the logs are saved all the same, and where nothing can be said."""
+    place = host.folder / "disk"
+    with support.small_disk(place):
+        # Files are made until there is no inode for another.
+        full = "cd $session; i=0; while touch $i 2> /dev/null; do i=$((i + 1)); done"
+        script = f"{LEAVE_SESSION}\n{full}\nexit 7"
+        status, _, err = run(host, program, "bash", "-c", script, options=("--tmpdir", place))
+        assert status == 7, err
+        (logs,) = place.glob("ray-run-*/logs/session_*")
+        assert f"logs of the failed run: {logs}\n" in err
+        assert (logs / "raylet.out").exists()
+        assert [path.name for path in logs.parents[1].iterdir()] == ["logs"]
+    with open("/dev/full", "w") as nowhere:
+        command = (host.python, "-m", "ray_envcache", "run", "--", "bash", "-c", f"{LEAVE_SESSION}\nexit 7")
+        environ = host.environ(UV_PYTHON=sys.executable)
+        assert subprocess.run(command, cwd=program, env=environ, stderr=nowhere, check=False).returncode == 7
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [

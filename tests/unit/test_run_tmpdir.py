@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from ray_envcache import _flock, session_dirs, tmpdir
-from ray_envcache.run_tmpdir import RunTmpdir, sweep
+from ray_envcache import _flock, _fs, run_tmpdir, session_dirs, session_gc, tmpdir
+from ray_envcache.run_tmpdir import RunTmpdir, clean_sessions, sweep
 from tests import support
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-SESSION = "session_2026-01-02_03-04-05_000001_77"
+SESSION = "session_2026-01-02_03-04-05_000001_78"
 
 
 @pytest.fixture
@@ -220,3 +220,106 @@ def test_without_flocks(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert place.folder.is_dir()
     place.close(pytest.fail, failed=False, keep=False, lent=True)
     assert list(top.iterdir()) == []
+
+
+# Full disks, and others that refuse
+
+
+def fail_with(number: int, monkeypatch: pytest.MonkeyPatch, path: Path, while_there: Path) -> None:
+    """Let `mkdir` of this path fail for as long as something else is there."""
+    real = Path.mkdir
+
+    def mkdir(self: Path, *arguments: Any, **options: Any) -> None:
+        if self == path and any(while_there.parent.rglob(while_there.name)):
+            raise OSError(number, os.strerror(number))
+        real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+
+
+@pytest.mark.parametrize("number", sorted(_fs.FULL_DISK))
+def test_logs_of_a_failed_run_on_a_full_disk(place: RunTmpdir, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Without room for a folder the rest of the session goes first; then the logs are saved."""
+    leave_session(place.temp)
+    fail_with(number, monkeypatch, place.folder / "logs", place.temp / "runtime_resources")
+    said: list[str] = []
+    place.close(said.append, failed=True, keep=False, lent=True)
+    assert said == [f"logs of the failed run: {place.folder / 'logs' / SESSION}"]
+    assert [path.name for path in place.folder.rglob("*")] == ["logs", SESSION, "raylet.out"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_logs_that_cannot_be_saved_stay(place: RunTmpdir, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """They stay in the session, which keeps its name, and one message says where and why."""
+    session = leave_session(place.temp)
+    fail_with(number, monkeypatch, place.folder / "logs", place.temp / "raylet.out")
+    said: list[str] = []
+    place.close(said.append, failed=True, keep=False, lent=True)
+    assert [text.partition(": ")[2] for text in said] == [f"{session} ({os.strerror(number)})"]
+    assert (session / "logs" / "raylet.out").read_text() == "why it failed"
+
+
+@needs_root
+def test_a_failed_run_on_a_small_disk(tmp_path: Path) -> None:
+    """On a disk without an inode left the logs are saved as well, and the rest goes."""
+    disk = tmp_path / "disk"
+    with support.small_disk(disk):
+        place = RunTmpdir.make(str(disk), {})
+        leave_session(place.temp)
+        for number in range(os.statvfs(disk).f_favail):
+            (place.temp / f"ballast-{number}").touch()
+        with pytest.raises(OSError, match="No space left"):
+            (place.folder / "logs").mkdir()
+        said: list[str] = []
+        place.close(said.append, failed=True, keep=False, lent=True)
+        assert said == [f"logs of the failed run: {place.folder / 'logs' / SESSION}"]
+        assert [path.name for path in place.folder.rglob("*")] == ["logs", SESSION, "raylet.out"]
+
+
+@pytest.mark.parametrize("failing", ["collect_sessions", "survey"])
+def test_cleaning_up_raises_nothing(place: RunTmpdir, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    """Whatever fails is one message, nothing is removed unseen, and the link goes."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    session = leave_session(place.temp)
+    monkeypatch.setattr(run_tmpdir, failing, fail)
+    said: list[str] = []
+    place.close(said.append, failed=True, keep=False, lent=True)
+    assert said == [f"not all of the temp directory could be removed: {place.folder} (Input/output error)"]
+    assert (session / "logs" / "raylet.out").exists()
+    assert not os.path.lexists(place.short)
+    assert _flock.is_free(place.folder)
+
+
+def test_an_exception_of_the_program_is_not_replaced(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a program raised around its clusters comes out, however cleaning up fared."""
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(_fs, "remove_tree", fail)
+    with pytest.raises(ZeroDivisionError), clean_sessions(top):
+        raise ZeroDivisionError
+
+
+def test_nothing_takes_a_session_that_somebody_joined(
+    place: RunTmpdir, monkeypatch: pytest.MonkeyPatch, children: list[subprocess.Popen[str]]
+) -> None:
+    """Logs are moved only after the last look: a process that came in between has its session with logs."""
+    session = leave_session(place.temp)
+    real = _flock.try_flock
+
+    def join(path: Path, **options: Any) -> int | None:
+        held = real(path, **options)
+        if path == session and not children:
+            children.append(subprocess.Popen(["sleep", "600"], cwd=session, text=True))
+        return held
+
+    monkeypatch.setattr(_flock, "try_flock", join)
+    session_gc.collect_sessions([place.temp], starting=0, logs_to=place.folder / "logs")
+    assert (session / "logs" / "raylet.out").exists()
+    assert not (place.folder / "logs").exists()
+    end(children[0])
+    place.close(lambda _: None, failed=False, keep=False)
