@@ -20,8 +20,8 @@ USAGE_ERROR = 2
 """What ends a run before the command starts, where nothing more exact is known."""
 
 
-@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-@click.option("--project", metavar="DIR", help="The project's folder; else the nearest one upwards.")
+@click.command(context_settings={"allow_interspersed_args": False})
+@click.option("--project", metavar="PATH", help="The project's folder or lockfile; else the nearest folder upwards.")
 @click.option("--extra", "extras", multiple=True, metavar="NAME", help="Include this extra; may be repeated.")
 @click.option("--group", "groups", multiple=True, metavar="NAME", help="Include this group; may be repeated.")
 @click.option("--package", metavar="NAME", help="The member of the workspace.")

@@ -29,6 +29,8 @@ def show(tmpdir: str | None, print_json: PrintJson | None) -> None:
         print_json({"temp_dirs": _paths(temps), "sessions": [_as_json(one) for one in found]})
     else:
         tables.print_sessions(found, sys.stdout)
+        places = ", ".join(map(printable, _paths(temps))) or "nowhere: no directory of Ray's is there"
+        click.echo(f"Looked in {places}", err=True)
 
 
 def collect(

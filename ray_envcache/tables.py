@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
@@ -100,15 +101,18 @@ def print_report(report: Report, stream: TextIO, *, dry_run: bool) -> None:
 def print_sessions(found: list[Session], stream: TextIO) -> None:
     """The session directories of Ray with a footer of totals."""
     columns = ("SESSION", "STATE", "SIZE", "AGE", "LAST WRITTEN", "HOLDS", "WHY")
-    _print_table(columns, map(_session, found), stream, numeric={"SIZE"})
+    # In one directory, mostly; where there are several, names alone would not tell which is meant.
+    is_told = len({os.path.dirname(one.path) for one in found}) > 1
+    _print_table(columns, (_session(one, is_told=is_told) for one in found), stream, numeric={"SIZE"})
     dead = [one for one in found if one.state == "dead"]
     total, freed = sum(one.size_bytes for one in found), sum(one.reclaimable_bytes for one in dead)
     _say(f"{_count(len(found), 'session')}, {format_size(total)}; {len(dead)} dead, {format_size(freed)}", stream)
 
 
-def _session(one: Session) -> Sequence[str]:
+def _session(one: Session, *, is_told: bool) -> Sequence[str]:
     age = format_duration(max(time.time() - one.started, 0)) if one.started else "-"
-    return (one.name, one.state, format_size(one.size_bytes), age, _ago(one.last_written), _holds(one), one.why)
+    name = one.path if is_told else one.name
+    return (name, one.state, format_size(one.size_bytes), age, _ago(one.last_written), _holds(one), one.why)
 
 
 def _holds(one: Session) -> str:

@@ -190,6 +190,7 @@ def test_exit_codes(store: Store, tmp_path: Path) -> None:
         (run("list", RAY_ENVCACHE_DIR="relative"), 3),
         (run("run", "--project", tmp_path / "nowhere", "--", "true"), 2),
         (run("run", "--project", broken, "--", "true"), 2),
+        (run("run", "--projct", tmp_path, "--", "true"), 2),
     ]
     assert [done.returncode for done, _ in cases] == [code for _, code in cases]
     assert all(done.stdout == "" and "rror: " in done.stderr and "Traceback" not in done.stderr for done, _ in cases)

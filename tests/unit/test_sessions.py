@@ -812,7 +812,9 @@ def test_no_temp_directory_is_no_error(tmp_path: Path) -> None:
     done = cli("gc", "--sessions", RAY_TMPDIR=str(tmp_path))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("Removed 0 sessions, freed 0 B")
-    assert cli("list", "--sessions", RAY_TMPDIR=str(tmp_path)).stdout.startswith("0 sessions")
+    listed = cli("list", "--sessions", RAY_TMPDIR=str(tmp_path))
+    assert listed.stdout.startswith("0 sessions")
+    assert listed.stderr == "Looked in nowhere: no directory of Ray's is there\n"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="compares with /proc")
