@@ -33,6 +33,8 @@ from ray_envcache.spec import EnvSpec
 from ray_envcache.store import Store
 
 RAY_VERSION = installed_ray().version
+NO_PID = 5_000_000 + os.getpid()
+"""For names of sessions: no process has it, nor do other runs of these tests, which may go on at the same time."""
 
 
 def make_wheel(

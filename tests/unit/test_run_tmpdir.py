@@ -17,7 +17,7 @@ from ray_envcache.run_tmpdir import RunTmpdir, clean_sessions, sweep
 from tests import support
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-SESSION = "session_2026-01-02_03-04-05_000001_78"
+SESSION = f"session_2026-01-02_03-04-05_000001_{support.NO_PID}"
 
 
 @pytest.fixture

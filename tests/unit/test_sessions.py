@@ -39,7 +39,7 @@ def temp() -> Iterator[Path]:
         yield folder / "ray"
 
 
-def make(temp: Path, number: int = 1, *, pid: int = 77, age: float = 3600) -> Path:
+def make(temp: Path, number: int = 1, *, pid: int = support.NO_PID, age: float = 3600) -> Path:
     """A session directory that was left `age` seconds ago."""
     session = temp / f"session_2026-01-02_03-04-05_{number:06}_{pid}"
     for folder in ("sockets", "logs/old", "runtime_resources/pip"):
@@ -195,7 +195,7 @@ def test_a_socket_file_says_nothing(temp: Path) -> None:
 @pytest.mark.parametrize("zone", [0, 3600, -12600, 45900])
 def test_a_starting_cluster_is_in_doubt(zone: float, temp: Path) -> None:
     """A session made a moment ago stays, by the clock of whatever time zone it is named; who knows better may say so."""
-    named = time.strftime("session_%Y-%m-%d_%H-%M-%S_000001_77", time.localtime(time.time() - 5 + zone))
+    named = time.strftime(f"session_%Y-%m-%d_%H-%M-%S_000001_{support.NO_PID}", time.localtime(time.time() - 5 + zone))
     session = make(temp).rename(temp / named)
     rest(session, 4)
     assert judge(session) == ("in doubt", "it was made a moment ago, its cluster may be starting")
@@ -205,7 +205,7 @@ def test_a_starting_cluster_is_in_doubt(zone: float, temp: Path) -> None:
 
 def test_a_session_that_has_just_ended_is_dead(temp: Path) -> None:
     """Ray changes the directory at a clean end: that makes no new session of an old one."""
-    named = time.strftime("session_%Y-%m-%d_%H-%M-%S_000001_77", time.localtime(time.time() - 2300))
+    named = time.strftime(f"session_%Y-%m-%d_%H-%M-%S_000001_{support.NO_PID}", time.localtime(time.time() - 2300))
     session = make(temp).rename(temp / named)
     rest(session, 1)
     assert judge(session)[0] == "dead"
@@ -246,13 +246,13 @@ def linked_sockets(session: Path) -> Path:
 
 
 LIES = {
-    "no such month": liar("session_2026-13-02_03-04-05_000001_77"),
+    "no such month": liar(f"session_2026-13-02_03-04-05_000001_{support.NO_PID}"),
     "no number": liar("session_2026-01-02_03-04-05"),
-    "more behind it": liar("session_2026-01-02_03-04-05_000001_77.backup"),
-    "a newline": liar("session_2026-01-02_03-04-05_000001_77\n"),
+    "more behind it": liar(f"session_2026-01-02_03-04-05_000001_{support.NO_PID}.backup"),
+    "a newline": liar(f"session_2026-01-02_03-04-05_000001_{support.NO_PID}\n"),
     "not UTF-8": liar(os.fsdecode(b"session_\xff[bold]\x1b[2J")),
-    "to come": liar("session_2999-01-02_03-04-05_000001_77"),
-    "before all time": liar("session_0000-00-00_00-00-00_000001_77"),
+    "to come": liar(f"session_2999-01-02_03-04-05_000001_{support.NO_PID}"),
+    "before all time": liar(f"session_0000-00-00_00-00-00_000001_{support.NO_PID}"),
     "the link's name": liar("session_latest"),
     "no folders": without_logs,
     "a link for a folder": linked_sockets,
@@ -280,7 +280,7 @@ def test_a_link_is_never_followed(temp: Path, tmp_path: Path) -> None:
     precious = make(tmp_path, 9)
     (precious / "logs" / "thesis").write_text("irreplaceable")
     rest(precious)
-    (temp / "session_2026-01-02_03-04-05_000001_77").symlink_to(precious)
+    (temp / f"session_2026-01-02_03-04-05_000001_{support.NO_PID}").symlink_to(precious)
     session = make(temp, 2)
     (session / "logs" / "old" / "link").symlink_to(precious)
     (session / "logs" / "file").symlink_to(precious / "logs" / "thesis")
@@ -354,7 +354,9 @@ def test_a_process_that_refuses_to_be_looked_at(temp: Path, children: list[subpr
     hidden = "import ctypes, os; os.setgroups([]); os.setgid(65534); os.setuid(65534); ctypes.CDLL(None).prctl(4, 0)"
     pid = start(children, hidden)
     earlier = make(temp, 1)
-    later = temp / time.strftime("session_%Y-%m-%d_%H-%M-%S_000002_77", time.localtime(time.time() + 3600))
+    later = temp / time.strftime(
+        f"session_%Y-%m-%d_%H-%M-%S_000002_{support.NO_PID}", time.localtime(time.time() + 3600)
+    )
     make(temp, 2).rename(later)
     give_to_nobody(earlier)
     give_to_nobody(later)
@@ -577,7 +579,7 @@ def test_sigkill_at_every_step(temp: Path, children: list[subprocess.Popen[str]]
         number += 1
         dead = [make(temp, 1), make(temp, 2)]
         (temp / "session_latest").unlink(missing_ok=True)
-        (temp / "session_latest").symlink_to("session_2026-01-02_03-04-05_999999_77")
+        (temp / "session_latest").symlink_to(f"session_2026-01-02_03-04-05_999999_{support.NO_PID}")
         done = subprocess.run([sys.executable, "-c", PRELUDE, str(number), temp], check=False)
         report = collect_sessions([temp])
         assert report.failed == []
@@ -627,7 +629,7 @@ def test_what_cannot_be_deleted_is_reported(temp: Path) -> None:
 
 def test_a_writer_does_not_stop_the_deleting(temp: Path) -> None:
     """Files that appear or vanish while a session is deleted are no crash; a second run has the rest."""
-    session = make(temp).rename(temp / session_dirs.going_name("session_2026-01-02_03-04-05_000001_77"))
+    session = make(temp).rename(temp / session_dirs.going_name(f"session_2026-01-02_03-04-05_000001_{support.NO_PID}"))
     for number in range(2000):
         (session / "logs" / f"log-{number}").touch()
     writer = "import time\nwhile True:\n try:\n  open(f'logs/{time.time_ns()}', 'w').close()\n except OSError: break"
@@ -826,7 +828,8 @@ def test_mentions_without_proc(
 
     named, opened, neither = make(temp, 1), make(temp, 2), make(temp, 3)
     start(children, "", f"--session-name={named.name}")
-    start(children, f"file = open({str(opened)[:-1]!r} + '7/logs/raylet.out')")
+    # In two parts, or the command line would name it.
+    start(children, f"file = open({str(opened)[:-1]!r} + '{opened.name[-1]}/logs/raylet.out')")
     monkeypatch.setattr(mentions, "_has_proc", lambda: False)
     found = mentions.find_mentions(sessions.NAMED).by_name
     assert {named.name, opened.name} <= found.keys()
