@@ -176,7 +176,6 @@ def kill(process: psutil.Process) -> None:
         process.kill()
 
 
-@with_both_rays
 def test_chaos(host: Host, project: Path) -> None:
     """SIGKILL of all parts while a collector runs all the time: no task loses a module, no lease outlives its holder."""
     chaos(host, project, ("worker", "raylet", "driver", "agent"))
