@@ -82,12 +82,21 @@ def main() -> None:
     except EnvCacheError as error:
         _fail(error)
     except OSError as error:
+        _flush_or_forget()
         _fail(_explained(error))
 
 
 def _fail(error: EnvCacheError) -> NoReturn:
     click.echo(f"error: {error}", err=True)
     sys.exit(error.exit_code)
+
+
+def _flush_or_forget() -> None:
+    """What stdout did not take would be tried again at our end, and change the exit code."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explained(error: OSError) -> EnvCacheError:

@@ -155,7 +155,8 @@ def test_what_the_system_says(store: Store) -> None:
     """An error of the operating system is a sentence too; of the store's own files it is the store that is unusable."""
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "ray_envcache", "gc", "-n"]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+        done = subprocess.run(command, env=buffered, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
     store.layout.collector_flock.unlink()
     store.layout.collector_flock.mkdir()
