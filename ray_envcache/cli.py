@@ -54,7 +54,7 @@ def cli() -> None:
 @cli.command("dir")
 def dir_() -> None:
     """Print where the store is."""
-    click.echo(default_root())
+    click.echo(os.fsencode(default_root()))  # whatever the encoding of stdout has
 
 
 @cli.command()

@@ -50,7 +50,7 @@ def build(*, path: Path, no_install_project: bool, **options: Any) -> None:
             # The environment itself is ready.
             store.finish_all(lease)
             raise
-        click.echo(lease.python)
+        click.echo(os.fsencode(lease.python))  # whatever the encoding of stdout has
 
 
 def _finish(store: Store, entries: list[Entry]) -> None:

@@ -137,6 +137,14 @@ def test_dir_prints_the_root(store: Store) -> None:
     assert run("dir", RAY_ENVCACHE_DIR=str(store.layout.root / "elsewhere")).stdout.strip().endswith("elsewhere")
 
 
+def test_paths_are_printed_in_any_encoding(tmp_path: Path) -> None:
+    """A script gets the bytes of the path, also where letters of it are none of the stream's."""
+    command = [sys.executable, "-m", "ray_envcache", "dir"]
+    environ = {**os.environ, "RAY_ENVCACHE_DIR": f"{tmp_path}/Grüße", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environ, capture_output=True, check=True)
+    assert done.stdout == os.fsencode(f"{tmp_path}/Grüße\n")
+
+
 def test_env_prints_exports_that_a_shell_understands(store: Store) -> None:
     """eval "$(ray-envcache env)" registers plugin and hook, and keeps what others registered."""
     other = json.dumps([{"class": "it's.a.Plugin"}])
