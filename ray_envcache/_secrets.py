@@ -9,7 +9,8 @@ from types import MappingProxyType
 
 # Up to the last `@` before the path: a password that is not quoted as it should be may have one of its own.
 _LOGIN = re.compile(r"(?<=://)[^/\s]+@")
-_TOKEN = re.compile(r"(?i)([?&][\w.-]*(?:token|secret|passw(?:or)?d|signature|credential|key|sig|auth)=)[^&#\s\"'`]+")
+_WORDS = r"[\w.-]*(?:token|secret|passw(?:or)?d|signature|credential)|(?:[\w.-]*[_.-])?(?:key|sig|auth|pwd|jwt)"
+_TOKEN = re.compile(rf"(?i)([?&;#](?:{_WORDS})=)[^&#\s\"`]+")
 _SSH_USER = re.compile(r"(?:[a-z]+\+)?ssh://[^/\s:@]+@")
 _SECRET_LENGTH = 4
 _NONE: Mapping[str, str] = MappingProxyType({})
@@ -20,9 +21,12 @@ def without_credentials(text: str, given: Mapping[str, str] = _NONE) -> str:
 
     `given` are variables beside those of this process.
     """
-    for name, value in (*os.environ.items(), *given.items()):
+    variables = (*os.environ.items(), *given.items())
+    named = {value for name, value in variables if name.startswith("UV_") and name.endswith(("_PASSWORD", "_TOKEN"))}
+    # The longest first, since another may be its beginning.
+    for value in sorted(named, key=len, reverse=True):
         # A short one would be found in ordinary words.
-        if name.startswith("UV_") and name.endswith(("_PASSWORD", "_TOKEN")) and len(value) >= _SECRET_LENGTH:
+        if len(value) >= _SECRET_LENGTH:
             text = text.replace(value, "***")
     return _TOKEN.sub(r"\1***", _LOGIN.sub("***@", text))
 

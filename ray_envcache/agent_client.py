@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from ray_envcache.cluster_ray import ClusterRay
 from ray_envcache.errors import BuildError, EnvCacheError
@@ -140,10 +140,10 @@ def _start(environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
 def _listen(child: subprocess.Popen[bytes], logger: logging.Logger) -> str:
     """Log what the child says until it names the entry. Raises the error it reports."""
     assert child.stdout is not None
-    assert child.stderr is not None
-    # Read all the time: a child whose pipe is full waits for ever.
     tail: deque[bytes] = deque(maxlen=20)
-    reader = threading.Thread(target=tail.extend, args=(child.stderr,), name="envcache-stderr", daemon=True)
+    reader = threading.Thread(target=_drain, args=(child.stderr, tail), name="envcache-stderr", daemon=True)
+    # The thread's from here on: who closed it beside a reader would wait for all who have inherited it.
+    child.stderr = None
     reader.start()
     for raw in child.stdout:
         message = _message(raw)
@@ -157,6 +157,12 @@ def _listen(child: subprocess.Popen[bytes], logger: logging.Logger) -> str:
     raise BuildError(
         f"The build process ended without an answer:\n{output[-1500:]}", "was it killed for want of memory?"
     )
+
+
+def _drain(stream: IO[bytes], tail: deque[bytes]) -> None:
+    """Read to the end, all the time: a child whose pipe is full waits for ever."""
+    with stream:
+        tail.extend(stream)
 
 
 def _message(raw: bytes) -> dict[str, Any]:

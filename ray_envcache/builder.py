@@ -97,9 +97,10 @@ class Build:
 
     def _build(self, flock: int) -> Lease:
         entry, began = self.layout.next_entry(self.plan.key), time.monotonic()
-        self.observer.started(self.plan)
         try:
             with self._start(entry):
+                self.plan.prepare(entry)
+                self.observer.started(self.plan)
                 self._fill(entry, flock)
                 self._publish(entry, time.monotonic() - began)
                 lease = self._claim(entry)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
 
@@ -94,15 +95,17 @@ def _fail(error: EnvCacheError) -> NoReturn:
 def _flush_or_forget() -> None:
     """What stdout did not take would be tried again at our end, and change the exit code."""
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started us
+            sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explained(error: OSError) -> EnvCacheError:
     """What the system says, as an error of ours: of the store, where it is about a file in there."""
-    place = str(error.filename or "")
+    place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
     message = f"{error.strerror or error}" + (f": `{place}`" if place else "")
-    if place.startswith(f"{default_root()}/"):
-        return StoreError(message, "ray-envcache doctor looks whether the store can be used")
+    with suppress(EnvCacheError):  # no store at all
+        if place.startswith(f"{default_root()}/"):
+            return StoreError(message, "ray-envcache doctor looks whether the store can be used")
     return EnvCacheError(message)

@@ -15,7 +15,7 @@ import click
 from ray_envcache import inventory, pins, tables
 from ray_envcache.entry import utc
 from ray_envcache.errors import FieldValueError
-from ray_envcache.layout import Entry
+from ray_envcache.layout import Entry, default_root
 from ray_envcache.lower import VARIABLE, missing_stores
 from ray_envcache.store import Store
 from ray_envcache.units import OFF, format_size, parse_duration, parse_space
@@ -27,11 +27,11 @@ SCHEMA_VERSION = 1
 _SWITCHED_OFF = object()
 _TOLD = ("pid", "kind", "cluster", "job", "command", "since")
 _LIMITS = ("UNUSED_FOR", "MAX_USED_SPACE", "MIN_FREE_SPACE", "RESERVED_SPACE")
-_OF_A_COLLECTOR = frozenset(f"RAY_ENVCACHE_{name}" for name in ("DIR", *_LIMITS))
+_OF_A_COLLECTOR = frozenset(f"RAY_ENVCACHE_{name}" for name in ("ALLOW_NETWORK_FS", *_LIMITS))
 
 TIMER = """\
 # crontab -e: every hour, quiet unless something fails
-17 * * * * {in_cron} gc > /dev/null
+17 * * * * {in_cron} gc > /dev/null # ray-envcache-gc
 
 # or systemd, as the store's user:
 #   mkdir -p ~/.config/systemd/user, save the two files there, then
@@ -268,12 +268,15 @@ def _timer(environ: Mapping[str, str]) -> str:
     """What cron and systemd need: the full path, and what was chosen for this store and its limits."""
     script = os.path.abspath(sys.argv[0])
     command = [script] if os.path.basename(script) == "ray-envcache" else [sys.executable, "-m", "ray_envcache"]
-    chosen = [f"{name}={value}" for name, value in sorted(environ.items()) if name in _OF_A_COLLECTOR]
+    variables = {name: value for name, value in environ.items() if name in _OF_A_COLLECTOR}
+    # Also where it is the usual one: that depends on variables of the shell too.
+    variables["RAY_ENVCACHE_DIR"] = os.fspath(default_root())
+    chosen = [f"{name}={value}" for name, value in sorted(variables.items())]
     # Cron ends a line at a %, and systemd replaces what follows one. Both take quotes; systemd no others than these.
-    in_cron = shlex.join([*(["env", *chosen] if chosen else []), *command]).replace("%", "\\%")
+    in_cron = shlex.join(["env", *chosen, *command]).replace("%", "\\%")
     in_systemd = " ".join(_quoted(word.replace("$", "$$")) for word in command)
-    variables = "".join(f"Environment={_quoted(one)}\n" for one in chosen)
-    return TIMER.format(in_cron=in_cron, in_systemd=in_systemd, variables=variables)
+    lines = "".join(f"Environment={_quoted(one)}\n" for one in chosen)
+    return TIMER.format(in_cron=in_cron, in_systemd=in_systemd, variables=lines)
 
 
 def _quoted(word: str) -> str:

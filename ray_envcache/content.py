@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_envcache import _process
-from ray_envcache.errors import LockfileError
+from ray_envcache.errors import ChangedError, LockfileError
 from ray_envcache.interpreter import clean_environ
 from ray_envcache.project import read_toml
 
@@ -44,6 +44,7 @@ class Content:
     by_time: frozenset[str]
     size: int
     digest: str
+    identities: dict[str, list[Any]]
 
     @property
     def top(self) -> str:
@@ -55,7 +56,7 @@ class Content:
         """Copy the files to `target`; those beside the package too, where their places are inside of `within`.
 
         Files too large to be read are linked to, not copied. Whatever the names are, and wherever links lead, nothing
-        is written outside of `within`, by default `target`.
+        is written outside of `within`, by default `target`. Raises ChangedError where a copy is not what was seen.
         """
         target.mkdir(parents=True, exist_ok=True)
         # Backends that ask version control for the version find it there.
@@ -72,12 +73,21 @@ class Content:
                     self._copy(name, place / os.path.basename(name))
 
     def _copy(self, name: str, path: Path) -> None:
-        if name in self.by_time:
-            path.symlink_to(self.folder / name)
-        elif (self.folder / name).is_file():
-            shutil.copy2(self.folder / name, path)
-        else:
-            _copy_link(self.folder, name, path)
+        source, seen = self.folder / name, path
+        try:
+            if name in self.by_time:
+                path.symlink_to(source)
+            elif source.is_file():
+                shutil.copy2(source, path)
+            else:
+                _copy_link(self.folder, name, path)
+                seen = source  # the copy of a link may lead there by another path
+            same = _identity(seen, read=name not in self.by_time) == self.identities[name]
+        except FileNotFoundError:
+            same = False
+        if not same:
+            # The key of the layer is of what was seen: it would lie for ever.
+            raise ChangedError(f"`{source}` was edited while it was copied", "try again")
 
     def warning(self) -> str:
         """What is wrong with so many bytes, "" where they can be read."""
@@ -117,9 +127,10 @@ def look(folder: Path) -> Content:
     names = {name for name in (*_seen(folder), *_matching(folder, settings)) if _is_file_or_link(folder / name)}
     sizes = {name: _size(folder / name) for name in names}
     by_time = _too_large(sizes)
-    listing = sorted([_portable(name), *_identity(folder / name, read=name not in by_time)] for name in names)
+    identities = {name: _identity(folder / name, read=name not in by_time) for name in names}
+    listing = sorted([_portable(name), *identity] for name, identity in identities.items())
     digest = hashlib.sha256(json.dumps([listing, _extras(folder, settings)]).encode()).hexdigest()
-    return Content(folder, tuple(sorted(names)), by_time, sum(sizes.values()), f"sha256:{digest}")
+    return Content(folder, tuple(sorted(names)), by_time, sum(sizes.values()), f"sha256:{digest}", identities)
 
 
 def _seen(folder: Path) -> list[str]:

@@ -47,6 +47,10 @@ class LockfileError(EnvCacheError):
     """The lockfile is missing, broken, outdated, unreadable for this uv, or does not have what was asked for."""
 
 
+class ChangedError(LockfileError):
+    """Somebody wrote the files while they were looked at."""
+
+
 class DigestError(LockfileError):
     """The files on this node are not the ones whose digest the field value pins."""
 

@@ -18,7 +18,7 @@ from typing import Any
 from ray_envcache import _fs, content, exports, key, venv_files
 from ray_envcache.content import Content
 from ray_envcache.environment import EnvironmentPlan
-from ray_envcache.errors import DigestError, LockfileError
+from ray_envcache.errors import DigestError
 from ray_envcache.layout import Entry
 from ray_envcache.lockfile import LocalPackage
 from ray_envcache.plan import BuildUv, Plan, into
@@ -75,19 +75,18 @@ class LayerPlan(_OnTop):
         super().install(entry, uv)
         _fs.remove_tree(entry.sources)
 
-    def packages(self, entry: Entry) -> list[str]:
-        """Copies of them, which keep their places to each other and to the root of their workspace.
-
-        Raises LockfileError where they were edited after we looked: the key of the layer would lie for ever.
-        """
-        top = os.path.commonpath([self.folder, *self.folders, *(one.top for one in self.contents)])
+    def prepare(self, entry: Entry) -> None:
+        """Copy them; they keep their places to each other and to the root of their workspace."""
         for one in self.contents:
-            one.copy(entry.sources / os.path.relpath(one.folder, top), within=entry.sources)
-        if digest_of(content.look(folder) for folder in self.folders) != self.digest:
-            trouble = f"The local packages of `{self.folder}` were edited while they were copied"
-            raise LockfileError(trouble, "try again")
-        _copy_projects(self.folder, entry.sources / os.path.relpath(self.folder, top), within=entry.sources)
-        return [os.fspath(entry.sources / os.path.relpath(folder, top)) for folder in self.folders]
+            one.copy(self._place(entry, one.folder), within=entry.sources)
+        _copy_projects(self.folder, self._place(entry, self.folder), within=entry.sources)
+
+    def packages(self, entry: Entry) -> list[str]:
+        return [os.fspath(self._place(entry, folder)) for folder in self.folders]
+
+    def _place(self, entry: Entry, folder: Path) -> Path:
+        top = os.path.commonpath([self.folder, *self.folders, *(one.top for one in self.contents)])
+        return entry.sources / os.path.relpath(folder, top)
 
 
 @dataclass(frozen=True)

@@ -88,12 +88,13 @@ class ResolvedSet:
         return any(package.is_built_here for package in self.packages)
 
     def local_files(self) -> list[str]:
-        """The artifacts that are files of this host.
+        """The artifacts that are files of this host, and whose hashes the lockfile does not have.
 
-        A lockfile need not have their hashes, so its text does not tell when one was replaced.
+        Its text does not tell when one was replaced.
         """
         # A repository is not such a file: the commit says all.
-        artifacts = [table for package in self.packages if package.kind != "vcs" for table in package.artifact_tables()]
+        loose = (package for package in self.packages if not (package.is_pinned or package.kind == "vcs"))
+        artifacts = [table for package in loose for table in package.artifact_tables()]
         urls = [table["url"] for table in artifacts if str(table.get("url", "")).startswith("file:")]
         return [table["path"] for table in artifacts if "path" in table] + [path_of(url) for url in urls]
 

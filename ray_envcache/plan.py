@@ -47,6 +47,9 @@ class Plan:
         """What `uv venv` is told beyond the usual."""
         return []
 
+    def prepare(self, entry: Entry) -> None:
+        """What has to come before anybody is told of the build: the line may go to a log that lies in a package."""
+
     def install(self, entry: Entry, uv: BuildUv) -> None:
         """Fill the fresh venv of `entry`. Raises BuildError."""
         raise NotImplementedError

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray_envcache import _flock, _fs, interpreter
 from ray_envcache.entry import file_identity, is_unchanged
-from ray_envcache.errors import LockfileError, UnknownKeyError
+from ray_envcache.errors import ChangedError, LockfileError, UnknownKeyError
 from ray_envcache.key import digest_of, layer_key
 from ray_envcache.layout import Entry, Layout, default_root, layout_of, newest_first
 from ray_envcache.leases import Holder, Lease, claim_whole, told
@@ -136,7 +136,7 @@ class Store:
             before, inputs = inputs, self._inputs(spec, ray)._replace(editable=inputs.editable)
             if inputs.memo == before.memo:
                 return inputs, plan
-        raise LockfileError(f"The files in `{project.folder}` change all the time", "try again when nobody writes them")
+        raise ChangedError(f"The files in `{project.folder}` change all the time", "try again when nobody writes them")
 
     def _build(self, inputs: Inputs, plan: EnvironmentPlan, holder: Holder, observer: Observer | None) -> Lease:
         from ray_envcache import room  # not on the warm path
@@ -154,9 +154,15 @@ class Store:
             from ray_envcache import layers  # for local packages only
 
             make = layers.editable_plan if inputs.editable else layers.layer_plan
-            layer = make(inputs.spec, plan, lease.entry)
-            found = self._claim_lower(layer.key, holder)
-            return found or Build(self.layout, layer, holder, observer).lease()
+
+            def of_content_now() -> Lease:
+                layer = make(inputs.spec, plan, lease.entry)
+                return self._claim_lower(layer.key, holder) or Build(self.layout, layer, holder, observer).lease()
+
+            for _ in range(_PLANNINGS - 1):
+                with suppress(ChangedError):
+                    return of_content_now()
+            return of_content_now()
 
     def _claim_lower(self, key: str, holder: Holder) -> Lease | None:
         """A lease on an environment of ours or, before it would be built, of a lower store."""

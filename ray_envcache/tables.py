@@ -195,7 +195,7 @@ def _say(text: str, stream: TextIO) -> None:
 
 def shown(text: str, stream: TextIO) -> str:
     """The text as `stream` can have it: no control characters, and codes in place of letters that it has not."""
-    text, encoding = printable(text), stream.encoding or "utf-8"
+    text, encoding = printable(text), getattr(stream, "encoding", None) or "utf-8"
     if text.isascii():
         return text
     try:

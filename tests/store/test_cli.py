@@ -173,6 +173,14 @@ def test_what_the_system_says(store: Store) -> None:
     assert done.stderr.startswith(f"error: Is a directory: `{store.layout.collector_flock}`\nhint: ")
 
 
+def test_without_stdout(store: Store) -> None:
+    """Who closes it, as some crontabs do, wants the work done and nothing said."""
+    for command in ("gc", "list"):
+        script = f"{sys.executable} -m ray_envcache {command} >&-"
+        done = subprocess.run(["sh", "-c", script], capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_build_takes_the_options_of_the_field(store: Store, project: Path) -> None:
     """An environment that inherits can be built before any cluster starts."""
     assert run("build", project, "--inherit", "click").returncode == 1, "click is not in the lockfile"

@@ -459,7 +459,7 @@ def test_timer_cleans_the_store_that_was_chosen(store: Store, monkeypatch: pytes
     said = subprocess.run(["./ray-envcache", "gc", "--print-timer"], capture_output=True, text=True, check=True).stdout
     line = next(line for line in said.splitlines() if line.startswith("17 "))
     # As cron does it: the rest of the line is the shell's, and a % is one where a backslash is before it.
-    command = line.split(None, 5)[5].removesuffix(" > /dev/null").replace("\\%", "%")
+    command = line.split(None, 5)[5].removesuffix(" > /dev/null # ray-envcache-gc").replace("\\%", "%")
     words = shlex.split(command)
     assert words == [
         "env",

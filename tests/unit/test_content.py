@@ -61,7 +61,7 @@ def test_digest(tree: dict[str, bytes], when: int, data: st.DataObject) -> None:
 @given(st.lists(st.from_regex(r"[0-9a-f]{8}", fullmatch=True), min_size=1, max_size=4), st.randoms())
 def test_layer_key(digests: list[str], dice: object) -> None:
     """The order of packages does not matter; their content and the environment below do."""
-    contents = [content.Content(Path(f"/{number}"), (), frozenset(), 0, one) for number, one in enumerate(digests)]
+    contents = [content.Content(Path(f"/{number}"), (), frozenset(), 0, one, {}) for number, one in enumerate(digests)]
     digest = layers.digest_of(contents)
     assert layers.digest_of(reversed(contents)) == digest
     assert layers.digest_of([*contents, contents[0]]) != digest
