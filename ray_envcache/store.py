@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from ray_envcache.lockfile import ResolvedSet
 
 _MEMO_SCHEMA = 3
-_PLANNINGS = 3
-"""How often an environment is planned, while somebody writes the files that say what is in it."""
+_PLANNINGS = 3  # at most, while somebody writes the files that say what is to be built
 _layout = cache(Layout)  # it makes each of its paths once, and agents open their store for every look
 
 
