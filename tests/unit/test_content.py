@@ -33,7 +33,7 @@ def write(folder: Path, tree: dict[str, bytes]) -> Path:
     return folder
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tree=TREES, when=st.integers(0, 2_000_000_000), data=st.data())
 def test_digest(tree: dict[str, bytes], when: int, data: st.DataObject) -> None:
     """Place, order and times of change do not matter; a name, a byte or the right to execute does."""
