@@ -18,7 +18,6 @@ from ray_envcache.spec import EnvSpec
 from ray_envcache.store import Store
 from tests import support
 
-
 # No test is timed: on a busy machine anything takes long once.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
