@@ -71,8 +71,9 @@ def env() -> None:
 
 def main() -> None:
     """Run the command line, and turn our errors into one sentence, a hint and an exit code."""
+    color = False if os.environ.get("NO_COLOR") else None  # else as click finds it: https://no-color.org
     try:
-        cli(standalone_mode=False)
+        cli(standalone_mode=False, color=color)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.Abort:

@@ -93,8 +93,7 @@ def _findings(data: dict[str, Any]) -> list[dict[str, str]]:
 def _print_findings(findings: Iterable[dict[str, str]], place: str = "") -> None:
     for found in findings:
         state = click.style(f"{found['state']:5}", fg=_COLORS.get(found["state"]))
-        color = False if os.environ.get("NO_COLOR") else None  # else as click finds it: https://no-color.org
-        click.echo(f"{state}  {place or format(found['name'], '14')}{_printable(found['text'])}", color=color)
+        click.echo(f"{state}  {place or format(found['name'], '14')}{_printable(found['text'])}")
         if found["hint"] and found["state"] != OK:
             click.echo(f"       hint: {_printable(found['hint'])}")
 

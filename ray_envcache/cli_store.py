@@ -18,7 +18,7 @@ from ray_envcache.errors import FieldValueError
 from ray_envcache.layout import Entry, default_root
 from ray_envcache.lower import VARIABLE, missing_stores
 from ray_envcache.store import Store
-from ray_envcache.units import OFF, format_size, parse_duration, parse_space
+from ray_envcache.units import format_size, is_off, parse_duration, parse_space
 
 if TYPE_CHECKING:
     from ray_envcache.collector import Report
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 _SWITCHED_OFF = object()
 _TOLD = ("pid", "kind", "cluster", "job", "command", "since")
-_LIMITS = ("UNUSED_FOR", "MAX_USED_SPACE", "MIN_FREE_SPACE", "RESERVED_SPACE")
-_OF_A_COLLECTOR = frozenset(f"RAY_ENVCACHE_{name}" for name in ("ALLOW_NETWORK_FS", *_LIMITS))
 
 TIMER = """\
 # crontab -e: every hour, quiet unless something fails
@@ -75,7 +73,7 @@ def _parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Param
 
 def _limit(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:
     """The same for a limit, which can also be switched off."""
-    return _parsed(lambda text: _SWITCHED_OFF if text.strip().lower() in OFF else parse(text))
+    return _parsed(lambda text: _SWITCHED_OFF if is_off(text) else parse(text))
 
 
 _tmpdir_option = click.option(
@@ -266,9 +264,12 @@ def _confirm(question: str) -> None:
 
 def _timer(environ: Mapping[str, str]) -> str:
     """What cron and systemd need: the full path, and what was chosen for this store and its limits."""
+    from ray_envcache.policy import VARIABLES  # not for those that only look
+
     script = os.path.abspath(sys.argv[0])
     command = [script] if os.path.basename(script) == "ray-envcache" else [sys.executable, "-m", "ray_envcache"]
-    variables = {name: value for name, value in environ.items() if name in _OF_A_COLLECTOR}
+    names = ("RAY_ENVCACHE_ALLOW_NETWORK_FS", *VARIABLES)
+    variables = {name: environ[name] for name in names if name in environ}
     # Also where it is the usual one: that depends on variables of the shell too.
     variables["RAY_ENVCACHE_DIR"] = os.fspath(default_root())
     chosen = [f"{name}={value}" for name, value in sorted(variables.items())]

@@ -10,13 +10,12 @@ from ray_envcache import probe, registration
 from ray_envcache._testpoints import FOLDER
 from ray_envcache.errors import FieldValueError
 from ray_envcache.findings import ERROR, OK, WARN, Finding
-from ray_envcache.policy import Limits
+from ray_envcache.policy import VARIABLES, Limits
 from ray_envcache.units import parse_duration
 
 _PREFIX = "RAY_ENVCACHE_"
-_LIMITS = ("UNUSED_FOR", "MIN_FREE_SPACE", "MAX_USED_SPACE", "RESERVED_SPACE")
 _OTHERS = ("DIR", "READONLY_DIRS", "ALLOW_NETWORK_FS", "GC_INTERVAL")
-SETTINGS = tuple(f"{_PREFIX}{name}" for name in (*_OTHERS, *_LIMITS))
+SETTINGS = (*(f"{_PREFIX}{name}" for name in _OTHERS), *VARIABLES)
 """The variables that people set."""
 _INTERNAL = frozenset({registration.CHAINED_HOOK, registration.CHAINED_UV_RUN, probe.VARIABLE, FOLDER})
 
@@ -54,7 +53,8 @@ def registered(environ: Mapping[str, str]) -> Finding:
 
 def _setting(name: str, value: str) -> Finding | None:
     if name not in SETTINGS:
-        near = difflib.get_close_matches(name.removeprefix(_PREFIX), (*_OTHERS, *_LIMITS), n=1)
+        known = [one.removeprefix(_PREFIX) for one in SETTINGS]
+        near = difflib.get_close_matches(name.removeprefix(_PREFIX), known, n=1)
         hint = f"did you mean {_PREFIX}{near[0]}?" if near else f"there are {', '.join(SETTINGS)}"
         return Finding("settings", WARN, f"There is no setting {name}: nobody reads it", hint)
     try:

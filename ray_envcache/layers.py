@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,11 @@ class LayerPlan(_OnTop):
         return [os.fspath(self._place(entry, folder)) for folder in self.folders]
 
     def _place(self, entry: Entry, folder: Path) -> Path:
-        top = os.path.commonpath([self.folder, *self.folders, *(one.top for one in self.contents)])
-        return entry.sources / os.path.relpath(folder, top)
+        return entry.sources / os.path.relpath(folder, self._top)
+
+    @cached_property
+    def _top(self) -> str:
+        return os.path.commonpath([self.folder, *self.folders, *(one.top for one in self.contents)])
 
 
 @dataclass(frozen=True)

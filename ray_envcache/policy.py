@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ray_envcache.errors import FieldValueError
-from ray_envcache.units import OFF, Space, format_duration, format_size, parse_duration, parse_space
+from ray_envcache.units import Space, format_duration, format_size, is_off, parse_duration, parse_space
 
 T = TypeVar("T")
 DAY = 86_400.0
 TENTH_OF_THE_DISK = Space(share=0.1)
+VARIABLES = tuple(
+    f"RAY_ENVCACHE_{name}" for name in ("UNUSED_FOR", "MIN_FREE_SPACE", "MAX_USED_SPACE", "RESERVED_SPACE")
+)
+"""What sets the limits."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ def _variable(environ: Mapping[str, str], name: str, parse: Callable[[str], T], 
     text = environ.get(variable, "").strip()
     if not text:
         return default
-    if text.lower() in OFF:
+    if is_off(text):
         return None
     try:
         return parse(text)

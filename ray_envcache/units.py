@@ -15,9 +15,6 @@ _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _SECONDS = {"w": 604_800, "d": 86_400, "h": 3_600, "m": 60, "s": 1}
 _NAMES = ((86_400, "day"), (3_600, "hour"), (60, "minute"), (1, "second"))
 
-OFF = frozenset({"off", "none"})
-"""What switches a limit off, in any case of letters."""
-
 
 @dataclass(frozen=True)
 class Space:
@@ -65,6 +62,11 @@ def parse_duration(text: str | float) -> float:
     if not parts or _PART.sub("", written).strip():
         raise FieldValueError(f"Not a duration: `{text}`", 'write "14d", "36h", "90m", "45s" or a number of seconds')
     return sum(float(number) * _SECONDS[unit.lower()] for number, unit in parts)
+
+
+def is_off(text: str) -> bool:
+    """Whether this switches a limit off."""
+    return text.strip().lower() in {"off", "none"}
 
 
 def format_size(size: float) -> str:

@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -150,6 +151,23 @@ def run_python(
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def start_python(
+    children: list[subprocess.Popen[str]],
+    code: str,
+    *arguments: str | Path,
+    python: str | Path = sys.executable,
+    **options: Any,
+) -> subprocess.Popen[str]:
+    """A child that has run `code` when this returns, and stays until its stdin closes."""
+    program = f"import sys\n{code}\nprint('up', flush=True)\nsys.stdin.read()"
+    command: list[str | Path] = [python, "-c", program, *arguments]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+    children.append(child)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "up\n"
+    return child
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:

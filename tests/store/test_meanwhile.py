@@ -22,6 +22,7 @@ from ray_envcache.spec import EnvSpec
 from ray_envcache.store import Store, digest_of_files
 from tests import support
 from tests.conftest import Acquire
+from tests.store.test_layers import make_package
 
 Checkout = Callable[[int], None]
 
@@ -132,14 +133,10 @@ def test_files_that_change_all_the_time(
 @pytest.fixture
 def app(tmp_path: Path, wheels: Path) -> Path:
     """A packaged project, without git."""
-    folder = tmp_path / "app"
-    project = support.make_project(folder, wheels, ["ray"])
-    text = project.read_text().replace("package = false", "package = true")
-    project.write_text(f'{text}\n[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n')
-    (folder / "backend.py").write_text(support.SRC_BACKEND.format(name="app"))
-    source = folder / "src" / "app" / "__init__.py"
-    source.parent.mkdir(parents=True)
-    source.write_text("VERSION = 1\n")
+    folder = make_package(tmp_path / "app", "app", text="VERSION = 1\n", dependencies=["ray"])
+    project = folder / "pyproject.toml"
+    with project.open("a") as file:
+        file.write(f'[tool.uv]\nno-index = true\nfind-links = ["{wheels}"]\n')
     support.run_uv("lock", cwd=folder)
     return project
 
@@ -198,15 +195,7 @@ def test_remains_that_somebody_runs_from(
     """A collector that died halfway left an entry without its record: while a process runs from it, it stays."""
     project = support.make_project(tmp_path / "project", wheels, ["ray"])
     lease = acquire(project)
-    user = subprocess.Popen(
-        [lease.python, "-c", "print('runs', flush=True); input()"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    children.append(user)
-    assert user.stdout is not None
-    assert user.stdout.readline() == "runs\n"
+    support.start_python(children, "", python=lease.python)
     lease.release()
     lease.entry.ready.unlink()
     assert acquire(project).entry != lease.entry

@@ -40,12 +40,7 @@ def entry(tmp_path: Path, wheels: Path, store: Store) -> Entry:
 
 def start(entry: Entry, code: str, children: list[subprocess.Popen[str]]) -> subprocess.Popen[str]:
     """An interpreter of the entry that runs `code` and then waits for its stdin to close; returns when it is there."""
-    program = f"import sys\n{code}\nprint('up', flush=True)\nsys.stdin.read()"
-    child = subprocess.Popen([entry.python, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    children.append(child)
-    assert child.stdout is not None
-    assert child.stdout.readline() == "up\n"
-    return child
+    return support.start_python(children, code, python=entry.python)
 
 
 def test_interpreter_of_the_venv_holds_its_entry(

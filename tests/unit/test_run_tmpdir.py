@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +52,7 @@ def leave_session(temp: Path, name: str = SESSION) -> Path:
 
 def inherit(children: list[subprocess.Popen[str]], place: RunTmpdir) -> subprocess.Popen[str]:
     """A program that has the descriptors, as that of `run` has, and ends when its stdin does."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", "print('up', flush=True); input()"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        pass_fds=place.descriptors,
-        text=True,
-    )
-    children.append(child)
-    assert child.stdout is not None
-    assert child.stdout.readline() == "up\n"
-    return child
+    return support.start_python(children, "", pass_fds=place.descriptors)
 
 
 def end(child: subprocess.Popen[str]) -> None:

@@ -66,13 +66,7 @@ def judge(session: Path) -> tuple[str, str]:
 
 def start(children: list[subprocess.Popen[str]], code: str, *arguments: str | Path, **options: Any) -> int:
     """Start Python code in a child that says when it is ready and stays."""
-    program = f"import sys\n{code}\nprint('ready', flush=True)\nsys.stdin.read()"
-    command: list[str | Path] = [sys.executable, "-c", program, *arguments]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
-    children.append(child)
-    assert child.stdout is not None
-    assert child.stdout.readline() == "ready\n"
-    return child.pid
+    return support.start_python(children, code, *arguments, **options).pid
 
 
 def cli(*arguments: str | Path, **environ: str) -> subprocess.CompletedProcess[str]:

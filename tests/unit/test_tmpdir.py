@@ -131,16 +131,8 @@ def test_in_another_process_it_is_a_plain_string(long: Path) -> None:
 def test_a_link_stays_while_a_process_names_it(long: Path, place: Path, children: list[subprocess.Popen[str]]) -> None:
     """A cluster that outlives its driver keeps the link; when it is dead, the next one sweeps it."""
     short = tmpdir.make_link(str(long), [place])
-    cluster = subprocess.Popen(
-        [sys.executable, "-c", "import sys; print('up', flush=True); sys.stdin.read()", f"--temp-dir={short}/ray"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    children.append(cluster)
-    # While it is being started, the kernel has no command line of it yet.
-    assert cluster.stdout is not None
-    assert cluster.stdout.readline() == "up\n"
+    # It is up: while it is being started, the kernel has no command line of it yet.
+    cluster = support.start_python(children, "", f"--temp-dir={short}/ray")
     assert not short.release(patience=0.2)
     assert os.path.samefile(short, long)
     end(cluster)
