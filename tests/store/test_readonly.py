@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 import pytest
 
-from ray_envcache import _flock, _fs, entry, leases, lower
+from ray_envcache import _flock, _fs, bytecode, entry, leases, lower
 from ray_envcache.agent_client import Build
 from ray_envcache.cluster_ray import installed_ray
 from ray_envcache.collector import collect
@@ -285,17 +285,20 @@ def test_layer_on_top(
     shutil.copytree(folder / "app", tmp_path / "app")
     module = tmp_path / "app" / "src" / "app" / "__init__.py"
     module.write_text(module.read_text().replace("X = 1", "X = 2"))
+    # Nobody finishes it in the background: that holds the environment of the image too, and the next tests see who does.
     for _ in range(2):
-        with acquire(below, tmp_path / "app") as lease:
+        with acquire(below, tmp_path / "app", finish=False) as lease:
             assert support.run_python("import app, wanted; print(app.X)", python=lease.python) == "2\n"
             assert own_entries(below) == [lease.entry]
             assert lease.entries[1:] == [environment_of(image)]
+    bytecode.finish_now(below.layout, lease.entry)
+    assert lease.entry.compiled.exists()
     rows = [line.split()[0] for line in cli("list").stdout.splitlines()[1:4]]
     assert sorted(rows[1:]) == sorted(one.key[:12] for one in [lease.entry, layer_of(image)])
     assert rows[0] == environment_of(image).key[:12]
     monkeypatch.delenv(lower.VARIABLE)
     # Whoever collects need not know of the image: as long as the environment is there, nobody takes the layer for broken.
-    support.wait_until(lambda: collect(below.layout, NOTHING_DUE).in_use == 0, "the compiler is gone")
+    assert collect(below.layout, NOTHING_DUE).in_use == 0
     assert own_entries(below) == [lease.entry]
     (layer,) = json.loads(cli("list", "--json").stdout)["envs"]
     assert (layer["state"], layer["base"]) == ("ready", environment_of(image).key)
