@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 _TEMPORARY = ".tmp-"
+_PART = 65536  # bytes read at once: no more, or each buffer is memory mapped for it
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Error numbers that mean: no space, or no quota, left."""
 
@@ -64,9 +65,15 @@ def _dump(data: dict[str, Any], file: TextIO, *, durable: bool) -> None:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The content of a file. Not as a Path reads it: its buffer costs as much as the reading."""
-    with open(path, "rb", buffering=0) as file:
-        return file.readall()
+    """The content of a file. Not by a file object, which costs more than the reading."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        parts = []
+        while part := os.read(descriptor, _PART):
+            parts.append(part)
+        return b"".join(parts)
+    finally:
+        os.close(descriptor)
 
 
 def read_json(path: str | Path) -> dict[str, Any] | None:

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ray_envcache import inventory, pins, tables
+from ray_envcache import inventory, lower, pins, tables
 from ray_envcache.entry import utc
 from ray_envcache.errors import FieldValueError
 from ray_envcache.layout import Entry, default_root
-from ray_envcache.lower import VARIABLE, missing_stores
-from ray_envcache.store import Store
 from ray_envcache.units import format_size, is_off, parse_duration, parse_space
 
 if TYPE_CHECKING:
     from ray_envcache.collector import Report
+    from ray_envcache.store import Store
 
 SCHEMA_VERSION = 1
 _SWITCHED_OFF = object()
@@ -93,15 +92,15 @@ def list_(*, as_json: bool, sessions: bool, tmpdir: str | None) -> None:
         cli_sessions.show(tmpdir, _print_json if as_json else None)
         return
     _refuse_without_sessions(tmpdir)
-    store = Store.open()
-    found = inventory.survey(store.layout, store.lower)
+    layout, below = lower.opened()
+    found = inventory.survey(layout, below)
     if as_json:
-        roots = {"root": os.fspath(store.layout.root), "readonly_roots": [os.fspath(one.root) for one in store.lower]}
+        roots = {"root": os.fspath(layout.root), "readonly_roots": [os.fspath(one.root) for one in below]}
         _print_json({**roots, "envs": [_as_json(status) for status in found]})
     else:
         tables.print_environments(found, sys.stdout)
-    for root in missing_stores(store.layout, os.environ):
-        click.echo(f"note: {VARIABLE} names `{root}`, where there is no store", err=True)
+    for root in lower.missing_stores(layout, os.environ):
+        click.echo(f"note: {lower.VARIABLE} names `{root}`, where there is no store", err=True)
 
 
 @click.command()
@@ -112,7 +111,7 @@ def why(*, key: str, as_json: bool) -> None:
 
     That is: the processes and clusters that use it, and its pin.
     """
-    store = Store.open()
+    store = _opened()
     found = [inventory.status(store.layout, entry) for entry in store.find(key)]
     if as_json:
         _print_json({"envs": [_as_json(status) for status in found]})
@@ -125,7 +124,7 @@ def why(*, key: str, as_json: bool) -> None:
 @click.argument("keys", nargs=-1, required=True, metavar="KEY...")
 def pin(*, keys: tuple[str, ...]) -> None:
     """Keep environments, whatever gc is asked for."""
-    store = Store.open()
+    store = _opened()
     for key in keys:
         entry = store.find(key)[0]
         pins.pin(store.layout, entry)
@@ -136,7 +135,7 @@ def pin(*, keys: tuple[str, ...]) -> None:
 @click.argument("keys", nargs=-1, required=True, metavar="KEY...")
 def unpin(*, keys: tuple[str, ...]) -> None:
     """Give pinned environments free."""
-    store = Store.open()
+    store = _opened()
     for key in keys:
         entry = store.find(key)[0]
         freed = pins.unpin(store.layout, entry.key)
@@ -152,7 +151,7 @@ def rm(*, keys: tuple[str, ...]) -> None:
     """
     from ray_envcache.evict import evict  # not for those that only look
 
-    store = Store.open()
+    store = _opened()
     for entry in [entry for key in keys for entry in _removable(store.find(key))]:
         gone = evict(store.layout, entry)
         click.echo(f"Removed {entry.key[: tables.KEY_LENGTH]}, freed {format_size(gone.freed)}", err=True)
@@ -165,7 +164,7 @@ def purge(*, yes: bool) -> None:
     from ray_envcache.collector import collect  # not for those that only look
     from ray_envcache.policy import Limits
 
-    store = Store.open()
+    store = _opened()
     if not yes:
         _confirm(f"Remove all environments in {store.layout.root}?")
     _finish_collection(collect(store.layout, Limits(everything=True)), as_json=False, dry_run=False)
@@ -218,8 +217,14 @@ def gc(*, dry_run: bool, everything: bool, as_json: bool, print_timer: bool, ses
     _refuse_without_sessions(older_than, tmpdir)
     limited = {name: None if value is _SWITCHED_OFF else value for name, value in given.items()}
     chosen = replace(Limits.from_environ(os.environ), everything=everything, **limited)
-    report = collect(Store.open().layout, chosen, dry_run=dry_run)
+    report = collect(lower.opened()[0], chosen, dry_run=dry_run)
     _finish_collection(report, as_json=as_json, dry_run=dry_run)
+
+
+def _opened() -> Store:
+    from ray_envcache.store import Store  # not for a list
+
+    return Store.open()
 
 
 def _refuse_without_sessions(*given: object) -> None:

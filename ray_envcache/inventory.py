@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from ray_envcache import _flock, holders, leases, lower, pins
+from ray_envcache import _flock, leases, lower, pins
 from ray_envcache.entry import ReadyRecord, utc
 from ray_envcache.layout import IN_USE, Entry, Layout, layout_of
 from ray_envcache.sizes import MeasuredRecord, sizes
+
+if TYPE_CHECKING:
+    from ray_envcache.holders import Process
 
 
 class User(NamedTuple):
@@ -82,7 +85,9 @@ def status(layout: Layout, entry: Entry) -> Status:
 def _statuses(layout: Layout, store: Layout, entries: list[Entry]) -> list[Status]:
     """What is asked once for all, then each entry: there may be thousands."""
     seen = {entry.path.name: found for entry in entries if (found := _stat(entry.at(IN_USE)))}
-    processes = _processes(store, seen)
+    # In a lower store not even for a moment anything is taken that stands in the way of others: all may be held there.
+    held = {entry.path.name for entry in entries if store.readonly or not _flock.is_free(entry.at(IN_USE))}
+    processes = _processes(store, {name: seen[name] for name in held & seen.keys()})
     pinned = set() if store.readonly else pins.pinned_keys(store)
     leased, links = layout.leased_keys(), dict[int, int]()
 
@@ -90,21 +95,28 @@ def _statuses(layout: Layout, store: Layout, entries: list[Entry]) -> list[Statu
         name = entry.path.name
         users = _users(layout, entry, processes.get(name, []), leased=entry.key in leased)
         size, used = sizes(layout, entry, links), _mtime(seen.get(name))
-        return _status(layout, entry, users, size, used, pinned=entry.key in pinned)
+        in_use = bool(users) or (name in held and not entry.readonly)
+        return _status(layout, entry, users, size, used, in_use=in_use, pinned=entry.key in pinned)
 
     return [look(entry) for entry in entries]
 
 
 def _status(
-    layout: Layout, entry: Entry, users: tuple[User, ...], size: MeasuredRecord, used: float, *, pinned: bool
+    layout: Layout,
+    entry: Entry,
+    users: tuple[User, ...],
+    size: MeasuredRecord,
+    used: float,
+    *,
+    in_use: bool,
+    pinned: bool,
 ) -> Status:
     record = ReadyRecord.read(entry)
-    base = entry.base(record.base) if record else None
+    base = entry.base(record.base) if record and record.base else None
     return Status(
         key=entry.key,
         state=_state(layout, entry, record),
-        # In a lower store not even for a moment anything is taken that stands in the way of others.
-        in_use=bool(users) or not (entry.readonly or _flock.is_free(entry.at(IN_USE))),
+        in_use=in_use,
         users=users,
         pinned=pinned,
         size_bytes=size.size_bytes,
@@ -125,7 +137,7 @@ def _status(
     )
 
 
-def _users(layout: Layout, entry: Entry, processes: list[holders.Process], *, leased: bool) -> tuple[User, ...]:
+def _users(layout: Layout, entry: Entry, processes: list[Process], *, leased: bool) -> tuple[User, ...]:
     """Holders of leases and processes that run from the entry; who does both is counted once, by the lease."""
     told = [
         User(**{name: holder.get(name, "") for name in ("pid", "kind", "cluster", "job", "command", "since")})
@@ -153,9 +165,13 @@ def ray_session(pid: int) -> str:
     return ""
 
 
-def _processes(layout: Layout, seen: Mapping[str, os.stat_result]) -> dict[str, list[holders.Process]]:
+def _processes(layout: Layout, held: Mapping[str, os.stat_result]) -> dict[str, list[Process]]:
     """Who holds the flock of each entry now, by one look through all processes."""
-    inodes = {(found.st_dev, found.st_ino): name for name, found in seen.items()}
+    if not held:
+        return {}
+    from ray_envcache import holders  # not where nobody is to be looked for
+
+    inodes = {(found.st_dev, found.st_ino): name for name, found in held.items()}
     return holders.flock_holders(inodes, layout.entries).by_name
 
 

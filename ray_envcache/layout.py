@@ -30,7 +30,11 @@ class Entry:
 
     def at(self, name: str) -> str:
         """One of the files below as text, for the warm path and for lists: to make a Path takes as long as a look."""
-        return f"{self.path}/{name}"
+        return f"{self._place}/{name}"
+
+    @cached_property
+    def _place(self) -> str:
+        return os.fspath(self.path)
 
     @cached_property
     def venv(self) -> Path:

@@ -9,16 +9,29 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 from ray_envcache import _flock
 from ray_envcache.errors import StoreError
-from ray_envcache.layout import Entry, Layout, layout_of
-from ray_envcache.root import require_usable_name
+from ray_envcache.layout import Entry, Layout, default_root, layout_of
+from ray_envcache.root import prepare_root, require_usable_name
 
 VARIABLE = "RAY_ENVCACHE_READONLY_DIRS"
 
 _GONE = (FileNotFoundError, NotADirectoryError)
+_layout = cache(Layout)  # it makes each of its paths once, and agents open their store for every look
+
+
+def opened(root: Path | None = None) -> tuple[Layout, tuple[Layout, ...]]:
+    """The store at `root` (default: $RAY_ENVCACHE_DIR, else the user's cache directory), made if need be.
+
+    With the lower stores that $RAY_ENVCACHE_READONLY_DIRS names. Raises StoreError where it cannot be private,
+    shared between processes, or written; and where a lower one is not to be trusted.
+    """
+    layout = _layout(root or default_root())
+    prepare_root(layout)
+    return layout, lower_stores(layout, os.environ)
 
 
 def lower_stores(own: Layout, environ: Mapping[str, str]) -> tuple[Layout, ...]:

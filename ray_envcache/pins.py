@@ -6,7 +6,7 @@ import os
 import pwd
 from contextlib import suppress
 
-from ray_envcache import _disk, _fs
+from ray_envcache import _fs
 from ray_envcache.entry import ReadyRecord, utc_now
 from ray_envcache.errors import ReadOnlyError, StoreError, UnknownKeyError
 from ray_envcache.layout import Entry, Layout, layout_of
@@ -36,6 +36,8 @@ def pin(layout: Layout, entry: Entry) -> None:
         except OSError as error:
             if error.errno not in _fs.FULL_DISK:
                 raise
+            from ray_envcache import _disk  # not for lists
+
             raise StoreError(
                 f"No space left to note the pin of {entry.path.name}: {_disk.room_left(layout.pins)}", "make room"
             ) from error

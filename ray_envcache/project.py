@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -47,13 +48,9 @@ class Project(NamedTuple):
     @classmethod
     def locate(cls, path: Path, package: str | None = None) -> Project:
         """Find what `path` and the member `package` of its workspace mean. Raises LockfileError."""
-        if not path.exists():
-            raise LockfileError(
-                f"No such path: `{path}`",
-                "a relative path starts in the working_dir, if there is one, else in the current directory",
-            )
-        if path.is_dir() or path.name in {"pyproject.toml", "uv.lock"}:
-            return _uv_project(path if path.is_dir() else path.parent, package)
+        is_folder = _is_folder(path)
+        if is_folder or path.name in {"pyproject.toml", "uv.lock"}:
+            return _uv_project(path if is_folder else path.parent, package)
         found = _single_file(path)
         if package is not None:
             raise LockfileError(
@@ -139,6 +136,21 @@ def parse_toml(text: str) -> dict[str, Any]:
         return tomli.loads(text)
     except RecursionError as error:
         raise ValueError("nested deeper than anybody writes") from error
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is one, or a file. Raises LockfileError where it is not there, or nobody can tell."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)  # the warm path
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise LockfileError(
+            f"No such path: `{path}`",
+            "a relative path starts in the working_dir, if there is one, else in the current directory",
+        ) from error
+    except OSError as error:
+        raise LockfileError(
+            f"Cannot look at `{path}`: {error.strerror}", "name a path that can be read here"
+        ) from error
 
 
 def _uv_project(given: Path, package: str | None) -> Project:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from ray_envcache import _disk, _fs, shared_bytecode
+from ray_envcache import _fs
 from ray_envcache.entry import SCHEMA_VERSION, recorded
 from ray_envcache.layout import MEASURED, Entry, Layout
 
@@ -70,6 +70,8 @@ def _holds(record: MeasuredRecord, top: str, known: dict[int, int]) -> bool:
 
 def record_sizes(layout: Layout, entry: Entry) -> MeasuredRecord:
     """Measure an entry and keep the result, if there is room for it and the entry is finished."""
+    from ray_envcache import _disk, shared_bytecode  # not where all was measured already
+
     finished = entry.compiled.exists() and not entry.readonly
     if finished and not entry.measured.exists():
         # The record counts too: it must be there when it is measured.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,11 +12,10 @@ from ray_envcache import _flock, _fs, interpreter
 from ray_envcache.entry import file_identity, is_unchanged
 from ray_envcache.errors import ChangedError, LockfileError, UnknownKeyError
 from ray_envcache.key import digest_of, layer_key
-from ray_envcache.layout import Entry, Layout, default_root, layout_of, newest_first
+from ray_envcache.layout import Entry, Layout, layout_of, newest_first
 from ray_envcache.leases import Holder, Lease, claim_whole, told
-from ray_envcache.lower import lower_stores
+from ray_envcache.lower import opened
 from ray_envcache.project import Project
-from ray_envcache.root import prepare_root
 from ray_envcache.spec import EnvSpec
 
 if TYPE_CHECKING:
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
 
 _MEMO_SCHEMA = 3
 _PLANNINGS = 3  # at most, while somebody writes the files that say what is to be built
-_layout = cache(Layout)  # it makes each of its paths once, and agents open their store for every look
 
 
 class Inputs(NamedTuple):
@@ -82,9 +79,7 @@ class Store:
         With the lower stores that $RAY_ENVCACHE_READONLY_DIRS names. Raises StoreError where it cannot be private,
         shared between processes, or written; and where a lower one is not to be trusted.
         """
-        layout = _layout(root or default_root())
-        prepare_root(layout)
-        return cls(layout, lower_stores(layout, os.environ))
+        return cls(*opened(root))
 
     def lookup(self, spec: EnvSpec, ray: AnyRay) -> Lease | None:
         """The warm path: one hash, one read, and a lease where the environment is there; else None.

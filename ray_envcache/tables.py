@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from ray_envcache.findings import ERROR
 from ray_envcache.units import format_duration, format_size, printable
 
 if TYPE_CHECKING:
@@ -160,6 +159,8 @@ def _plugin(node: dict[str, Any]) -> str:
 
 
 def _store(node: dict[str, Any]) -> str:
+    from ray_envcache.findings import ERROR  # `doctor` alone needs it
+
     unusable = any((found["name"], found["state"]) == ("store", ERROR) for found in node["findings"])
     return "unusable" if unusable else node["store"] or "-"
 
@@ -179,10 +180,11 @@ def _print_table(
     if not cells:
         return
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    sides = [str.rjust if name in numeric else str.ljust for name in columns]
+    sides = [">" if name in numeric else "<" for name in columns]
+    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
 
     def line(row: Sequence[str]) -> str:
-        return "  ".join(pad(cell, width) for pad, cell, width in zip(sides, row, widths, strict=True)).rstrip()
+        return form.format(*row).rstrip()
 
     click.secho(line(columns), file=stream, bold=True)
     click.echo("\n".join(map(line, cells)), file=stream)
@@ -195,9 +197,10 @@ def _say(text: str, stream: TextIO) -> None:
 
 def shown(text: str, stream: TextIO) -> str:
     """The text as `stream` can have it: no control characters, and codes in place of letters that it has not."""
-    text, encoding = printable(text), getattr(stream, "encoding", None) or "utf-8"
-    if text.isascii():
+    text = printable(text)
+    if text.isascii():  # nearly always: of thousands of cells
         return text
+    encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
         text.encode(encoding)
     except UnicodeEncodeError:

@@ -170,7 +170,7 @@ def start_python(
     return child
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
     """Wait for a condition. The deadline guards against a hang; no test measures time with it."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -52,7 +52,7 @@ def bytecode(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             done = subprocess.run(command, env=host.environ(), capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
             (entry,) = host.layout.all_entries()
-            support.wait_until(entry.compiled.exists, "all bytecode is there", 120)
+            support.wait_until(entry.compiled.exists, "all bytecode is there")
 
     # A folder for each Ray: a Python's folder of bytecode is named by its version only.
     folder = support.made_once(tmp_path_factory, f"bytecode-of-{python.parents[2].name}", make)

@@ -83,13 +83,13 @@ def test_environment_goes_by_itself_after_shutdown(host: Host, project: Path) ->
     """
     limits = {"RAY_ENVCACHE_UNUSED_FOR": "0", "RAY_ENVCACHE_GC_INTERVAL": "0"}
     assert str(host.layout.entries) in host.run(code, project, **limits)
-    support.wait_until(lambda: list(host.layout.entries.iterdir()) == [], "the environment is gone", 60)
+    support.wait_until(lambda: list(host.layout.entries.iterdir()) == [], "the environment is gone")
 
 
 def test_who_uses_it(host: Host, project: Path) -> None:
     """`list` and `why` name the agent, the workers and their cluster; gc and rm refuse; after the end nobody is left."""
     driver = host.start(WORK, project, host.folder / "notes")
-    support.wait_until(lambda: "found" in read(host.folder / "notes"), "a task runs", 60)
+    support.wait_until(lambda: "found" in read(host.folder / "notes"), "a task runs")
     (one,) = listed(host)
     kinds = sorted({holder["kind"] for holder in one["holders"]} - {"bytecode", "driver"})
     assert kinds == ["agent", "process"]
@@ -132,7 +132,7 @@ def chaos(host: Host, project: Path, order: tuple[str, ...]) -> None:
     """SIGKILL the parts of a working cluster in this order, and in the end the rest, while a collector runs all the time."""
     notes = host.folder / "notes"
     driver = host.start(WORK, project, notes)
-    support.wait_until(lambda: "found" in read(notes), "a task runs", 60)
+    support.wait_until(lambda: "found" in read(notes), "a task runs")
     with collecting(host) as collector:
         family = psutil.Process(driver.pid).children(recursive=True)
         parts = processes_of(driver)
@@ -147,7 +147,7 @@ def chaos(host: Host, project: Path, order: tuple[str, ...]) -> None:
             kill(process)
         driver.wait()
         support.wait_until(lambda: host.holders() == [], "all leases are gone")
-        support.wait_until(lambda: "Removed 1 environment" in read(collector), "the collector took it", 60)
+        support.wait_until(lambda: "Removed 1 environment" in read(collector), "the collector took it")
     assert list(host.layout.all_entries()) == []
     assert "LOST" not in notes.read_text()
     assert "Traceback" not in collector.read_text()

@@ -57,7 +57,6 @@ def test_first_cluster_builds_second_reuses(host: Host, witness: Path) -> None:
     assert host.holders() == []
 
 
-@with_both_rays
 def test_four_clusters_at_once_on_an_empty_store_build_once(host: Host, witness: Path) -> None:
     """Whoever comes first builds, the others wait and reuse."""
     project = host.project("project", ["envcache-witness"])

@@ -174,9 +174,11 @@ def test_signals_and_the_end(host: Host, program: Path) -> None:
     pid = int(said(child)["pid"])
     family = psutil.Process(pid).children(recursive=True)
     child.send_signal(signal.SIGTERM)
-    child.communicate()
-    # Ray's own handler for SIGTERM in a driver makes it the exit status.
-    assert child.returncode in {signal.SIGTERM, -signal.SIGTERM, 128 + signal.SIGTERM}
+    _, err = child.communicate()
+    # Ray's own handlers in a driver: that of Python makes it the exit status; on a busy machine, three times of ten, that
+    # of the core is the one to be called, and aborts.
+    aborted = child.returncode == -signal.SIGABRT and "*** SIGTERM received" in err
+    assert aborted or child.returncode in {signal.SIGTERM, -signal.SIGTERM, 128 + signal.SIGTERM}, err
     support.wait_until(lambda: not psutil.pid_exists(pid), "the program is gone")
     support.wait_until(lambda: not any(process.is_running() for process in family), "its cluster is gone")
     assert list(host.temp.rglob("sockets")) == []
@@ -203,7 +205,7 @@ def test_killed_run_leaves_the_program_alone(host: Host, program: Path) -> None:
         report = collect_sessions(temp_dirs(host.temp, {}), starting=0)
         return any(one.name == os.path.basename(about["session"]) for one in report.removed)
 
-    support.wait_until(gone, "the dead session was removed", 60)
+    support.wait_until(gone, "the dead session was removed")
     # The other one is undisturbed.
     assert os.path.isdir(session)
     assert other.poll() is None
@@ -247,16 +249,16 @@ def test_between_two_clusters(host: Host, program: Path) -> None:
         report = json.loads(subprocess.check_output(command, env=host.environ(), text=True))
         return [one["name"] for one in report["removed"]]
 
-    support.wait_until(lambda: collect() == [session.name], "the first session is dead", 60)
+    support.wait_until(lambda: collect() == [session.name], "the first session is dead")
     assert collect() == []
     assert child.stdin is not None
     print(file=child.stdin, flush=True)
     second = Path(said(child)["session"])
     assert second.parent == session.parent
-    support.wait_until(lambda: collect() == [second.name], "the second session is dead", 60)
+    support.wait_until(lambda: collect() == [second.name], "the second session is dead")
     assert run_folder.exists()
     child.stdin.close()
-    support.wait_until(lambda: collect() == [] and not run_folder.exists(), "nothing is left", 60)
+    support.wait_until(lambda: collect() == [] and not run_folder.exists(), "nothing is left")
     assert not os.path.lexists(session.parents[2])
 
 

@@ -263,5 +263,5 @@ def test_interrupted_compiling(
     assert "Traceback" not in said
     assert not any(helper.is_running() for helper in helpers)
     (entry,) = store.layout.all_entries()
-    support.wait_until(entry.compiled.exists, "the background finished it", 120)
+    support.wait_until(entry.compiled.exists, "the background finished it")
     assert len(list(entry.site_packages.glob("many?/__pycache__/*.pyc"))) == 100

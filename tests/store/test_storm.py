@@ -190,7 +190,7 @@ def rage(store: Store, tmp_path: Path, wheels: Path, seconds: float, processes: 
     for pin in store.layout.pins.iterdir():
         # Of somebody killed before he unpinned: a pin survives everything.
         pin.unlink()
-    support.wait_until(lambda: collect(store.layout, Limits(everything=True)).in_use == 0, "all users are gone", 60)
+    support.wait_until(lambda: collect(store.layout, Limits(everything=True)).in_use == 0, "all users are gone")
     collect(store.layout, Limits(everything=True))
     assert list(store.layout.entries.iterdir()) == list(store.layout.trash.iterdir()) == []
     return counts

@@ -64,6 +64,22 @@ def test_links_are_resolved(tmp_path: Path) -> None:
     assert interpreter.base_executable(str(tmp_path / "python")) == BASE
 
 
+def test_links_that_change_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A running cluster keeps the Python it runs, wherever links lead by now; where that is gone, it is said."""
+    old, link = tmp_path / "old", tmp_path / "python"
+    old.touch()
+    monkeypatch.setattr(sys, "_base_executable", str(link))
+    link.symlink_to(old)
+    assert interpreter.base_executable(None) == str(old)
+    link.unlink()
+    link.symlink_to(BASE)
+    assert interpreter.base_executable(None) == str(old)
+    interpreter.fingerprint(str(old))
+    old.unlink()
+    with pytest.raises(InterpreterError, match=f"The Python at `{old}` cannot be used any more: No such file"):
+        interpreter.fingerprint(str(old))
+
+
 @pytest.mark.parametrize("probe", [interpreter.probe, interpreter.ask])
 def test_probe(probe: Callable[[str], Interpreter]) -> None:
     """Of our own base, which needs no asking, as of one that is asked, it is what packaging says inside that Python."""

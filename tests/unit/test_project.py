@@ -36,6 +36,25 @@ def test_project(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("nowhere", "No such path"),
+        ("file/pyproject.toml", "No such path"),
+        ("loop/pyproject.toml", "Too many levels of symbolic links"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_nothing_there(tmp_path: Path, path: str, said: str) -> None:
+    """What cannot be looked at is named, with the cause and what to do."""
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(LockfileError, match=said) as caught:
+        Project.locate(tmp_path / path)
+    assert str(tmp_path / path) in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
     ("name", "kind"),
     [
         ("pylock.toml", Kind.PYLOCK),

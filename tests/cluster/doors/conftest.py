@@ -130,9 +130,9 @@ def answer(driver: subprocess.Popen[str]) -> Any:
 def cluster(python: Path, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with run_host(python, tmp_path_factory.mktemp("host")) as host:
         projects = make_projects(host, wheel)
-        # Without the first, one in ten servers that Ray's proxy for clients forks dies before it starts. The second
-        # shortens what a client waits for an error.
-        tuned = {"GRPC_ENABLE_FORK_SUPPORT": "false", "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "10"}
+        # Without the first, one in ten servers that Ray's proxy for clients forks dies before it starts. Without the
+        # second, Serve gives up on a proxy that has not started after five seconds, which a busy machine may take.
+        tuned = {"GRPC_ENABLE_FORK_SUPPORT": "false", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
         process = host.start(CLUSTER, before=(), **tuned)
         try:
             assert process.stdout is not None
