@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 from ray_envcache.layout import Layout
 from tests.benchmarks import fabricate, processes
 from tests.benchmarks.bench import Bench
-from tests.benchmarks.host import Command
 from tests.benchmarks.measure import Result
 
 
@@ -41,13 +41,13 @@ def list_entries(bench: Bench, result: Result) -> None:
         bench.finish(folder, root / "store")
         fabricate.fill(root / "store", entries)
 
-        def command(*arguments: str) -> Callable[[], dict[str, float]]:
-            run: Command = [host.python, *arguments]
+        def command(*run: str | Path) -> Callable[[], dict[str, float]]:
             return lambda: {"ms": processes.run(run, host.environ(root / "store"), host.disk).seconds * 1000}
 
-        ways = {"list": command("-m", "ray_envcache", "list"), "python": command("-c", "pass")}
+        script = host.python.parent / "ray-envcache"  # what people type
+        ways = {"list": command(script, "list"), "python": command(host.python, "-c", "pass")}
         ways["list"]()
-        samples = bench.repeat(result, {**ways, "--version": command("-m", "ray_envcache", "--version")})
+        samples = bench.repeat(result, {**ways, "--version": command(script, "--version")})
     found = {name: result.add(name, "ms", one["ms"]) for name, one in samples.items()}
     pairs = zip(found["list"].samples, found["python"].samples, strict=True)
     beyond = result.add("list beyond the interpreter's start", "ms", [one - other for one, other in pairs])
