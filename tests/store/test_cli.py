@@ -60,6 +60,25 @@ def test_list_json_has_the_schema(store: Store, project: Path) -> None:
     assert Path(one["path"]).is_relative_to(store.layout.entries)
 
 
+def test_list_imports_little(store: Store, project: Path) -> None:
+    """Nothing that finds, builds or measures environments, nor looks for their users, where nobody uses any."""
+    run("build", project)
+    code = """
+    import sys
+    from ray_envcache.cli import main
+
+    sys.argv = ["ray-envcache", "list"]
+    main()
+    print(*sys.modules)
+    """
+    *table, modules = support.run_python(code).splitlines()
+    assert "my-project" in table[1]
+    ours = {name.partition(".")[2] for name in modules.split() if name.startswith("ray_envcache.")}
+    assert {"inventory", "tables"} <= ours
+    assert not ours & {"store", "project", "interpreter", "key", "shared_bytecode", "holders", "builder", "collector"}
+    assert not {"hashlib", "psutil", "uv", "rich", "packaging", "ray"} & {*modules.split()}
+
+
 def test_list_names_holders(store: Store, project: Path) -> None:
     """Whoever holds a lease appears with pid and kind, and the table counts them."""
     from ray_envcache.cluster_ray import installed_ray
