@@ -72,6 +72,9 @@ def read_bytes(path: str | Path) -> bytes:
         while part := os.read(descriptor, _PART):
             parts.append(part)
         return b"".join(parts)
+    except OSError as error:
+        error.filename = os.fspath(path)  # unknown to who only has the descriptor: such as of a directory
+        raise
     finally:
         os.close(descriptor)
 

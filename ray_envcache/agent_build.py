@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ray_envcache.cluster_ray import ClusterRay
-from ray_envcache.errors import EnvCacheError
+from ray_envcache.errors import EnvCacheError, InterpreterError
 from ray_envcache.leases import Holder, Lease
 from ray_envcache.spec import EnvSpec
 from ray_envcache.store import Store
@@ -58,9 +58,20 @@ def main() -> int:
 
 
 def _acquire(request: dict[str, Any]) -> Lease:
+    _require_same_python(request["python"])
     store = Store.open(Path(request["root"]))
     holder = Holder("build", cluster=request["cluster"])
     return store.acquire(EnvSpec.parse(request["field"]), ClusterRay(request["ray"]), holder, _Reporter())
+
+
+def _require_same_python(version: str) -> None:
+    """Raise InterpreterError where the links that led to the agent's Python lead to another one by now."""
+    if version != sys.version:
+        was, now = (" ".join(one.split()) for one in (version, sys.version))
+        raise InterpreterError(
+            f"`{sys.executable}` is not the Python that this node was started with: it is {now}, and was {was}",
+            "restart the node",
+        )
 
 
 def _watch(abandoned: threading.Event) -> None:

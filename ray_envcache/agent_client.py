@@ -60,6 +60,7 @@ class Build:
             "root": os.fspath(store.layout.root),
             "field": spec.to_field(),
             "ray": ray.version,
+            "python": sys.version,
             "cluster": holder.cluster,
         }
         self._environ = {**os.environ, **_uv.relevant(env_vars)}

@@ -54,13 +54,7 @@ def base_executable(python: str | None) -> str:
             f"The envcache field asks for Python {python}, the cluster runs {running}",
             "start the cluster with that Python: Ray's workers must have the same version as the cluster",
         )
-    return _running(getattr(sys, "_base_executable", None) or sys.executable)
-
-
-@cache
-def _running(executable: str) -> str:
-    # Once in a process: should the links lead to a newer version meanwhile, that is not what the cluster runs.
-    return os.path.realpath(executable)
+    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
 def base_of(executable: str) -> str:
@@ -77,14 +71,14 @@ def base_of(executable: str) -> str:
 def fingerprint(executable: str) -> list[Any]:
     """A cheap stand-in for the whole identity, good on this host only: the file, and what it was when we looked.
 
-    Raises InterpreterError where it is gone.
+    Raises InterpreterError where it is gone, or cannot be looked at.
     """
     try:
         found = os.stat(executable)  # the warm path: no Path objects
     except OSError as error:
         raise InterpreterError(
             f"The Python at `{executable}` cannot be used any more: {error.strerror}",
-            "restart the cluster with the Python that is there now",
+            "repair that installation, or start again with a Python that is there",
         ) from error
     return [executable, found.st_size, found.st_mtime_ns, sys.version]
 

@@ -95,7 +95,8 @@ def _statuses(layout: Layout, store: Layout, entries: list[Entry]) -> list[Statu
         name = entry.path.name
         users = _users(layout, entry, processes.get(name, []), leased=entry.key in leased)
         size, used = sizes(layout, entry, links), _mtime(seen.get(name))
-        in_use = bool(users) or (name in held and not entry.readonly)
+        # Asked again where nobody was found: who held it may have ended, or only looked, like us.
+        in_use = bool(users) or (name in held and not entry.readonly and not _flock.is_free(entry.at(IN_USE)))
         return _status(layout, entry, users, size, used, in_use=in_use, pinned=entry.key in pinned)
 
     return [look(entry) for entry in entries]

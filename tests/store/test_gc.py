@@ -10,13 +10,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from ray_envcache import _disk, clock, leases, pins
+from ray_envcache import _disk, clock, holders, leases, pins
 from ray_envcache.cluster_ray import installed_ray
 from ray_envcache.collector import collect, make_room
 from ray_envcache.errors import InUseError, UnknownKeyError
@@ -84,6 +84,21 @@ def test_dry_run_says_exactly_what_a_run_does(store: Store, make: Make) -> None:
         (one.name, one.reason, one.freed_bytes) for one in did.removed
     ]
     assert [one.name[:2] != "" for one in did.removed] == [True] * 3
+
+
+def test_user_that_ends_while_it_is_looked_for(store: Store, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is there any more to be named: not taken for one whom we cannot see."""
+    lease = leases.claim(make("aa"))
+    assert lease is not None
+    look = holders.flock_holders
+
+    def late(inodes: Mapping[tuple[int, int], str], root: Path) -> holders.FlockHolders:
+        lease.release()
+        return look(inodes, root)
+
+    monkeypatch.setattr(holders, "flock_holders", late)
+    found = status(store.layout, lease.entry)
+    assert (lease.held, found.users, found.in_use) == (False, (), False)
 
 
 def test_least_recently_used_goes_first_when_space_is_needed(store: Store, make: Make) -> None:

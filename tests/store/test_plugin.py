@@ -18,7 +18,7 @@ import pytest
 
 from ray_envcache import _flock, agent_client, leases, registration
 from ray_envcache.companion import INTERVAL
-from ray_envcache.errors import BuildError
+from ray_envcache.errors import BuildError, InterpreterError
 from ray_envcache.layout import Entry
 from ray_envcache.plugin import EnvCachePlugin
 from ray_envcache.store import Store
@@ -164,6 +164,20 @@ def test_build_process_that_dies(plugin: EnvCachePlugin, project: Path, monkeypa
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(BuildError, match=r"Cannot start a process that builds: .*/nowhere/python"):
         asyncio.run(run())
+
+
+def test_another_python_by_now(
+    plugin: EnvCachePlugin, store: Store, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the node's Python was replaced since it was started, nothing is built: workers would have the wrong one."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.version = '3.99.0 (new)\\n[GCC]'\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(
+        InterpreterError, match=r"was started with: it is 3\.99\.0 \(new\) \[GCC\], and was 3\."
+    ) as caught:
+        build(plugin, project)
+    assert caught.value.hint == "restart the node"
+    assert list(store.layout.all_entries()) == []
 
 
 def build(plugin: EnvCachePlugin, project: Path) -> None:

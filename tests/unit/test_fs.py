@@ -173,9 +173,10 @@ def test_read_what_is_not_there(tmp_path: Path) -> None:
 
 
 def test_read_passes_on_other_trouble(tmp_path: Path) -> None:
-    """Other trouble is not taken for an absent file."""
-    with pytest.raises(IsADirectoryError):
+    """Other trouble is not taken for an absent file, and says which file."""
+    with pytest.raises(IsADirectoryError) as caught:
         _fs.read_json(tmp_path)
+    assert caught.value.filename == str(tmp_path)
 
 
 @pytest.fixture
