@@ -93,7 +93,7 @@ def list_(*, as_json: bool, sessions: bool, tmpdir: str | None) -> None:
         return
     _refuse_without_sessions(tmpdir)
     layout, below = lower.opened()
-    found = inventory.survey(layout, below)
+    found = inventory.survey(layout, below, processes=os.cpu_count() or 1)
     if as_json:
         roots = {"root": os.fspath(layout.root), "readonly_roots": [os.fspath(one.root) for one in below]}
         _print_json({**roots, "envs": [_as_json(status) for status in found]})

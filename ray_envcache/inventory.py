@@ -61,14 +61,17 @@ class Status(NamedTuple):
     base_path: str | None = None
 
 
-def survey(layout: Layout, below: Iterable[Layout] = ()) -> list[Status]:
-    """All entries of the store, the least recently used first; then those of the stores below it."""
-    return [status for store in (layout, *below) for status in _survey(layout, store)]
+def survey(layout: Layout, below: Iterable[Layout] = (), *, processes: int = 1) -> list[Status]:
+    """All entries of the store, the least recently used first; then those of the stores below it.
+
+    Where there are many, by so many `processes`: see `_forks.shared`.
+    """
+    return [status for store in (layout, *below) for status in _survey(layout, store, processes)]
 
 
-def _survey(layout: Layout, store: Layout) -> list[Status]:
+def _survey(layout: Layout, store: Layout, processes: int) -> list[Status]:
     try:
-        found = _statuses(layout, store, list(store.all_entries()))
+        found = _statuses(layout, store, list(store.all_entries()), processes)
     except PermissionError as error:
         if store.readonly:
             raise lower.unreadable(store, error) from error
@@ -82,7 +85,7 @@ def status(layout: Layout, entry: Entry) -> Status:
     return found
 
 
-def _statuses(layout: Layout, store: Layout, entries: list[Entry]) -> list[Status]:
+def _statuses(layout: Layout, store: Layout, entries: list[Entry], most: int = 1) -> list[Status]:
     """What is asked once for all, then each entry: there may be thousands."""
     seen = {entry.path.name: found for entry in entries if (found := _stat(entry.at(IN_USE)))}
     # In a lower store not even for a moment anything is taken that stands in the way of others: all may be held there.
@@ -99,7 +102,11 @@ def _statuses(layout: Layout, store: Layout, entries: list[Entry]) -> list[Statu
         in_use = bool(users) or (name in held and not entry.readonly and not _flock.is_free(entry.at(IN_USE)))
         return _status(layout, entry, users, size, used, in_use=in_use, pinned=entry.key in pinned)
 
-    return [look(entry) for entry in entries]
+    if most == 1:
+        return list(map(look, entries))
+    from ray_envcache import _forks  # for lists only
+
+    return _forks.shared(lambda part: list(map(look, part)), entries, most)
 
 
 def _status(

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 import ray_envcache
-from ray_envcache import registration
+from ray_envcache import inventory, registration
 from ray_envcache.store import Store
 from tests import support
+from tests.benchmarks import fabricate
 
 
 def run(*arguments: str | Path, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -77,6 +78,18 @@ def test_list_imports_little(store: Store, project: Path) -> None:
     assert {"inventory", "tables"} <= ours
     assert not ours & {"store", "project", "interpreter", "key", "shared_bytecode", "holders", "builder", "collector"}
     assert not {"hashlib", "psutil", "uv", "rich", "packaging", "ray"} & {*modules.split()}
+
+
+def test_list_of_many(store: Store, project: Path) -> None:
+    """By several processes, where there are as many processors: the same as by one."""
+    support.build_finished(store, project)
+    fabricate.fill(store.layout.root, 450)
+    found = listed()
+    alone = inventory.survey(store.layout)
+    assert [one["key"] for one in found] == [one.key for one in alone]
+    told = [(one["size_bytes"], one["reclaimable_bytes"], one["project"], one["path"]) for one in found]
+    assert told == [(one.size_bytes, one.reclaimable_bytes, one.project, one.path) for one in alone]
+    assert len(run("list").stdout.splitlines()) == 450 + 2
 
 
 def test_list_names_holders(store: Store, project: Path) -> None:

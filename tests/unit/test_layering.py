@@ -18,7 +18,20 @@ MODULES = {path.stem: path for path in PACKAGE.glob("*.py")}
 # A module may import what stands on a floor below its own: at the top, in a function, or for annotations.
 FLOORS = (
     ("errors",),
-    ("_fs", "_process", "_identity", "_hold", "_pyc", "_check", "_flock", "_disk", "_testpoints", "units", "_secrets"),
+    (
+        "_fs",
+        "_process",
+        "_identity",
+        "_hold",
+        "_forks",
+        "_pyc",
+        "_check",
+        "_flock",
+        "_disk",
+        "_testpoints",
+        "units",
+        "_secrets",
+    ),
     ("spec", "interpreter", "registration", "layout", "policy", "requirements", "guard", "probe", "findings"),
     ("_uv", "entry", "root", "holders", "project", "shared_bytecode", "donors"),
     ("exports", "doctor_environ", "lower"),
