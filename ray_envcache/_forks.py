@@ -26,8 +26,9 @@ def shared(work: Callable[[Sequence[T]], list[R]], items: Sequence[T], most: int
     count = max(1, min(most, len(items) // _LEAST))
     bounds = [len(items) * number // count for number in range(count + 1)]
     mine, *parts = [items[start:end] for start, end in pairwise(bounds)]
-    forks = [_Fork(work, part) for part in parts]
+    forks: list[_Fork] = []
     try:
+        forks.extend(_Fork(work, part) for part in parts)
         found = work(mine)
         for fork, part in zip(forks, parts, strict=True):
             brought = fork.result()
