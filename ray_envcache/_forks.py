@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,7 +13,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _LEAST = 200
-"""Items for a process: a fork, and bringing home what it found, take as long as looking at fifty entries."""
+"""Items for a process: a fork, and bringing home what it found, take as long as looking at forty entries."""
 
 
 def shared(work: Callable[[Sequence[T]], list[R]], items: Sequence[T], most: int) -> list[R]:
@@ -44,7 +43,8 @@ class _Fork:
 
     def __init__(self, work: Callable[[Sequence[T]], list[R]], part: Sequence[T]) -> None:
         self._pid: int | None = None
-        self._pipe, its = os.pipe()
+        ours, its = os.pipe()
+        self._said = os.fdopen(ours, "rb")
         with suppress(OSError):  # this user has no processes left
             self._pid = os.fork()
         if self._pid == 0:
@@ -54,14 +54,16 @@ class _Fork:
 
     def result(self) -> list[Any] | None:
         """What it found; None where it came to an end before that."""
-        with os.fdopen(os.dup(self._pipe), "rb") as file, suppress(EOFError, pickle.UnpicklingError):
-            found: list[Any] = pickle.load(file)  # noqa: S301  # what our own fork wrote
+        import pickle  # not where there are few items
+
+        with suppress(EOFError, pickle.UnpicklingError):
+            found: list[Any] = pickle.load(self._said)  # noqa: S301  # what our own fork wrote
             return found
         return None
 
     def end(self) -> None:
-        """Leave no process behind. Twice is an error."""
-        os.close(self._pipe)
+        """Leave no process behind."""
+        self._said.close()
         if self._pid is not None:
             os.kill(self._pid, signal.SIGKILL)  # not waited for yet, so the number is its own
             os.waitpid(self._pid, 0)
@@ -69,6 +71,8 @@ class _Fork:
 
 def _serve(work: Callable[[Sequence[T]], list[R]], part: Sequence[T], pipe: int) -> NoReturn:
     try:
+        import pickle  # as above
+
         with os.fdopen(pipe, "wb") as file:
             pickle.dump(work(part), file, pickle.HIGHEST_PROTOCOL)
     finally:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from ray_envcache import _flock, leases, lower, pins
+from ray_envcache import _flock, _forks, leases, lower, pins
 from ray_envcache.entry import ReadyRecord, utc
 from ray_envcache.layout import IN_USE, Entry, Layout, layout_of
 from ray_envcache.sizes import MeasuredRecord, sizes
@@ -101,10 +101,6 @@ def _statuses(layout: Layout, store: Layout, entries: list[Entry], most: int = 1
         # Asked again where nobody was found: who held it may have ended, or only looked, like us.
         in_use = bool(users) or (name in held and not entry.readonly and not _flock.is_free(entry.at(IN_USE)))
         return _status(layout, entry, users, size, used, in_use=in_use, pinned=entry.key in pinned)
-
-    if most == 1:
-        return list(map(look, entries))
-    from ray_envcache import _forks  # for lists only
 
     return _forks.shared(lambda part: list(map(look, part)), entries, most)
 

@@ -24,11 +24,7 @@ _layout = cache(Layout)  # it makes each of its paths once, and agents open thei
 
 
 def opened(root: Path | None = None) -> tuple[Layout, tuple[Layout, ...]]:
-    """The store at `root` (default: $RAY_ENVCACHE_DIR, else the user's cache directory), made if need be.
-
-    With the lower stores that $RAY_ENVCACHE_READONLY_DIRS names. Raises StoreError where it cannot be private,
-    shared between processes, or written; and where a lower one is not to be trusted.
-    """
+    """What `Store.open` opens, and as it does, for those that only look: a store, and the lower ones."""
     layout = _layout(root or default_root())
     prepare_root(layout)
     return layout, lower_stores(layout, os.environ)

@@ -170,6 +170,14 @@ def start_python(
     return child
 
 
+def command_of(process: psutil.Process) -> list[str]:
+    """The command line; an empty one where the process is gone, or only left to be reaped."""
+    with suppress(psutil.Error):
+        command: list[str] = process.cmdline()
+        return command
+    return []
+
+
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
     """Wait for a condition. The deadline guards against a hang; no test measures time with it."""
     deadline = time.monotonic() + seconds

@@ -141,9 +141,7 @@ def workers(agent: psutil.Process) -> list[str]:
 
 
 def title_of(process: psutil.Process) -> str:
-    with suppress(psutil.Error):
-        return " ".join(process.cmdline())
-    return ""  # gone, or about to be
+    return " ".join(support.command_of(process))
 
 
 def descriptors(process: psutil.Process) -> Counter[str]:

@@ -77,7 +77,7 @@ def test_list_imports_little(store: Store, project: Path) -> None:
     ours = {name.partition(".")[2] for name in modules.split() if name.startswith("ray_envcache.")}
     assert {"inventory", "tables"} <= ours
     assert not ours & {"store", "project", "interpreter", "key", "shared_bytecode", "holders", "builder", "collector"}
-    assert not {"hashlib", "psutil", "uv", "rich", "packaging", "ray"} & {*modules.split()}
+    assert not {"hashlib", "pickle", "psutil", "uv", "rich", "packaging", "ray"} & {*modules.split()}
 
 
 def test_list_of_many(store: Store, project: Path) -> None:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -120,17 +119,11 @@ def test_error_in_on_line(trap: str) -> None:
     assert_all_gone(pids)
 
 
-def command_of(process: psutil.Process) -> list[str]:
-    with suppress(psutil.Error):  # what another test left to be reaped has none
-        return process.cmdline()
-    return []
-
-
 def test_error_while_a_child_runs_beside() -> None:
     """Whoever fails beside a child ends it, and what it started."""
     script = "sleep 100 & echo $! >&2; wait"
     with pytest.raises(ZeroDivisionError), _process.running(["sh", "-c", script], environ=ENVIRON):  # noqa: PT012
-        (child,) = (one for one in psutil.Process().children() if script in command_of(one))
+        (child,) = (one for one in psutil.Process().children() if script in support.command_of(one))
         support.wait_until(lambda: len(child.children()) == 1, "it has a child of its own")
         pids = [child.pid, child.children()[0].pid]
         raise ZeroDivisionError
