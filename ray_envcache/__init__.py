@@ -11,16 +11,16 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ray_envcache import registration
 from ray_envcache.errors import EnvCacheError, StoreError
+from ray_envcache.field import registration
+from ray_envcache.version import __version__ as __version__  # re-exported
 
 if TYPE_CHECKING:
-    from ray_envcache.run_tmpdir import clean_sessions
-    from ray_envcache.spec import EnvSpec
-    from ray_envcache.store import Store
-    from ray_envcache.tmpdir import short_tmpdir
+    from ray_envcache.acquire import Store
+    from ray_envcache.field.spec import EnvSpec
+    from ray_envcache.sessions.run_directory import clean_sessions
+    from ray_envcache.sessions.short_path import short_tmpdir
 
-__version__ = "0.1.0.dev0"
 __all__ = ["EnvCacheError", "EnvSpec", "Store", "clean_sessions", "runtime_env", "short_tmpdir"]
 
 
@@ -44,7 +44,7 @@ def runtime_env(  # noqa: PLR0913  # the options of the field, with their names
     Checks what can be checked here (about 0.2 s, once per state of the files), builds nothing. Raises EnvCacheError
     where the project's files are missing, broken, outdated or do not fit this Python and ray.
     """
-    from ray_envcache.guard import guarded  # imported when it is needed, not with ray
+    from ray_envcache.field.guard import guarded  # imported when it is needed, not with ray
     from ray_envcache.hook import pinned_field
 
     lists = {"extras": extras, "groups": groups, "inherit": inherit}
@@ -62,10 +62,10 @@ def runtime_env(  # noqa: PLR0913  # the options of the field, with their names
 
 
 _LAZY = {
-    "EnvSpec": "ray_envcache.spec",
-    "Store": "ray_envcache.store",
-    "clean_sessions": "ray_envcache.run_tmpdir",
-    "short_tmpdir": "ray_envcache.tmpdir",
+    "EnvSpec": "ray_envcache.field.spec",
+    "Store": "ray_envcache.acquire",
+    "clean_sessions": "ray_envcache.sessions.run_directory",
+    "short_tmpdir": "ray_envcache.sessions.short_path",
 }
 
 

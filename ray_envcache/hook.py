@@ -9,18 +9,20 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from ray_envcache import _uv, leases, registration
-from ray_envcache.cluster_ray import ClusterRay, installed_ray
-from ray_envcache.entry import ReadyRecord
+from ray_envcache.acquire import Store, digest_of_files, digest_of_local
 from ray_envcache.errors import FieldValueError
-from ray_envcache.guard import guarded
-from ray_envcache.layout import Layout
-from ray_envcache.leases import Holder, Lease
-from ray_envcache.spec import FIELD, EnvSpec, refuse_combinations
-from ray_envcache.store import Store, digest_of_files, digest_of_local
+from ray_envcache.field import registration
+from ray_envcache.field.guard import guarded
+from ray_envcache.field.spec import FIELD, EnvSpec, refuse_combinations
+from ray_envcache.resolve import uv
+from ray_envcache.resolve.cluster_ray import ClusterRay, installed_ray
+from ray_envcache.store import leases
+from ray_envcache.store.layout import Layout
+from ray_envcache.store.leases import Holder, Lease
+from ray_envcache.store.record import ReadyRecord
 
 if TYPE_CHECKING:
-    from ray_envcache.lockfile import ResolvedSet
+    from ray_envcache.resolve.lockfile import ResolvedSet
 
 HAND_OVER_SECONDS = 60.0
 """How long the driver keeps its lease for an agent that has not taken one."""
@@ -38,7 +40,7 @@ def runtime_env_hook(runtime_env: dict[str, Any] | None) -> dict[str, Any] | Non
         return _without_us(runtime_env)
     prepared = dict(_chained(dict(runtime_env)) or {})
     refuse_combinations(prepared)
-    with _uv.variables(prepared.get("env_vars") or {}):
+    with uv.variables(prepared.get("env_vars") or {}):
         prepared[FIELD] = _prepare(prepared[FIELD], prepared.get("working_dir"))
     # The cluster may have been started by others, without the plugin.
     return guarded(prepared)
@@ -51,7 +53,7 @@ def pinned_field(value: Any) -> dict[str, Any]:
     digest = digest_of_files(spec)
     state = (spec, digest, ray)
     if state not in _checked:
-        from ray_envcache.planning import require_buildable  # once for each project
+        from ray_envcache.build.planning import require_buildable  # once for each project
 
         _checked[state] = require_buildable(spec, ray)
     return spec.with_digest(digest).with_content(digest_of_local(spec, _checked[state])).to_field()
@@ -86,7 +88,7 @@ def _home(spec: EnvSpec, working_dir: Any) -> str | None:
 
 def _build(spec: EnvSpec, ray: ClusterRay) -> str | None:
     """Have the environment built; the digest of the local packages in it."""
-    from ray_envcache.progress import observer
+    from ray_envcache.build.progress import observer
 
     store = Store.open()
     # A daemon has no stderr.

@@ -26,14 +26,14 @@ from typing import Any, TypeVar
 import ray
 from ray._private.runtime_env.plugin import RuntimeEnvPlugin
 
-from ray_envcache import guard, probe, registration
-from ray_envcache.agent_client import Build, discard_result
-from ray_envcache.cluster_ray import ClusterRay
+from ray_envcache.acquire import Store
+from ray_envcache.cluster.agent_build import Build, discard_result
 from ray_envcache.errors import EnvCacheError, FieldValueError, StoreError
-from ray_envcache.layout import Layout, default_root
-from ray_envcache.leases import Holder, Lease
-from ray_envcache.spec import FIELD, EnvSpec, refuse_combinations
-from ray_envcache.store import Store
+from ray_envcache.field import guard, probe, registration
+from ray_envcache.field.spec import FIELD, EnvSpec, refuse_combinations
+from ray_envcache.resolve.cluster_ray import ClusterRay
+from ray_envcache.store.layout import Layout, default_root
+from ray_envcache.store.leases import Holder, Lease
 
 T = TypeVar("T")
 
@@ -127,14 +127,14 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         return 1.0
 
     def _start_companion(self) -> None:
-        from ray_envcache import companion  # in a thread, not while the node waits for us
+        from ray_envcache.gc import companion  # in a thread, not while the node waits for us
 
         # Kept open as long as we live, and closed by nobody but our end.
         self._companion = companion.start(Layout(default_root()), os.environ)
 
     def _tell_companion(self) -> None:
         if self._companion is not None:
-            from ray_envcache import companion  # it is there already
+            from ray_envcache.gc import companion  # it is there already
 
             companion.tell(self._companion, "released")
 
@@ -228,9 +228,9 @@ async def _answer() -> str:
     """What a probe asks for. In a thread: a look at a store, and at uv, takes too long for the loop."""
 
     def look() -> str:
-        from ray_envcache import doctor
+        from ray_envcache.doctor import host
 
-        return probe.encode(asdict(doctor.examine()))
+        return probe.encode(asdict(host.examine()))
 
     return await asyncio.get_running_loop().run_in_executor(None, look)
 

@@ -11,11 +11,11 @@ from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-from ray_envcache import registration
-from ray_envcache.cluster_ray import installed_ray
-from ray_envcache.leases import Holder, Lease
-from ray_envcache.spec import EnvSpec
-from ray_envcache.store import Store
+from ray_envcache.acquire import Store
+from ray_envcache.field import registration
+from ray_envcache.field.spec import EnvSpec
+from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.store.leases import Holder, Lease
 from tests import support
 
 # No test is timed: on a busy machine anything takes long once.
@@ -23,13 +23,25 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
+_LONG = ("cluster", "attack", "host", "pypi", "slow")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the long runs to those who ask for them (`-m slow`), whatever else `-m` says."""
+    """Mark what is `fast`, begin with what takes longest, and leave out the long runs unless `-m` names them."""
+    items.sort(key=_rank)  # with `-n` the many small tests fill up the end
+    for item in items:
+        if _rank(item) == len(_LONG):
+            item.add_marker("fast")
     if "slow" in config.getoption("markexpr"):
         return
     slow = [item for item in items if item.get_closest_marker("slow")]
     config.hook.pytest_deselected(items=slow)
     items[:] = [item for item in items if item not in slow]
+
+
+def _rank(item: pytest.Item) -> int:
+    return next((number for number, name in enumerate(_LONG) if item.get_closest_marker(name)), len(_LONG))
 
 
 class _TogetherByFile(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no annotations

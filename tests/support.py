@@ -26,12 +26,12 @@ import pytest
 import uv
 from filelock import FileLock
 
-from ray_envcache import bytecode
-from ray_envcache.cluster_ray import installed_ray
-from ray_envcache.layout import Entry
-from ray_envcache.leases import Holder
-from ray_envcache.spec import EnvSpec
-from ray_envcache.store import Store
+from ray_envcache.acquire import Store
+from ray_envcache.build import bytecode
+from ray_envcache.field.spec import EnvSpec
+from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.store.layout import Entry
+from ray_envcache.store.leases import Holder
 
 RAY_VERSION = installed_ray().version
 NO_PID = 5_000_000 + os.getpid()

@@ -9,17 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ray_envcache import _fs
-from ray_envcache.entry import utc_now
-from ray_envcache.layout import Entry, Layout
-from ray_envcache.sizes import MeasuredRecord, Sample
+from ray_envcache.store.layout import Entry, Layout
+from ray_envcache.store.sizes import MeasuredRecord, Sample
+from ray_envcache.system import files
+from ray_envcache.system.units import utc_now
 
 
 def fill(store: Path, count: int) -> None:
     """Have `count` entries that are ready, compiled and measured in a store that has one already."""
     layout = Layout(store)
     entries = list(layout.all_entries())
-    record = _fs.read_json(entries[0].ready)
+    record = files.read_json(entries[0].ready)
     assert record is not None
     for number in range(len(entries), count):
         _copy(layout, entries[0], record, hashlib.sha256(str(number).encode()).hexdigest()[:32])
@@ -32,8 +32,8 @@ def _copy(layout: Layout, template: Entry, record: dict[str, Any], key: str) -> 
     entry.python.symlink_to(os.readlink(template.python))
     entry.in_use.touch(mode=0o600)
     # Not durable: a thousand syncs take long.
-    _fs.write_json(entry.ready, {**record, "key": key, "path": os.fspath(entry.path)}, durable=False)
-    _fs.write_json(entry.compiled, {"compiled_at": utc_now(), "seconds": 1.0}, durable=False)
+    files.write_json(entry.ready, {**record, "key": key, "path": os.fspath(entry.path)}, durable=False)
+    files.write_json(entry.compiled, {"compiled_at": utc_now(), "seconds": 1.0}, durable=False)
     samples = tuple(_samples(template, entry))
     MeasuredRecord(700_000_000, 70_000_000, 20_000, exact=True, samples=samples).write(entry)
     shutil.copy(next(layout.memo.iterdir()), layout.memo_of(key))

@@ -16,7 +16,10 @@ from typing import TypeAlias
 
 import uv
 
-from ray_envcache import _disk, _fs, _uv, interpreter
+from ray_envcache.resolve import interpreter
+from ray_envcache.resolve.uv import relevant
+from ray_envcache.system import files
+from ray_envcache.system.disk import free_space
 from tests import support
 from tests.benchmarks import processes
 from tests.benchmarks.machine import REPOSITORY
@@ -57,7 +60,7 @@ class Host:
     @staticmethod
     def free(place: Path) -> int:
         """Bytes that are free where `place` is."""
-        return _disk.free_space(place).free
+        return free_space(place).free
 
     @property
     def base_python(self) -> str:
@@ -70,7 +73,7 @@ class Host:
     def environ(self, store: Path | None = None, cache: Path | None = None, temp: Path | None = None) -> dict[str, str]:
         """The variables of every child: ours without what would favour or hurt one alternative."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
-        kept |= _uv.relevant(os.environ)
+        kept |= relevant(os.environ)
         return kept | {
             "UV_CACHE_DIR": os.fspath(cache or self.cache),
             "UV_PYTHON": self.base_python,
@@ -119,7 +122,7 @@ class Host:
             yield made
         finally:
             if other or self.free(top) < _ROOM:
-                _fs.remove_tree(made)
+                files.remove_tree(made)
 
 
 @contextmanager
@@ -145,7 +148,7 @@ def _users_cache() -> Path:
 
 def _temporary(stack: ExitStack, top: Path) -> Path:
     made = Path(tempfile.mkdtemp(prefix="rb", dir=top))
-    stack.callback(_fs.remove_tree, made)
+    stack.callback(files.remove_tree, made)
     if len(os.fspath(made)) > _LONGEST:
         raise BenchmarkError(f"`{top}` is too long for the sockets of Ray: choose a shorter place with --dir")
     return made

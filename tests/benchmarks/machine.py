@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from ray_envcache import _disk
+from ray_envcache.system import disk
 from tests.benchmarks import processes
 
 REPOSITORY = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def drop_pages() -> None:
 
 
 def _disk_of(path: Path) -> dict[str, Any]:
-    found = _disk.free_space(path)
+    found = disk.free_space(path)
     return {"kind": found.kind, "total_bytes": found.total, "free_bytes": found.free}
 
 

@@ -18,9 +18,9 @@ import psutil
 import pytest
 import uv
 
-from ray_envcache import leases
-from ray_envcache.layout import Layout
-from ray_envcache.store import Store
+from ray_envcache.acquire import Store
+from ray_envcache.store import leases
+from ray_envcache.store.layout import Layout
 from tests import support
 
 REPOSITORY = Path(__file__).parents[2]
@@ -167,7 +167,7 @@ def _stop_compilers(host: Host) -> None:
     """Nobody will use these environments again; their bytecode would only take time from the tests to come."""
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []
-        if "ray_envcache.bytecode" in command and any(part.startswith(str(host.folder)) for part in command):
+        if "ray_envcache.build.bytecode" in command and any(part.startswith(str(host.folder)) for part in command):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 

@@ -116,7 +116,7 @@ def test_hook_refuses_before_anything_starts(host: Host) -> None:
 
 def test_cancelled_setup_leaves_no_process_and_no_flock(host: Host) -> None:
     """A set-up that takes longer than Ray allows is ended whole: no uv, no build backend, no half environment."""
-    from ray_envcache import _flock
+    from ray_envcache.system import flock
 
     pids = host.folder / "pids"
     pids.mkdir()
@@ -138,4 +138,4 @@ def test_cancelled_setup_leaves_no_process_and_no_flock(host: Host) -> None:
     assert started
     support.wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started), "the build backends are gone")
     support.wait_until(lambda: list(host.layout.entries.iterdir()) == [], "the half environments are gone")
-    assert not any(_flock.is_held(path) for path in host.layout.flocks.iterdir())
+    assert not any(flock.is_held(path) for path in host.layout.flocks.iterdir())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ray_envcache import cli_doctor
+from ray_envcache.cli import doctor
 from tests.cluster.conftest import NEWEST, Host
 from tests.cluster.test_nodes import run
 
@@ -97,7 +97,7 @@ def _check_broken(host: Host, status: int, out: str, err: str) -> None:
 
 def _check_table(host: Host, data: dict[str, Any]) -> None:
     with redirect_stdout(io.StringIO()) as out:
-        cli_doctor._print_cluster(data)
+        doctor._print_cluster(data)
     head, *lines = out.getvalue().splitlines()
     assert head.split() == ["NODE", "HOST", "PLUGIN", "STORE", "FREE", "RAY", "PYTHON", "UV", "KEY", "SECONDS"]
     key = next(host.layout.all_entries()).key[:12]

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from ray_envcache import registration
+from ray_envcache.field import registration
 from tests import support
 from tests.cluster.conftest import NEWEST, Host
 

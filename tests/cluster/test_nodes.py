@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ray_envcache.layout import Layout
+from ray_envcache.store.layout import Layout
 from tests import support
 from tests.cluster.conftest import NEWEST, Host
 

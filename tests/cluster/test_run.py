@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ray_envcache.inventory import survey
-from ray_envcache.session_dirs import temp_dirs
-from ray_envcache.session_gc import collect_sessions
+from ray_envcache.sessions.collector import collect_sessions
+from ray_envcache.sessions.directories import temp_dirs
+from ray_envcache.store.inventory import survey
 from tests import support
 from tests.cluster.conftest import NEWEST, Host
 

@@ -153,14 +153,15 @@ def test_a_cluster_of_another_user_is_not_touched(host: Host) -> None:
     # Once as root, and unheard, for all that is imported late: the other user may not read where it lies.
     code = """
     import contextlib, io, os, sys
-    from ray_envcache import cli, tmpdir
+    from ray_envcache.cli import main
+    from ray_envcache.sessions import short_path
     command = ["ray-envcache", "gc", "--sessions", "--tmpdir", sys.argv[1]]
     sys.argv = [*command, "--dry-run"]
     with contextlib.redirect_stdout(io.StringIO()):
-        cli.main()
+        main.main()
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
     sys.argv = command
-    cli.main()
+    main.main()
     """
     temp = str(session.parent)
     said = support.run_python(code, temp, python=sys.executable)

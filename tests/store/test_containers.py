@@ -9,17 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from ray_envcache.layout import Layout
-from ray_envcache.store import Store
+from ray_envcache.acquire import Store
+from ray_envcache.store.layout import Layout
 from tests import support
+
+pytestmark = pytest.mark.host
 
 # As an agent and its worker do: a lease, and an interpreter of the environment.
 USE = """
 import subprocess, sys
-from ray_envcache.cluster_ray import installed_ray
-from ray_envcache.leases import Holder
-from ray_envcache.spec import EnvSpec
-from ray_envcache.store import Store
+from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.store.leases import Holder
+from ray_envcache.field.spec import EnvSpec
+from ray_envcache.acquire import Store
 
 lease = Store.open().acquire(EnvSpec.parse(sys.argv[1]), installed_ray(), Holder("agent"))
 subprocess.run([lease.python, "-c", "import sys; print(sys.prefix, flush=True); sys.stdin.read()"])

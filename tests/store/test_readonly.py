@@ -17,20 +17,25 @@ from typing import TypeAlias
 
 import pytest
 
-from ray_envcache import _flock, _fs, bytecode, entry, leases, lower
-from ray_envcache.agent_client import Build
-from ray_envcache.cluster_ray import installed_ray
-from ray_envcache.collector import collect
-from ray_envcache.entry import ReadyRecord, file_identity, is_unchanged
+from ray_envcache.acquire import Store
+from ray_envcache.build import bytecode
+from ray_envcache.cluster.agent_build import Build
 from ray_envcache.errors import ReadOnlyError, StoreError
-from ray_envcache.evict import evict
-from ray_envcache.layout import Entry, Layout
-from ray_envcache.leases import Holder, Lease
-from ray_envcache.policy import Limits
-from ray_envcache.spec import EnvSpec
-from ray_envcache.store import Store
+from ray_envcache.field.spec import EnvSpec
+from ray_envcache.gc.collector import collect
+from ray_envcache.gc.evict import evict
+from ray_envcache.gc.policy import Limits
+from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.store import leases, readonly, record
+from ray_envcache.store.layout import Entry, Layout
+from ray_envcache.store.leases import Holder, Lease
+from ray_envcache.store.record import ReadyRecord
+from ray_envcache.system import files, flock
+from ray_envcache.system.files import file_identity, is_unchanged
 from tests import support
-from tests.store.test_layers import make_package
+from tests.build.test_layers import make_package
+
+pytestmark = pytest.mark.host
 
 Acquire: TypeAlias = Callable[[Path], Lease]
 
@@ -43,10 +48,10 @@ OTHER_USER += [f"--{kind}-caps=+dac_read_search" for kind in ("inh", "ambient") 
 # What a worker does, by a lease and without.
 USE = """
 import subprocess, sys
-from ray_envcache.cluster_ray import installed_ray
-from ray_envcache.leases import Holder
-from ray_envcache.spec import EnvSpec
-from ray_envcache.store import Store
+from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.store.leases import Holder
+from ray_envcache.field.spec import EnvSpec
+from ray_envcache.acquire import Store
 
 with Store.open().acquire(EnvSpec.parse(sys.argv[1]), installed_ray(), Holder("agent")) as lease:
     subprocess.run([lease.python, "-c", "import wanted, sys; print(sys.prefix)"], check=True)
@@ -85,7 +90,7 @@ def project(folder: Path) -> Path:
 @pytest.fixture
 def below(image: Layout, store: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
     """A store of our own, empty, on top of that of the image; nothing may change in that during the test."""
-    monkeypatch.setenv(lower.VARIABLE, str(image.root))
+    monkeypatch.setenv(readonly.VARIABLE, str(image.root))
     return Store.open(store.layout.root)
 
 
@@ -177,12 +182,12 @@ def test_own_environments_come_first(
     """What we have ourselves is used; and what is only below is not, when the variable does not say so any more."""
     with acquire(store, project, finish=False) as lease:
         assert not lease.entry.readonly
-    monkeypatch.setenv(lower.VARIABLE, str(image.root))
+    monkeypatch.setenv(readonly.VARIABLE, str(image.root))
     both = Store.open(store.layout.root)
     with acquire(both, project, finish=False) as lease:
         assert not lease.entry.readonly
     # Nobody compiles there meanwhile.
-    _fs.remove_tree(lease.entry.path)
+    files.remove_tree(lease.entry.path)
     with acquire(both, project) as lease:
         assert lease.entry == environment_of(image)
     with acquire(store, project) as lease:
@@ -211,7 +216,7 @@ def test_other_user(image: Layout, project: Path, tmp_path: Path) -> None:
         **os.environ,
         "HOME": str(mine),
         "RAY_ENVCACHE_DIR": str(mine / "store"),
-        lower.VARIABLE: str(image.root),
+        readonly.VARIABLE: str(image.root),
     }
     for command in (["-c", textwrap.dedent(USE), project], ["-m", "ray_envcache", "list"]):
         done = subprocess.run(
@@ -241,7 +246,7 @@ def test_file_system_without_flocks(
         raise OSError(95, "Operation not supported", path)
 
     wanted = environment_of(image)
-    monkeypatch.setattr(_flock, "try_flock", no_flocks)
+    monkeypatch.setattr(flock, "try_flock", no_flocks)
     with pytest.raises(StoreError, match="not supported"):
         leases.claim_ready(wanted, below.layout, Holder("test"))
     monkeypatch.setattr(os, "fstatvfs", lambda _: os.statvfs_result((0,) * 8 + (os.ST_RDONLY, 0)))
@@ -268,10 +273,10 @@ def test_owner_cannot_remove_what_is_used(
     owned = image.entry(wanted.path.name)
     assert owned is not None
     # What `evict` asks before it does anything; that itself would leave its traces in the image.
-    assert not _flock.is_free(owned.in_use)
+    assert not flock.is_free(owned.in_use)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    assert _flock.is_free(owned.in_use)
+    assert flock.is_free(owned.in_use)
     # The file of a dead lease is in our own store, and swept there.
     collect(below.layout, NOTHING_DUE)
     assert [path for path in below.layout.leases.rglob("*") if path.is_file()] == []
@@ -296,7 +301,7 @@ def test_layer_on_top(
     rows = [line.split()[0] for line in cli("list").stdout.splitlines()[1:4]]
     assert sorted(rows[1:]) == sorted(one.key[:12] for one in [lease.entry, layer_of(image)])
     assert rows[0] == environment_of(image).key[:12]
-    monkeypatch.delenv(lower.VARIABLE)
+    monkeypatch.delenv(readonly.VARIABLE)
     # Whoever collects need not know of the image: as long as the environment is there, nobody takes the layer for broken.
     assert collect(below.layout, NOTHING_DUE).in_use == 0
     assert own_entries(below) == [lease.entry]
@@ -312,7 +317,7 @@ def test_collector_keeps_what_leads_below(below: Store, copy: Layout, image: Lay
     (memo,) = below.layout.memo.iterdir()
     assert collect(below.layout, Limits(everything=True)).removed == []
     assert memo.exists()
-    _fs.write_json(memo, {**(_fs.read_json(memo) or {}), "entry": str(environment_of(image).path) + "1"})
+    files.write_json(memo, {**(files.read_json(memo) or {}), "entry": str(environment_of(image).path) + "1"})
     collect(below.layout, NOTHING_DUE)
     assert not memo.exists()
 
@@ -349,18 +354,18 @@ def test_missing_store(below: Store, image: Layout, tmp_path: Path, monkeypatch:
     """An image need not have one: nothing fails, and `list` says so. Our own is not below itself, however spelled."""
     (tmp_path / "link").symlink_to(below.layout.root)
     named = [tmp_path / "nowhere", "", tmp_path / "link", below.layout.root, image.root, image.root]
-    monkeypatch.setenv(lower.VARIABLE, ":".join(map(str, named)))
+    monkeypatch.setenv(readonly.VARIABLE, ":".join(map(str, named)))
     assert [layout.root for layout in Store.open(below.layout.root).lower] == [image.root]
-    assert cli("list").stderr == f"note: {lower.VARIABLE} names `{tmp_path}/nowhere`, where there is no store\n"
+    assert cli("list").stderr == f"note: {readonly.VARIABLE} names `{tmp_path}/nowhere`, where there is no store\n"
 
 
 @pytest.mark.parametrize(("named", "reason"), [("envcache", "relative"), ("/opt/it's", "shebangs"), ("/a:~/b", "~/b")])
 def test_impossible_paths(store: Store, named: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names the variable and the path."""
-    monkeypatch.setenv(lower.VARIABLE, named)
+    monkeypatch.setenv(readonly.VARIABLE, named)
     with pytest.raises(StoreError, match=reason) as caught:
         Store.open(store.layout.root)
-    assert lower.VARIABLE in str(caught.value)
+    assert readonly.VARIABLE in str(caught.value)
 
 
 @pytest.mark.parametrize("place", ["root", "top", "entries", "entry"])
@@ -378,13 +383,13 @@ def test_not_trusted(
         path.symlink_to("elsewhere")
     else:
         path.chmod(0o775 if fault == "group may write" else 0o757)
-    monkeypatch.setenv(lower.VARIABLE, str(copy.root))
+    monkeypatch.setenv(readonly.VARIABLE, str(copy.root))
     if fault == "link":
         # The root may be a link; further down, what is no directory is nobody's entry.
-        assert (lower.lower_stores(store.layout, os.environ) == ()) == (place in {"top", "entries"})
+        assert (readonly.lower_stores(store.layout, os.environ) == ()) == (place in {"top", "entries"})
         return
     with pytest.raises(StoreError, match=str(copy.root if fault == "foreign" else path)) as caught:
-        leases.claim(one) if place == "entry" else lower.lower_stores(store.layout, os.environ)
+        leases.claim(one) if place == "entry" else readonly.lower_stores(store.layout, os.environ)
     assert "environments run code" in caught.value.hint
 
 
@@ -400,7 +405,7 @@ def test_unreadable(copy: Layout, tmp_path: Path) -> None:
     """A store that root made, and nobody made readable, is an error that says how."""
     drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"] if os.geteuid() == 0 else []
     one = environment_of(copy)
-    environ = {"RAY_ENVCACHE_DIR": str(tmp_path / "own"), lower.VARIABLE: str(copy.root)}
+    environ = {"RAY_ENVCACHE_DIR": str(tmp_path / "own"), readonly.VARIABLE: str(copy.root)}
     for path in (copy.root, one.path, one.ready):
         with modes(path, mode=0):
             done = cli("list", before=drop, **environ)
@@ -413,11 +418,11 @@ def test_moved_store(store: Store, copy: Layout, image: Layout, project: Path, m
     link = copy.root.with_name("link")
     link.symlink_to(image.root)
     for root, built in ((copy.root, 1), (link, 0)):
-        monkeypatch.setenv(lower.VARIABLE, str(root))
+        monkeypatch.setenv(readonly.VARIABLE, str(root))
         with acquire(Store.open(store.layout.root), project, finish=False) as lease:
             assert lease.entry.path.is_relative_to(store.layout.root if built else link)
         for one in own_entries(store):
-            _fs.remove_tree(one.path)
+            files.remove_tree(one.path)
 
 
 def test_times_of_images() -> None:
@@ -439,7 +444,7 @@ def test_step_of_an_image(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
     done = cli("build", folder / "app", before=support.container(), RAY_ENVCACHE_DIR=str(root))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Compiling bytecode") == 1
-    monkeypatch.setattr(entry, "boot_id", lambda: "another")
+    monkeypatch.setattr(record, "boot_id", lambda: "another")
     records = [ReadyRecord.read(one) for one in Layout(root, readonly=True).all_entries()]
     assert len(list(filter(None, records))) == 2
     assert cli("build", folder / "app", RAY_ENVCACHE_DIR=str(root)).stderr == ""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from ray_envcache.layout import Layout
+from ray_envcache.store.layout import Layout
 from tests.benchmarks import fabricate, processes
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.measure import Result

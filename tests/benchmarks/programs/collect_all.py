@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import IO
 
-from ray_envcache.collector import collect
-from ray_envcache.layout import Layout
-from ray_envcache.policy import Limits
+from ray_envcache.gc.collector import collect
+from ray_envcache.gc.policy import Limits
+from ray_envcache.store.layout import Layout
 
 _held: dict[int, tuple[str, float]] = {}
 _holds: list[tuple[str, float]] = []

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from ray_envcache.cluster_ray import installed_ray
-from ray_envcache.leases import Holder
-from ray_envcache.spec import EnvSpec
-from ray_envcache.store import Store
+from ray_envcache.acquire import Store
+from ray_envcache.field.spec import EnvSpec
+from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.store.leases import Holder
 
 if __name__ == "__main__":
     lease = Store.open().acquire(EnvSpec.parse(sys.argv[1]), installed_ray(), Holder("driver"), check_current=True)

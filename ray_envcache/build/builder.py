@@ -1,0 +1,209 @@
+"""Building one environment: once, at its final place, published by one rename.
+
+Whatever dies at whatever moment leaves either a complete entry or a directory without a ready record, which the next
+builder of the key, or the collector, throws away.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from ray_envcache import inside
+from ray_envcache.build import venv_files
+from ray_envcache.build.plan import BuildUv, Plan, disk_full
+from ray_envcache.errors import BuildError
+from ray_envcache.resolve import uv
+from ray_envcache.resolve.cluster_ray import packages_folder
+from ray_envcache.store.layout import Entry, Layout
+from ray_envcache.store.leases import Holder, Lease, claim, claim_ready
+from ray_envcache.store.record import ReadyRecord
+from ray_envcache.system import children, files
+from ray_envcache.system.files import file_identity
+from ray_envcache.system.flock import exclusive_flock, is_free
+from ray_envcache.system.processes import boot_id
+from ray_envcache.system.units import utc_now
+
+
+class Observer(Protocol):
+    """Who is told how a build goes. Methods may raise: that ends the waiting or the build."""
+
+    def waiting(self, builder: str) -> None:
+        """About once a second: somebody else, `builder`, builds this environment."""
+
+    def started(self, plan: Plan) -> None:
+        """A build begins."""
+
+    def line(self, text: str) -> None:
+        """Uv said something (credentials removed)."""
+
+    def finished(self, lease: Lease, seconds: float) -> None:
+        """The environment is ready."""
+
+
+class Silent:
+    """An observer that says nothing."""
+
+    def waiting(self, builder: str) -> None: ...
+
+    def started(self, plan: Plan) -> None: ...
+
+    def line(self, text: str) -> None: ...
+
+    def finished(self, lease: Lease, seconds: float) -> None: ...
+
+
+@dataclass
+class Build:
+    """One attempt to have the environment of `plan`: the build itself, or waiting for whoever does it."""
+
+    layout: Layout
+    plan: Plan
+    holder: Holder
+    observer: Observer = field(default_factory=Silent)
+
+    def lease(self) -> Lease:
+        """A lease on the environment, built if need be. Raises BuildError and its kin; then nothing is left behind."""
+        try:
+            return self._lease()
+        except OSError as error:
+            if error.errno not in files.FULL_DISK:
+                raise
+            raise disk_full(self.layout.entries, self.plan.download_size) from error
+
+    def _lease(self) -> Lease:
+        with exclusive_flock(self.layout.builder_flock(self.plan.key), self._tell_waiting) as flock:
+            # Somebody may have built it while we waited for the flock.
+            for entry in self.layout.entries_of(self.plan.key):
+                if lease := claim_ready(entry, self.layout, self.holder):
+                    return lease
+            self._sweep()
+            return self._build(flock)
+
+    def _tell_waiting(self) -> None:
+        records = (files.read_json(entry.building) for entry in self.layout.entries_of(self.plan.key))
+        known = next((record for record in records if record), {})
+        who = f"{known.get('kind', 'process')} {known.get('pid', '?')} ({known.get('command', '?')})"
+        self.observer.waiting(f"{who}, since {known.get('since', '?')}")
+
+    def _sweep(self) -> None:
+        """Throw away what dead builders of this key left; its flock is ours, so no builder lives.
+
+        A collector that died may have left an entry without its record while a process still runs from it: that one
+        stays until nobody does.
+        """
+        for entry in self.layout.entries_of(self.plan.key):
+            if not entry.ready.exists() and is_free(entry.in_use):
+                files.discard(entry.path, self.layout.trash)
+
+    def _build(self, flock: int) -> Lease:
+        entry, began = self.layout.next_entry(self.plan.key), time.monotonic()
+        try:
+            with self._start(entry):
+                self.plan.prepare(entry)
+                self.observer.started(self.plan)
+                self._fill(entry, flock)
+                self._publish(entry, time.monotonic() - began)
+                lease = self._claim(entry)
+        except BaseException:
+            # Also on Ctrl-C and cancellation. Once it is published it is complete, and others may run from it.
+            if not entry.ready.exists():
+                files.discard(entry.path, self.layout.trash)
+            raise
+        self.observer.finished(lease, time.monotonic() - began)
+        return lease
+
+    def _claim(self, entry: Entry) -> Lease:
+        """As everybody claims it: a layer with what it lies on."""
+        lease = claim_ready(entry, self.layout, self.holder)
+        if lease is None:
+            raise BuildError(f"`{entry.path}` vanished right after it was built", "try again")
+        return lease
+
+    def _start(self, entry: Entry) -> Lease:
+        entry.path.mkdir(mode=0o700)
+        entry.in_use.touch(mode=0o600)
+        files.write_json(entry.building, asdict(self.holder), durable=False)
+        lease = claim(entry)
+        if lease is None:
+            raise BuildError(f"Somebody removed `{entry.path}` while it was being built", "try again")
+        return lease
+
+    def _fill(self, entry: Entry, flock: int) -> None:
+        run_uv = BuildUv(self.layout, entry, self.plan, flock, self.observer.line)
+        run_uv(
+            "venv",
+            "--no-project",
+            "--no-config",
+            f"--python={self.plan.interpreter.executable}",
+            f"--prompt={self.plan.project}",
+            *self.plan.venv_options,
+            entry.venv,
+        )
+        self.plan.install(entry, run_uv)
+        venv_files.add_hold(entry)
+        venv_files.add_pip_guard(entry)
+        self._check(entry)
+        files.set_directories_writable(entry.venv, writable=False)
+
+    def _check(self, entry: Entry) -> None:
+        """A worker that starts with a wrong or missing ray is started again for ever: find out before."""
+        request = {
+            "import_ray": self.plan.import_ray,
+            "site": os.fspath(entry.site_packages),
+            "shared": os.fspath(self.layout.bytecode),
+            "staged": os.fspath(entry.staged_bytecode),
+            # Mostly imported here already, and thus compiled.
+            "twins": packages_folder() if self.plan.interpreter.build == sys.version else "",
+        }
+        # Python itself writes no bytecode there: before 3.12.8 and 3.13.1 it does not notice when a full disk cuts it
+        # off (https://github.com/python/cpython/issues/126606), and that module could never be imported again.
+        command: list[str | Path] = [
+            entry.python,
+            "-I",
+            "-B",
+            Path(inside.__file__).with_name("check.py"),
+            json.dumps(request),
+        ]
+        done = children.run(command, environ=children.clean_environ())
+        uv.require_not_killed(done, "The Python that checks the new environment")
+        if done.returncode != 0:
+            raise BuildError(
+                f"`import ray` fails in the new environment:\n{done.stderr.strip()[-1500:]}",
+                "a package of the lockfile breaks ray on this platform; `uv run python -c 'import ray'` shows the same",
+            )
+        found = json.loads(done.stdout.splitlines()[-1])
+        wanted = [self.plan.ray, self.plan.interpreter.version, os.fspath(entry.venv), self.plan.holds]
+        if found != wanted:
+            raise BuildError(
+                f"The new environment has ray, Python, prefix and holds {found} instead of {wanted}",
+                "see that nothing on this node (a sitecustomize, a wrapper of Python) changes what a venv is",
+            )
+
+    def _publish(self, entry: Entry, seconds: float) -> None:
+        identity = file_identity(os.fspath(entry.python))
+        if identity is None:
+            raise BuildError(f"`{entry.python}` vanished during the build", "try again")
+        record = ReadyRecord(
+            key=self.plan.key,
+            path=os.fspath(entry.path),
+            created_at=utc_now(),
+            project=self.plan.project,
+            source=os.fspath(self.plan.folder),
+            python=self.plan.interpreter.version,
+            base_python=self.plan.interpreter.executable,
+            base_python_file=identity,
+            ray=self.plan.ray,
+            download_bytes=self.plan.download_size,
+            build_seconds=round(seconds, 3),
+            uv=uv.version(),
+            boot_id=boot_id(),
+            **self.plan.facts(),
+        )
+        entry.building.unlink()
+        record.write(entry)

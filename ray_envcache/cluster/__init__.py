@@ -1,0 +1,1 @@
+"""What Ray starts: the build process of its agent, and the program under `ray-envcache run`."""

@@ -1,0 +1,143 @@
+"""Running an unmodified program from a cached environment: `ray-envcache run -- python main.py`.
+
+Driver, raylet, agent and workers all come from the environment, in which ray_envcache itself need not be installed: a
+bare `ray.init()` then costs no build and no copy. The command is our child, in our place as far as anybody can see: it
+has our terminal, our process group and our descriptors, gets our signals, and its end is ours.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ray_envcache.acquire import Store
+from ray_envcache.build.builder import Observer
+from ray_envcache.errors import CommandError, LockfileError
+from ray_envcache.field import registration
+from ray_envcache.field.spec import EnvSpec
+from ray_envcache.resolve import interpreter, uv
+from ray_envcache.resolve.cluster_ray import LockedRay
+from ray_envcache.resolve.project import Project
+from ray_envcache.store.leases import Holder, Lease
+
+# Sent by others than the terminal: those from the terminal reach the command itself, which is in our process group.
+_FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGQUIT)
+_FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
+
+
+def find_project(start: Path) -> Path:
+    """The folder of the project that `start` is in, as uv finds it: the nearest one upwards with a pyproject.toml."""
+    for folder in (start, *start.parents):
+        if (folder / "pyproject.toml").is_file():
+            return folder
+    raise LockfileError(
+        f"No project: neither `{start}` nor a folder above it has a pyproject.toml",
+        "run in the project's folder, or name it: --project DIR",
+    )
+
+
+def acquire(spec: EnvSpec, observer: Observer) -> Lease:
+    """A lease on the environment of the project at `spec.path`, with its own packages where they are developed.
+
+    The Python is the one that uv takes for the project. Raises what `Store.acquire` raises.
+    """
+    Project.locate(Path(spec.path), spec.package)  # else uv would be asked in a folder that is not there
+    folder = Path(spec.path if os.path.isdir(spec.path) else os.path.dirname(spec.path))
+    python = spec.python if spec.python and os.path.isabs(spec.python) else _python_of(folder, spec.python)
+    wanted = EnvSpec.parse({**spec.to_field(), "python": python})
+    store = Store.open()
+    return store.acquire(wanted, LockedRay(), Holder("run"), observer, check_current=True, editable=True)
+
+
+def environ_for(lease: Lease, environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a program that runs from the environment: as activated, and with nobody's hooks in Ray."""
+    environment = dict(registration.without_us(environ))
+    for name in ("PYTHONHOME", "__PYVENV_LAUNCHER__"):
+        environment.pop(name, None)
+    # Ray's own hook for `uv run` would give each worker a `uv run` of its own, should one be among our parents.
+    environment[registration.UV_RUN] = "0"
+    environment["VIRTUAL_ENV"] = os.fspath(lease.entry.venv)
+    environment["PATH"] = f"{lease.entry.bin}:{environ.get('PATH', os.defpath)}"
+    return environment
+
+
+def find_command(name: str, environ: Mapping[str, str]) -> str:
+    """The path of a command, with `environ` as it will have it. Raises CommandError."""
+    program = shutil.which(name, path=environ["PATH"])
+    if program is None:
+        raise CommandError(f"No such command: `{name}`", "it is looked for in the environment, then on PATH")
+    return program
+
+
+def run(program: str, command: Sequence[str], environ: Mapping[str, str], held: Iterable[int]) -> int:
+    """Run a command to its end: its exit status, negative for the signal that killed it. Raises CommandError.
+
+    Should we be killed, the command goes on, and still holds what we do: it inherits the descriptors in `held`.
+    """
+    with _signals_blocked() as before:
+        for descriptor in held:
+            os.set_inheritable(descriptor, True)
+        try:
+            pid = os.posix_spawn(program, list(command), dict(environ), setsigmask=before)
+        except OSError as error:
+            raise CommandError(
+                f"Cannot run `{program}`: {error.strerror}", "is it a program for this machine?"
+            ) from error
+        return _wait(pid)
+
+
+def end_like(status: int) -> int:
+    """The exit code that says what `status` says; does not return where a signal has to say it."""
+    if status >= 0:
+        return status
+    # Shells tell a program that was killed by a signal from one that returned a number: so do we.
+    if -status != signal.SIGKILL:
+        signal.signal(-status, signal.SIG_DFL)
+    os.kill(os.getpid(), -status)
+    return 128 - status  # the signal is one that ends nobody
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[set[signal.Signals]]:
+    """From before the command starts: a signal that comes in between waits until it can be passed on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*_FORWARDED, signal.SIGCHLD})
+    try:
+        yield {signal.Signals(number) for number in before}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _wait(pid: int) -> int:
+    """Pass signals on until the command has ended."""
+    # SIGCHLD has to be somebody's, or it is thrown away before anyone waits for it.
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        number, by_terminal = _next_signal()
+        if number in _FORWARDED and not (by_terminal and number in _FROM_TERMINAL):
+            os.kill(pid, number)
+
+
+def _next_signal() -> tuple[int, bool]:
+    """The next signal, and whether the kernel sent it (on behalf of a terminal, to the whole process group)."""
+    wanted = {*_FORWARDED, signal.SIGCHLD}
+    if sys.platform == "darwin":
+        return signal.sigwait(wanted), True
+    found = signal.sigwaitinfo(wanted)
+    return found.si_signo, found.si_code > 0
+
+
+def _python_of(folder: Path, version: str | None) -> str:
+    """The base interpreter that uv takes for the project: by .python-version and requires-python."""
+    done = uv.run(["python", "find", "--system", *([version] if version else [])], cwd=folder)
+    uv.expect_success(
+        done, LockfileError, f"No Python for the project in `{folder}`", "uv python list shows what is here"
+    )
+    return interpreter.base_of(done.stdout.strip())

@@ -1,0 +1,1 @@
+"""Is it set up? This host, and every node of a cluster."""

@@ -1,0 +1,185 @@
+"""Is this host set up? Looks at what environments need, and says of whatever is not right what to do about it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import requires
+from pathlib import Path
+from typing import TypeVar
+
+from packaging.requirements import Requirement
+
+from ray_envcache.build.planning import require_buildable
+from ray_envcache.doctor import variables
+from ray_envcache.doctor.findings import ERROR, OK, WARN, Finding, look
+from ray_envcache.errors import EnvCacheError, StoreError
+from ray_envcache.field.spec import EnvSpec
+from ray_envcache.gc.policy import Limits
+from ray_envcache.resolve import interpreter, uv
+from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.store import readonly
+from ray_envcache.store.layout import Layout, default_root
+from ray_envcache.store.root import prepare_root
+from ray_envcache.system import disk, flock
+from ray_envcache.system.units import format_size
+from ray_envcache.version import __version__
+
+T = TypeVar("T")
+_FEW_INODES = 10_000  # an environment has so many files easily
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A host as the process sees it that asked, which has this plugin. None: could not be found out."""
+
+    plugin: str
+    store: str
+    free_bytes: int | None
+    ray: str | None
+    python: str
+    uv: str | None
+    findings: tuple[Finding, ...]
+
+
+def check_lockfile(path: str) -> Finding:
+    """Whether the lockfile at `path` is one that this host could build. Builds nothing."""
+    return look("lockfile", lambda: _lockfile(path))
+
+
+def examine() -> Facts:
+    """Look at this host with our own environment variables. Makes the store where it is missing; raises nothing."""
+    layout = Layout(default_root())
+    findings = [*_store(layout), *_tools(), *variables.settings(os.environ)]
+    return Facts(
+        plugin=__version__,
+        store=os.fspath(layout.root),
+        free_bytes=_attempt(lambda: disk.free_space(layout.root).free),
+        ray=_attempt(lambda: installed_ray().version),
+        python=platform.python_version(),
+        uv=_attempt(lambda: _uv_version(uv.find())),
+        findings=tuple(findings),
+    )
+
+
+def _store(layout: Layout) -> Iterator[Finding]:
+    found = look("store", lambda: _root(layout))
+    yield found
+    if found.state != ERROR:
+        yield look("flocks", lambda: _flocks(layout))
+        yield look("space", lambda: _space(layout))
+        yield look("uv's cache", lambda: _cache(layout))
+        if os.environ.get(readonly.VARIABLE):
+            yield look("lower stores", lambda: _lower(layout))
+
+
+def _root(layout: Layout) -> Finding:
+    prepare_root(layout)
+    kind = disk.free_space(layout.root).kind
+    mode = stat.S_IMODE(layout.root.stat().st_mode)
+    text = f"{layout.root}: {kind or 'unknown file system'}, yours, mode {mode:o}"
+    if not disk.is_network(kind):
+        return Finding("store", OK, text)
+    hint = "flocks do not exclude across hosts: no other host may use this store"
+    return Finding("store", WARN, f"{text}; a network file system, allowed by RAY_ENVCACHE_ALLOW_NETWORK_FS", hint)
+
+
+def _flocks(layout: Layout) -> Finding:
+    # Of two descriptors: the kernel knows no other owner of a flock, whichever process a descriptor is in.
+    with flock.exclusive_flock(layout.doctor_flock, lambda: None):
+        if flock.is_held(layout.doctor_flock):
+            return Finding("flocks", OK, "they exclude each other in the store")
+    raise StoreError(
+        f"Flocks do not exclude each other in `{layout.flocks}`: two builds could write one environment",
+        "choose a local disk for the store: RAY_ENVCACHE_DIR=/path/to/store",
+    )
+
+
+def _space(layout: Layout) -> Finding:
+    found = disk.free_space(layout.root)
+    text = f"{format_size(found.free)} of {format_size(found.total)} are free"
+    if found.inodes_free is not None and found.inodes_free < _FEW_INODES:
+        return Finding("space", WARN, f"{text}, but only {found.inodes_free} inodes", "an environment needs thousands")
+    limit = None
+    with suppress(EnvCacheError):  # a finding of its own
+        limit = Limits.from_environ(os.environ).min_free_space
+    if limit is None or found.free >= limit.bytes_of(found.total):
+        return Finding("space", OK, text)
+    hint = "make room: until then every collection takes idle environments, whatever their age"
+    return Finding("space", WARN, f"{text}, less than {limit} (RAY_ENVCACHE_MIN_FREE_SPACE)", hint)
+
+
+def _cache(layout: Layout) -> Finding:
+    name = "uv's cache"
+    if os.environ.get("UV_LINK_MODE") == "copy":
+        return Finding(name, WARN, "UV_LINK_MODE=copy: packages are copied into environments", "unset it to link them")
+    cache = uv.cache_directory(layout.entries)
+    if cache:
+        return Finding(name, OK, f"{cache}: packages are linked from there")
+    text = f"{layout.uv_cache}: yours is on another file system, so packages are downloaded once more"
+    return Finding(name, OK, text)
+
+
+def _lower(layout: Layout) -> Finding:
+    found = ", ".join(str(one.root) for one in readonly.lower_stores(layout, os.environ)) or "none"
+    missing = ", ".join(map(str, readonly.missing_stores(layout, os.environ)))
+    if not missing:
+        return Finding("lower stores", OK, found)
+    hint = f"ray-envcache build makes one there; or take it out of {readonly.VARIABLE}"
+    return Finding("lower stores", WARN, f"{found}; there is no store at {missing}", hint)
+
+
+def _tools() -> Iterator[Finding]:
+    yield look("uv", _uv_finding)
+    yield look("python", _python)
+    yield look("ray", _ray)
+
+
+def _uv_finding() -> Finding:
+    path = uv.find()
+    version = _uv_version(path)
+    return _versioned("uv", version, f"uv {version}: {path}")
+
+
+def _uv_version(path: str) -> str:
+    done = uv.run(["--version"], cwd=Path("/"))
+    words = done.stdout.split()
+    if done.returncode != 0 or len(words) < 2:
+        raise StoreError(f"`{path} --version` fails: {done.stderr.strip()[-200:]}", "python -m pip install -U uv")
+    return words[1]
+
+
+def _python() -> Finding:
+    found = interpreter.ask(interpreter.base_executable(None))
+    return Finding("python", OK, f"{found.implementation} {found.version}: {found.executable}")
+
+
+def _ray() -> Finding:
+    version = installed_ray().version
+    return _versioned("ray", version, f"ray {version}")
+
+
+def _lockfile(path: str) -> Finding:
+    ray = installed_ray()
+    resolved = require_buildable(EnvSpec.parse(os.path.abspath(path)), ray)
+    count = len(resolved.packages)
+    return Finding("lockfile", OK, f"{path}: {count} package{'' if count == 1 else 's'}, fits ray {ray.version}")
+
+
+def _versioned(name: str, version: str, text: str) -> Finding:
+    """OK, where the version is one that this package declares to need."""
+    for needed in map(Requirement, requires("ray-envcache") or ()):
+        if needed.name == name and not needed.specifier.contains(version, prereleases=True):
+            hint = f"python -m pip install '{needed}'"
+            return Finding(name, ERROR, f"{text}; ray-envcache needs {needed.specifier}", hint)
+    return Finding(name, OK, text)
+
+
+def _attempt(ask: Callable[[], T]) -> T | None:
+    with suppress(EnvCacheError, OSError):
+        return ask()
+    return None

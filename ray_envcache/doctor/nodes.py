@@ -1,0 +1,132 @@
+"""What is known of the nodes of a cluster, from what their tasks answered."""
+
+from __future__ import annotations
+
+import platform
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray_envcache.doctor.findings import ERROR, WARN, Finding
+from ray_envcache.field import guard, probe
+from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.version import __version__
+
+SAYS = "ray-envcache: "
+"""What a line for people starts with, among what Ray says on stderr."""
+_ENTRY = re.compile(r"/entries/(?P<key>[0-9a-f]{32})-\d+/venv$")
+_START = 'eval "$(ray-envcache env)"; ray start ...'
+_OURS = re.compile(r"^ray_envcache\.errors\.\w+: (.*?)(?:\nhint: ([^\n]*))?\s*\Z", re.DOTALL | re.MULTILINE)
+
+
+def node_name(ip: str, node_id: str) -> str:
+    """A node for people: its address, and of its id what tells it from others at that address."""
+    return f"{ip} ({node_id[:8]})"
+
+
+@dataclass
+class NodeReport:
+    """What is known of one node; None: not known, `plugin` None: not loaded. The fields are those of the JSON."""
+
+    node_id: str
+    ip: str
+    host: str
+    plugin: str | None = None
+    store: str | None = None
+    free_bytes: int | None = None
+    ray: str | None = None
+    python: str | None = None
+    uv: str | None = None
+    key: str | None = None
+    seconds: float | None = None
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the node cannot set up environments."""
+        return any(found.state == ERROR for found in self.findings)
+
+    def note(self, name: str, state: str, text: str, hint: str = "") -> None:
+        """Add a finding."""
+        self.findings.append(Finding(name, state, text, hint))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a node's task returned, or why there is no such thing; and after how many seconds."""
+
+    value: Any
+    error: Exception | None
+    seconds: float
+
+
+def enter_facts(node: NodeReport, answer: Answer, timeout: float) -> None:
+    """Enter what the task of a probe said, or did not say within `timeout` seconds."""
+    if isinstance(answer.error, TimeoutError):
+        hint = "is the node overloaded, or dying? `ray list nodes` and its raylet's log tell; --timeout waits longer"
+        node.note("answer", ERROR, f"No answer within {timeout:g} s", hint)
+    elif answer.error:
+        _enter_failure(node, "answer", answer.error)
+    elif answer.value["answer"] is None:
+        node.ray, node.python = answer.value["ray"], answer.value["python"]
+        _enter_absence(node, installed=answer.value["installed"])
+    else:
+        _enter_answer(node, probe.decode(answer.value["answer"]))
+    if node.python:
+        _compare(node)
+
+
+def _enter_absence(node: NodeReport, *, installed: bool) -> None:
+    first = "" if installed else "python -m pip install ray-envcache there; then "
+    text = "The plugin is not loaded: Ray ignores the field there"
+    node.note("plugin", ERROR, text, f"{first}start the node with the variables: {_START}")
+
+
+def _enter_answer(node: NodeReport, facts: dict[str, Any]) -> None:
+    # Whatever is missing: another version of this package may have answered.
+    for name in ("plugin", "store", "free_bytes", "ray", "python", "uv"):
+        setattr(node, name, facts.get(name))
+    for found in facts.get("findings", []):
+        node.note(*(str(found.get(name, "")) for name in ("name", "state", "text", "hint")))
+
+
+def _compare(node: NodeReport) -> None:
+    """Compare with what runs here, which Ray has found to be what the cluster's head runs."""
+    if node.plugin and node.plugin != __version__:
+        hint = "install one version everywhere"
+        node.note("plugin", WARN, f"ray-envcache is {node.plugin} there, {__version__} here", hint)
+    for name, there, here in (
+        ("ray", node.ray, installed_ray().version),
+        ("python", node.python, platform.python_version()),
+    ):
+        if there != here:
+            node.note(name, ERROR, f"{name} is {there} there, {here} here", "all nodes of a cluster need the same")
+
+
+def _enter_failure(node: NodeReport, name: str, error: Exception) -> None:
+    if guard.ABSENT in str(error):
+        # The job that we run in has the guard in its own runtime_env.
+        _enter_absence(node, installed=True)
+        return
+    message, hint = _reason(str(error))
+    node.note(name, ERROR, message, hint or "the node's runtime_env_setup-*.log and raylet.err tell more")
+
+
+def enter_environment(node: NodeReport, answer: Answer) -> None:
+    """Enter in which environment a task ran, or why it did not."""
+    node.seconds = round(answer.seconds, 1)
+    if answer.error:
+        _enter_failure(node, "environment", answer.error)
+    elif found := _ENTRY.search(answer.value):
+        node.key = found["key"]
+    else:
+        text = f"The task ran outside of any environment, in `{answer.value}`"
+        node.note("environment", ERROR, text, "does another plugin set the interpreter?")
+
+
+def _reason(text: str) -> tuple[str, str]:
+    """Message and hint of what Ray says of a task that could not be started: of our error in it, if there is one."""
+    if ours := _OURS.search(text):
+        return ours[1].strip(), ours[2] or ""
+    lines = text.strip().splitlines()
+    return (lines[-1].strip() if lines else "no reason given"), ""

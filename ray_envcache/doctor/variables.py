@@ -1,0 +1,82 @@
+"""What the environment variables say: settings that nobody reads or understands, and the registration."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Iterator, Mapping
+
+from ray_envcache.doctor.findings import ERROR, OK, WARN, Finding
+from ray_envcache.errors import FieldValueError
+from ray_envcache.field import probe, registration
+from ray_envcache.gc.policy import VARIABLES, Limits
+from ray_envcache.system.testpoints import FOLDER
+from ray_envcache.system.units import parse_duration
+
+_PREFIX = "RAY_ENVCACHE_"
+_OTHERS = ("DIR", "READONLY_DIRS", "ALLOW_NETWORK_FS", "GC_INTERVAL")
+SETTINGS = (*(f"{_PREFIX}{name}" for name in _OTHERS), *VARIABLES)
+"""The variables that people set."""
+_INTERNAL = frozenset({registration.CHAINED_HOOK, registration.CHAINED_UV_RUN, probe.VARIABLE, FOLDER})
+
+
+def settings(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """A finding for each setting that does not parse or does not exist, or one that all is well."""
+    names = sorted(name for name in environ if name.startswith(_PREFIX) and name not in _INTERNAL)
+    wrong = [finding for name in names if (finding := _setting(name, environ[name]))]
+    yield from wrong
+    if not wrong:
+        yield Finding("settings", OK, ", ".join(f"{name}={environ[name]}" for name in names) or "the defaults")
+
+
+def registered(environ: Mapping[str, str]) -> Finding:
+    """Whether `ray start` in a shell with these variables makes a node that knows the field."""
+    name = "registration"
+    try:
+        others = registration.other_plugins(environ)
+    except FieldValueError as error:
+        return Finding(name, ERROR, error.message, error.hint)
+    for other in others:
+        if not _is_importable(other):
+            text = (
+                f"{registration.PLUGINS} names `{other}`, which this Python cannot import: every node would die of it"
+            )
+            return Finding(name, ERROR, text, f"install it here, or take it out of {registration.PLUGINS}")
+    if (
+        registration.PLUGIN_CLASS in environ.get(registration.PLUGINS, "")
+        and environ.get(registration.HOOK) == registration.HOOK_FUNCTION
+    ):
+        return Finding(name, OK, "nodes that `ray start` makes from this shell know the field")
+    text = "nodes that `ray start` makes from this shell do not know the field; those of `ray.init` do"
+    return Finding(name, WARN, text, 'eval "$(ray-envcache env)" before ray start')
+
+
+def _setting(name: str, value: str) -> Finding | None:
+    if name not in SETTINGS:
+        known = [one.removeprefix(_PREFIX) for one in SETTINGS]
+        near = difflib.get_close_matches(name.removeprefix(_PREFIX), known, n=1)
+        hint = f"did you mean {_PREFIX}{near[0]}?" if near else f"there are {', '.join(SETTINGS)}"
+        return Finding("settings", WARN, f"There is no setting {name}: nobody reads it", hint)
+    try:
+        _parse(name, value)
+    except FieldValueError as error:
+        message = error.message if name in error.message else f"{name}: {error.message}"
+        return Finding("settings", ERROR, message, error.hint)
+    return None
+
+
+def _parse(name: str, value: str) -> None:
+    if name == f"{_PREFIX}GC_INTERVAL" and value.strip().lower() not in {"", "off", "none"}:
+        parse_duration(value)
+    if name == f"{_PREFIX}ALLOW_NETWORK_FS" and value not in {"", "0", "1"}:
+        raise FieldValueError(f"Neither 0 nor 1: `{value}`", "1 allows it, anything else does not")
+    Limits.from_environ({name: value})
+
+
+def _is_importable(plugin: object) -> bool:
+    """Whether there is the package that a plugin's class is in. Imports nothing: that is for nodes to do."""
+    named = plugin.get("class") if isinstance(plugin, dict) else None
+    try:
+        return isinstance(named, str) and importlib.util.find_spec(named.partition(".")[0]) is not None
+    except (ImportError, ValueError):
+        return False

@@ -1,0 +1,215 @@
+"""The field value: what a user writes under `envcache`, and its validated form.
+
+Pure: reads no file, so that the runtime env agent can derive Ray's URI from the JSON alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import reprlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ray_envcache.errors import FieldValueError
+
+# Texts: `re` compiles each when it is first used, not in every agent that imports this.
+_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,254}[A-Za-z0-9])?"  # as PEP 508, and short enough for a file name
+_PATTERN = r"[A-Za-z0-9*](?:[A-Za-z0-9._*-]{0,254}[A-Za-z0-9*])?"  # the same, with stars
+_VERSION = r"3(?:\.[0-9]{1,2}(?:\.[0-9]{1,2})?)?"
+_DIGEST = r"sha256:[0-9a-f]{64}"
+_UNUSABLE = "[\x00-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters, and bytes that are not text
+_UV_RUN = r"(\S*/)?uv run\b"
+_MAX_PATH = 4096  # PATH_MAX of Linux, bytes
+_MAX_SHOWN = 200
+
+FIELD = "envcache"
+SHAPE = 'a path such as "pyproject.toml", or {"path": ..., "extras": [...], "groups": [...], "python": ...}'
+
+
+class EnvSpec(NamedTuple):
+    """A validated field value. `extras` and `groups` are normalized and sorted: their order means nothing.
+
+    `python` is a version ("3.12", "3.12.4") the cluster's Python must have, or the absolute path of an interpreter
+    of the cluster's version. `package` is a member of the workspace, and `no_build` refuses whatever is not a wheel.
+    `digest` pins the content of the project files: "sha256:...". Local packages are installed with `install_project`;
+    `content` pins theirs. `inherit` are names, or patterns of names, of packages to use from the cluster's Python
+    instead of installing them; with `system_site_packages` all that are there.
+    """
+
+    path: str
+    extras: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    package: str | None = None
+    no_build: bool = False
+    python: str | None = None
+    digest: str | None = None
+    install_project: bool = True
+    content: str | None = None
+    inherit: tuple[str, ...] = ()
+    system_site_packages: bool = False
+
+    @classmethod
+    def parse(cls, value: Any) -> EnvSpec:
+        """Validate a field value. Raises FieldValueError, whatever `value` is."""
+        if isinstance(value, str | os.PathLike):
+            value = {"path": os.fspath(value)}
+        if not isinstance(value, dict):
+            raise FieldValueError(f"The envcache field is of type `{type(value).__name__}`", f"write {SHAPE}")
+        _refuse_unknown(value)
+        return cls(
+            path=_path(value.get("path")),
+            extras=_names(value, "extras"),
+            groups=_names(value, "groups"),
+            package=_package(value.get("package")),
+            no_build=_flag(value, "no_build", default=False),
+            python=_python(value.get("python")),
+            digest=_digest(value, "digest"),
+            install_project=_flag(value, "install_project", default=True),
+            content=_digest(value, "content"),
+            inherit=_names(value, "inherit", _PATTERN),
+            system_site_packages=_flag(value, "system_site_packages", default=False),
+        )
+
+    def to_field(self) -> dict[str, Any]:
+        """The field value as JSON; `EnvSpec.parse` of it gives this spec again."""
+        chosen = {name: value for name, value in self.selection().items() if value}
+        local = {} if self.install_project else {"install_project": False}
+        pins = {"digest": self.digest, "content": self.content}
+        return {"path": self.path, **chosen, **local, **{name: value for name, value in pins.items() if value}}
+
+    def selection(self) -> dict[str, Any]:
+        """The options that choose packages or interpreter, without path and digest."""
+        names = {"extras": list(self.extras), "groups": list(self.groups), "package": self.package}
+        outside = {"inherit": list(self.inherit), "system_site_packages": self.system_site_packages}
+        return {**names, **outside, "no_build": self.no_build, "python": self.python}
+
+    def with_digest(self, digest: str) -> EnvSpec:
+        """The same selection, pinned to files with this digest."""
+        return self._replace(digest=digest)
+
+    def with_content(self, content: str | None) -> EnvSpec:
+        """The same selection, pinned to local packages with this digest, or to none."""
+        return self._replace(content=content)
+
+    def with_path(self, path: str) -> EnvSpec:
+        """The same selection from the project at another path."""
+        return self._replace(path=path)
+
+
+OPTIONS = EnvSpec._fields
+
+
+_RIVALS = ("pip", "uv", "conda", "image_uri", "container")
+
+
+def refuse_combinations(runtime_env: Mapping[str, Any]) -> None:
+    """Raise FieldValueError where other fields of the runtime_env choose an interpreter too."""
+    for rival in _RIVALS:
+        if runtime_env.get(rival):
+            raise FieldValueError(
+                f"`{rival}` beside `{FIELD}` in one runtime_env: both choose what workers run",
+                f"add the packages of `{rival}` to pyproject.toml and run `uv lock`, or leave `{FIELD}` out",
+            )
+    executable = str(runtime_env.get("py_executable") or "uv run")
+    # Ray's own hook for drivers under `uv run` sets it unasked; ours replaces it.
+    if not re.match(_UV_RUN, executable):
+        raise FieldValueError(
+            f"`py_executable` beside `{FIELD}` in one runtime_env: both choose what workers run",
+            f"leave `py_executable` out: `{FIELD}` sets it",
+        )
+
+
+def _refuse_unknown(value: dict[Any, Any]) -> None:
+    for name in value:
+        if name not in OPTIONS:
+            close = difflib.get_close_matches(str(name)[:100], OPTIONS, n=1)
+            meant = f"did you mean `{close[0]}`?" if close else f"the options are {', '.join(OPTIONS)}"
+            raise FieldValueError(f"Unknown option in the envcache field: `{_shown(name)}`", meant)
+
+
+def _path(value: Any) -> str:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str) or not value:
+        raise FieldValueError(f"The envcache field has no usable path: `{_shown(value)}`", f"write {SHAPE}")
+    if re.search(_UNUSABLE, value) or len(value.encode()) > _MAX_PATH:
+        raise FieldValueError(
+            f"The path in the envcache field is too long or has control characters: `{_shown(value)}`",
+            "name the project's pyproject.toml, its folder, or uv.lock",
+        )
+    return value
+
+
+def _names(value: dict[Any, Any], option: str, form: str = _NAME) -> tuple[str, ...]:
+    names = value.get(option)
+    if names is None:
+        return ()
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise FieldValueError(
+            f"`{option}` in the envcache field is not a list of names: `{_shown(names)}`",
+            f'write {{"{option}": ["name"]}}',
+        )
+    for name in names:
+        if not re.fullmatch(form, name):
+            raise FieldValueError(
+                f"Not a valid name in `{option}` of the envcache field: `{_shown(name)}`",
+                "letters, digits, `-`, `_` and `.`, as in pyproject.toml",
+            )
+    return tuple(sorted({_normalized(name) for name in names}))
+
+
+def _package(value: Any) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, str) and re.fullmatch(_NAME, value):
+        return _normalized(value)
+    raise FieldValueError(
+        f"`package` in the envcache field is not the name of one package: `{_shown(value)}`",
+        'write {"package": "name"}, as the member\'s pyproject.toml has it',
+    )
+
+
+def _normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _python(value: Any) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, str) and (re.fullmatch(_VERSION, value) or os.path.isabs(value)):  # a string from JSON
+        return _path(value)
+    raise FieldValueError(
+        f"`python` in the envcache field is neither a version of Python 3 nor an absolute path: `{_shown(value)}`",
+        'write {"python": "3.12"} or {"python": "/usr/bin/python3.12"}',
+    )
+
+
+def _flag(value: dict[Any, Any], option: str, *, default: bool) -> bool:
+    flag = value.get(option, default)
+    if isinstance(flag, bool):
+        return flag
+    raise FieldValueError(
+        f"`{option}` in the envcache field is not true or false: `{_shown(flag)}`", "leave out the quotes"
+    )
+
+
+def _digest(value: dict[Any, Any], option: str) -> str | None:
+    digest = value.get(option)
+    if digest is None:
+        return None
+    if isinstance(digest, str) and re.fullmatch(_DIGEST, digest):
+        return digest
+    raise FieldValueError(
+        f"`{option}` in the envcache field is not of the form sha256:<64 hex digits>: `{_shown(digest)}`",
+        "ray_envcache.runtime_env(path) computes it",
+    )
+
+
+def _shown(value: Any) -> str:
+    """`value` for a message: as Python writes it, but neither deep nor long."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 3, _MAX_SHOWN, _MAX_SHOWN
+    text = short.repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."

@@ -1,0 +1,262 @@
+"""What a build of a local package sees: its files, their digest, and a copy of them to build from.
+
+A build never runs in the developer's folder: many backends write there, and what is hashed must be what is built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from ray_envcache.errors import ChangedError, LockfileError
+from ray_envcache.resolve.project import read_toml
+from ray_envcache.system import children
+from ray_envcache.system.children import clean_environ
+
+MAX_FILES = 50_000
+"""More files than this are no package: somebody's data, or an environment without a `pyvenv.cfg`."""
+
+HASHED_BYTES = 256_000_000
+"""So much content is read; of what is larger, the largest files are known by their size and time instead."""
+
+_NEVER = frozenset(
+    {".git", ".hg", ".svn", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", ".tox", ".nox",
+     ".venv", "node_modules"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Content:
+    """The files of a local package that a build sees, relative to `folder` and sorted.
+
+    `by_time` are those too large to be read, known by size and time of change; `size` is in bytes.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    by_time: frozenset[str]
+    size: int
+    digest: str
+    identities: dict[str, list[Any]]
+
+    @property
+    def top(self) -> str:
+        """The folder that has the package, and what `cache-keys` names beside it."""
+        outside = (os.path.normpath(self.folder / name) for name in self.files if name.startswith("../"))
+        return os.path.commonpath([self.folder, *outside])
+
+    def copy(self, target: Path, within: Path | None = None) -> None:
+        """Copy the files to `target`; those beside the package too, where their places are inside of `within`.
+
+        Files too large to be read are linked to, not copied. Whatever the names are, and wherever links lead, nothing
+        is written outside of `within`, by default `target`. Raises ChangedError where a copy is not what was seen.
+        """
+        target.mkdir(parents=True, exist_ok=True)
+        # Backends that ask version control for the version find it there.
+        if (self.folder / ".git").exists() and not os.path.lexists(target / ".git"):
+            (target / ".git").symlink_to(self.folder / ".git")
+        for directory, names in _by_directory(self.files):
+            place = Path(os.path.realpath(target / directory))
+            if not is_inside(place, within or target):
+                continue
+            place.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                # There already where one package lies in another, or a link leads to what was copied.
+                if not os.path.lexists(place / os.path.basename(name)):
+                    self._copy(name, place / os.path.basename(name))
+
+    def _copy(self, name: str, path: Path) -> None:
+        source, seen = self.folder / name, path
+        try:
+            if name in self.by_time:
+                path.symlink_to(source)
+            elif source.is_file():
+                shutil.copy2(source, path)
+            else:
+                _copy_link(self.folder, name, path)
+                seen = source  # the copy of a link may lead there by another path
+            same = _identity(seen, read=name not in self.by_time) == self.identities[name]
+        except FileNotFoundError:
+            same = False
+        if not same:
+            # The key of the layer is of what was seen: it would lie for ever.
+            raise ChangedError(f"`{source}` was edited while it was copied", "try again")
+
+    def warning(self) -> str:
+        """What is wrong with so many bytes, "" where they can be read."""
+        if not self.by_time:
+            return ""
+        largest = max(self.by_time, key=lambda name: (self.folder / name).stat().st_size)
+        place = self.folder / os.path.dirname(largest)
+        return (
+            f"`{self.folder}` has {self.size / 1e9:.1f} GB that every build looks through, most of it in `{place}`: "
+            "name it in .gitignore, or keep it elsewhere"
+        )
+
+
+def _by_directory(files: tuple[str, ...]) -> Iterator[tuple[str, Iterator[str]]]:
+    return groupby(sorted(files, key=os.path.dirname), os.path.dirname)
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether what is, or would be made, at `path` lies in `folder` once all links are followed."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def _copy_link(folder: Path, name: str, copy: Path) -> None:
+    """Copy a link to a folder, or to nowhere; one that leads out of the package leads to the same place."""
+    target = os.path.realpath(folder / name)
+    copy.symlink_to(os.readlink(folder / name) if is_inside(Path(target), folder) else target)
+
+
+def look(folder: Path) -> Content:
+    """Look at the package in `folder`. Raises LockfileError where that is no package, or has too many files.
+
+    Seen is what git tracks or does not ignore; without git, everything but caches and environments. Added is what
+    `[tool.uv] cache-keys` names: files, variables and the commit.
+    """
+    settings = _cache_keys(folder)
+    # Neither sockets nor pipes: nobody builds from those, and who reads them may wait for ever.
+    names = {name for name in (*_seen(folder), *_matching(folder, settings)) if _is_file_or_link(folder / name)}
+    sizes = {name: _size(folder / name) for name in names}
+    by_time = _too_large(sizes)
+    identities = {name: _identity(folder / name, read=name not in by_time) for name in names}
+    listing = sorted([_portable(name), *identity] for name, identity in identities.items())
+    digest = hashlib.sha256(json.dumps([listing, _extras(folder, settings)]).encode()).hexdigest()
+    return Content(folder, tuple(sorted(names)), by_time, sum(sizes.values()), f"sha256:{digest}", identities)
+
+
+def _seen(folder: Path) -> list[str]:
+    names = _git(folder, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate", "--", ".")
+    listed = names.split("\0") if names is not None else _walk(folder)
+    seen: list[str] = []
+    for name in listed:
+        # Deleted, but not yet for git; or a submodule, which is a folder of its own.
+        if name and os.path.isdir(folder / name) and not os.path.islink(folder / name):
+            seen.extend(f"{name}/{inner}" for inner in _walk(folder / name))
+        elif name and os.path.lexists(folder / name):
+            seen.append(name)
+        if len(seen) > MAX_FILES:
+            raise LockfileError(
+                f"The local package in `{folder}` has more than {MAX_FILES:,} files, the last one below "
+                f"`{folder / name.partition('/')[0]}`",
+                "name folders that are no part of it in .gitignore, or keep them elsewhere",
+            )
+    return seen
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says of `folder`, None without git or outside of a repository."""
+    try:
+        done = children.run(["git", "-C", folder, *arguments], environ=clean_environ(), decode=os.fsdecode)
+    except FileNotFoundError:
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    for directory, subdirectories, names in os.walk(folder):
+        subdirectories[:] = [
+            name
+            for name in sorted(subdirectories)
+            if name not in _NEVER and not os.path.exists(os.path.join(directory, name, "pyvenv.cfg"))
+        ]
+        relative = os.path.relpath(directory, folder)
+        links = [name for name in subdirectories if os.path.islink(os.path.join(directory, name))]
+        for name in (*names, *links):
+            if not name.endswith(".pyc"):
+                yield name if relative == "." else f"{relative}/{name}"
+
+
+def _is_file_or_link(path: Path) -> bool:
+    return path.is_symlink() or path.is_file()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _too_large(sizes: dict[str, int]) -> frozenset[str]:
+    """The largest files, as many as it takes until the rest can be read."""
+    excess, large = sum(sizes.values()) - HASHED_BYTES, set()
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        if excess <= 0:
+            break
+        large.add(name)
+        excess -= sizes[name]
+    return frozenset(large)
+
+
+def _identity(path: Path, *, read: bool) -> list[Any]:
+    """What tells a file from another one in its place. Links count by where they point: nothing is followed twice."""
+    if not path.is_file():
+        return ["link", _portable(os.readlink(path))]
+    found = path.stat()
+    if not read:
+        return ["by time", found.st_size, found.st_mtime_ns]
+    return [bool(found.st_mode & 0o111), hashlib.sha256(path.read_bytes()).hexdigest()]
+
+
+def _portable(name: str) -> str:
+    # Digests are compared between nodes, whose locales may differ. A name need not be text in any of them.
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
+def _cache_keys(folder: Path) -> list[dict[str, Any]]:
+    pyproject = folder / "pyproject.toml"
+    if not pyproject.exists():
+        return []  # a package of setup.py alone
+    tool = read_toml(pyproject, "repair it").get("tool", {})
+    keys = tool.get("uv", {}).get("cache-keys", [])
+    if not isinstance(keys, list):
+        raise LockfileError(
+            f"`cache-keys` in `{pyproject}` is not a list: `{keys}`", 'write `cache-keys = [{ file = "src/**/*.rs" }]`'
+        )
+    return [key if isinstance(key, dict) else {"file": str(key)} for key in keys]
+
+
+def _matching(folder: Path, keys: list[dict[str, Any]]) -> set[str]:
+    patterns = [str(key["file"]) for key in keys if "file" in key]
+    return {name for pattern in patterns if not os.path.isabs(pattern) for name in _glob(folder, pattern)}
+
+
+def _glob(folder: Path, pattern: str) -> list[str]:
+    # Later Pythons would take `**.rs` for `*.rs`, and miss what lies deeper.
+    if any("**" in part and part != "**" for part in pattern.split("/")):
+        raise _no_pattern(folder, pattern)
+    try:
+        return [os.path.relpath(path, folder) for path in folder.glob(pattern) if path.is_file()]
+    except (ValueError, IndexError) as error:
+        raise _no_pattern(folder, pattern) from error
+
+
+def _no_pattern(folder: Path, pattern: str) -> LockfileError:
+    return LockfileError(
+        f"`cache-keys` in `{folder / 'pyproject.toml'}` has a `file` that is no pattern for files: `{pattern}`",
+        "write `src/**/*.rs` for the files in all folders below src, `src/*.rs` for those in src itself",
+    )
+
+
+def _extras(folder: Path, keys: list[dict[str, Any]]) -> list[Any]:
+    variables = sorted(str(key["env"]) for key in keys if "env" in key)
+    # The commit, and the tag that names it or the last one before it.
+    describe = ["describe", "--tags", "--always", "--abbrev=40", "HEAD"]
+    described = [_git(folder, *describe) for key in keys if key.get("git")]
+    return [[[name, os.environ.get(name)] for name in variables], described]
+
+
+def require_folder(folder: Path) -> None:
+    """Raise LockfileError where a path dependency is not on this node."""
+    if not folder.is_dir():
+        raise LockfileError(
+            f"The local package in `{folder}` is not on this node",
+            "path dependencies travel in the working_dir only if they lie inside it; "
+            'or leave local packages to it: {"install_project": false}',
+        )

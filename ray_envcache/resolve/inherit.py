@@ -1,0 +1,137 @@
+"""Packages that are used from the cluster's own Python instead of being installed: CUDA builds of an image, mostly.
+
+They are linked, not copied: the environment has a link for each folder, or file, that such a package brought.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
+
+from ray_envcache.errors import InheritError
+from ray_envcache.field.spec import EnvSpec
+from ray_envcache.resolve.lockfile import ResolvedSet
+from ray_envcache.system.files import file_identity
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """An installed package. `folder` is its site-packages, `files` what it brought, from there; `info` its RECORD."""
+
+    name: str
+    version: str
+    folder: Path
+    files: tuple[str, ...]
+    info: Path
+
+    def identity(self) -> list[str]:
+        """What of it goes into a key."""
+        return [self.name, self.version, os.fspath(self.folder), hashlib.sha256(self.info.read_bytes()).hexdigest()]
+
+    def watched(self) -> tuple[str, int, int]:
+        """A file that changes when somebody upgrades or removes the package: its path, size and mtime (ns)."""
+        size, changed = file_identity(os.fspath(self.info)) or (0, 0)
+        return os.fspath(self.info), size, changed
+
+
+def split(
+    resolved: ResolvedSet, added: dict[str, str], spec: EnvSpec
+) -> tuple[ResolvedSet, dict[str, str], list[Inherited]]:
+    """What to install of `resolved` and `added`, and what to inherit instead.
+
+    Raises InheritError where a named package is not in the lockfile or not installed, or has another version there.
+    """
+    locked = {package.name: package.version for package in resolved.packages} | added
+    inherited = {name: _inherit(name, version) for name, version in locked.items() if _is_wanted(name, spec)}
+    _require_all(spec, locked, {name for name, found in inherited.items() if found})
+    taken = {name: found for name, found in inherited.items() if found}
+    return (
+        replace(resolved, packages=tuple(package for package in resolved.packages if package.name not in taken)),
+        {name: version for name, version in added.items() if name not in taken},
+        [taken[name] for name in sorted(taken)],
+    )
+
+
+def link(inherited: Iterable[Inherited], site_packages: Path) -> None:
+    """Link the files of these packages into a venv's site-packages; scripts are not among them."""
+    found = list(inherited)
+    folders = {one.folder for one in found}
+    for folder in folders:
+        names = {name for one in found if one.folder == folder for name in one.files}
+        _link_folder(folder, site_packages, {folder / name for name in names})
+
+
+def _is_wanted(name: str, spec: EnvSpec) -> bool:
+    return spec.system_site_packages or any(fnmatch.fnmatchcase(name, pattern) for pattern in spec.inherit)
+
+
+def _inherit(name: str, version: str) -> Inherited | None:
+    try:
+        found = distribution(name)
+    except PackageNotFoundError:
+        return None
+    # `2.4.0+cu121` is a build of 2.4.0 (PEP 440): the very thing that images bring.
+    if not SpecifierSet(f"=={version}").contains(found.version, prereleases=True):
+        raise InheritError(
+            f"The lockfile has {name} {version}, the cluster's Python has {name} {found.version}",
+            f'lock the version that is there (uv add "{name}=={found.version.partition("+")[0]}"), '
+            f"or do not inherit {name}",
+        )
+    return _described(name, found)
+
+
+def _described(name: str, found: Distribution) -> Inherited:
+    folder = Path(os.path.realpath(str(found.locate_file(""))))
+    files = tuple(str(file) for file in found.files or () if ".." not in file.parts and not os.path.isabs(str(file)))
+    records = [file for file in files if file.endswith(".dist-info/RECORD")]
+    if not records:
+        raise InheritError(
+            f"The cluster's Python has {name}, but no list of its files: it was not installed from a wheel",
+            f"do not inherit {name}",
+        )
+    return Inherited(name, found.version, folder, files, folder / records[0])
+
+
+def _require_all(spec: EnvSpec, locked: Collection[str], found: Collection[str]) -> None:
+    """A name must be there; of a pattern with `*`, something must be."""
+    for pattern in spec.inherit:
+        if not fnmatch.filter(found, pattern):
+            where = "installed in the cluster's Python" if fnmatch.filter(locked, pattern) else "in the lockfile"
+            raise InheritError(f"Nothing to inherit: `{pattern}` is not {where}", "see the option `inherit`")
+
+
+def _link_folder(source: Path, target: Path, files: set[Path]) -> None:
+    """Link what `files` has below `source`: a folder as a whole where nothing in it belongs to others."""
+    for item in sorted({_child(source, file) for file in files if source in file.parents}):
+        path = target / item.name
+        if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink()):
+            continue
+        if not item.is_dir():
+            if item.exists():
+                path.symlink_to(item)
+        elif _belongs_to(item, files) and not path.exists():
+            path.symlink_to(item, target_is_directory=True)
+        else:
+            path.mkdir(exist_ok=True)
+            _link_folder(item, path, files)
+
+
+def _child(folder: Path, file: Path) -> Path:
+    return folder / file.relative_to(folder).parts[0]
+
+
+def _belongs_to(folder: Path, files: set[Path]) -> bool:
+    """Whether all that lies in `folder`, bytecode apart, is in `files`."""
+    return all(
+        Path(directory, name) in files
+        for directory, _, names in os.walk(folder)
+        if os.path.basename(directory) != "__pycache__"
+        for name in names
+    )

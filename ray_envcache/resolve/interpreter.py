@@ -1,0 +1,138 @@
+"""What a Python is: everything about an interpreter that decides which packages fit it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import packaging
+
+from ray_envcache.errors import InterpreterError
+from ray_envcache.inside import identity
+from ray_envcache.system import children
+from ray_envcache.system.children import clean_environ
+
+
+class Interpreter(NamedTuple):
+    """A base interpreter (never one of a virtual environment).
+
+    `tags` are its compatibility tags, best first, which name platform and libc; `markers` its environment markers.
+    """
+
+    executable: str
+    implementation: str
+    version: str
+    build: str
+    soabi: str
+    tags: tuple[str, ...]
+    markers: dict[str, str]
+
+    def identity(self) -> dict[str, Any]:
+        """What of it goes into a key."""
+        data = self._asdict()
+        # Hundreds of tags, all derived from the platform: their digest says the same.
+        data["tags"] = hashlib.sha256("\n".join(self.tags).encode()).hexdigest()
+        # The kernel's release and version change with every update and decide about no package.
+        data["markers"] = {
+            name: value for name, value in self.markers.items() if name not in {"platform_release", "platform_version"}
+        }
+        return data
+
+
+def base_executable(python: str | None) -> str:
+    """The real path of the interpreter to build with: of the running one's base, or of the one at path `python`.
+
+    Raises InterpreterError where `python` asks for another version than the running one's, or is no executable.
+    """
+    if python is not None and os.path.isabs(python):  # the warm path
+        if not (os.path.isfile(python) and os.access(python, os.X_OK)):  # the warm path
+            raise InterpreterError(f"No executable at `{python}`", "name an interpreter of the cluster's version")
+        return os.path.realpath(python)
+    running = ".".join(map(str, sys.version_info[:3]))
+    if python is not None and not f"{running}.".startswith(f"{python}."):
+        raise InterpreterError(
+            f"The envcache field asks for Python {python}, the cluster runs {running}",
+            "start the cluster with that Python: Ray's workers must have the same version as the cluster",
+        )
+    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+
+
+def base_of(executable: str) -> str:
+    """The real path of the interpreter below `executable`, which may be one of a virtual environment."""
+    program = "import sys; print(getattr(sys, '_base_executable', None) or sys.executable)"
+    done = children.run([executable, "-I", "-S", "-c", program], environ=clean_environ())
+    if done.returncode != 0:
+        raise _unusable(executable, done.stderr.strip()[-500:])
+    return os.path.realpath(done.stdout.strip())
+
+
+def fingerprint(executable: str) -> list[Any]:
+    """A cheap stand-in for the whole identity, good on this host only: the file, and what it was when we looked.
+
+    Raises InterpreterError where it is gone, or cannot be looked at.
+    """
+    try:
+        found = os.stat(executable)  # the warm path: no Path objects
+    except OSError as error:
+        raise InterpreterError(
+            f"The Python at `{executable}` cannot be used any more: {error.strerror}",
+            "repair that installation, or start again with a Python that is there",
+        ) from error
+    return [executable, found.st_size, found.st_mtime_ns, sys.version]
+
+
+@cache
+def probe(executable: str) -> Interpreter:
+    """What the base interpreter at `executable` is. Another one than our own is asked (about 50 ms).
+
+    Raises InterpreterError where it does not start.
+    """
+    if _is_running(executable):
+        return _interpreter(executable, identity.identity())
+    return ask(executable)
+
+
+def _is_running(executable: str) -> bool:
+    """Whether we run from this very file: not from a copy, nor from one that an upgrade replaced since."""
+    return os.path.realpath("/proc/self/exe") == executable
+
+
+def ask(executable: str) -> Interpreter:
+    """Start the interpreter at `executable`, and ask it. Raises InterpreterError where it does not start."""
+    program, packages = Path(identity.__file__), Path(packaging.__path__[0]).parent
+    try:
+        done = children.run([executable, "-I", "-S", program, packages], environ=clean_environ())
+        if done.returncode != 0:
+            raise _unusable(executable, done.stderr.strip()[-500:])
+        return _interpreter(executable, json.loads(done.stdout))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        # Not a program of this machine, or none that takes Python's options and prints what we asked for.
+        raise _unusable(executable, str(error)) from error
+
+
+def _interpreter(executable: str, identity: dict[str, Any]) -> Interpreter:
+    return Interpreter(**{**identity, "executable": executable, "tags": tuple(identity["tags"])})
+
+
+def _unusable(executable: str, reason: str) -> InterpreterError:
+    return InterpreterError(
+        f"The Python at `{executable}` does not start: {reason}",
+        "repair that installation, or name another one with the option `python`",
+    )
+
+
+def require_same_version(found: Interpreter) -> None:
+    """Raise InterpreterError where Ray would not take `found` for a Python of the cluster's version."""
+    level = os.environ.get("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL", "patch")
+    length = 2 if level == "minor" else 3
+    running = [*map(str, sys.version_info[:3])]
+    if found.version.split(".")[:length] != running[:length]:
+        raise InterpreterError(
+            f"The Python at `{found.executable}` is {found.version}, the cluster runs {'.'.join(running)}",
+            "Ray's workers must have the same Python version as the cluster",
+        )

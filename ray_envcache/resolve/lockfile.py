@@ -1,0 +1,258 @@
+"""From a project's files to the resolved set: the packages that will really be installed on this host."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from packaging.pylock import Pylock, PylockSelectError, PylockUnsupportedVersionError, PylockValidationError
+from packaging.tags import parse_tag
+from packaging.utils import canonicalize_name
+
+from ray_envcache.errors import InterpreterError, LockfileError
+from ray_envcache.field.spec import EnvSpec
+from ray_envcache.resolve import export
+from ray_envcache.resolve.interpreter import Interpreter
+from ray_envcache.resolve.project import Kind, Project
+from ray_envcache.resolve.requirements import path_of
+from ray_envcache.system import secrets
+
+if TYPE_CHECKING:
+    from packaging.markers import Environment
+    from packaging.pylock import Pylock
+
+_BUILD_SETTINGS = (
+    "build-constraint-dependencies",
+    "config-settings",
+    "config-settings-package",
+    "extra-build-dependencies",
+    "extra-build-variables",
+    "no-binary",
+    "no-binary-package",
+    "no-build-isolation",
+    "no-build-isolation-package",
+)
+
+
+@dataclass(frozen=True)
+class ResolvedPackage:
+    """One package of a resolved set. `artifact` is its table in pylock.toml form; `size` in bytes, 0 if unknown.
+
+    `is_pinned` tells whether the lockfile itself has the hash, or the commit; where it has none, the digest is that of
+    the file as it is now.
+    """
+
+    name: str
+    version: str
+    kind: str
+    digest: str
+    size: int
+    artifact: dict[str, Any]
+    is_pinned: bool = True
+
+    def artifact_tables(self) -> list[dict[str, Any]]:
+        """The table of the artifact itself, without the name and version around it."""
+        wheels = self.artifact.get("wheels", [])
+        return [*wheels, *(value for value in self.artifact.values() if isinstance(value, dict))]
+
+    @property
+    def is_built_here(self) -> bool:
+        """Whether it is built from source, so that build settings have a say in what is installed."""
+        files = (table.get("path") or path_of(table.get("url", "")) for table in self.artifact_tables())
+        return self.kind != "wheel" and not any(file.endswith(".whl") for file in files)
+
+
+@dataclass(frozen=True)
+class LocalPackage:
+    """A package developed here: the project itself, a member of its workspace, a path dependency."""
+
+    name: str
+    path: Path
+    editable: bool
+
+
+@dataclass(frozen=True)
+class ResolvedSet:
+    """What a lockfile selects for one interpreter. `local` are those left to a layer: developed here."""
+
+    packages: tuple[ResolvedPackage, ...]
+    local: tuple[LocalPackage, ...] = ()
+    build_settings: str = ""
+
+    def version_of(self, name: str) -> str | None:
+        """The version of the package with this normalized name, or None."""
+        return next((package.version for package in self.packages if package.name == name), None)
+
+    @property
+    def is_built_here(self) -> bool:
+        """Whether any package is built from source."""
+        return any(package.is_built_here for package in self.packages)
+
+    def local_files(self) -> list[str]:
+        """The artifacts that are files of this host, and whose hashes the lockfile does not have.
+
+        Its text does not tell when one was replaced.
+        """
+        # A repository is not such a file: the commit says all.
+        loose = (package for package in self.packages if not (package.is_pinned or package.kind == "vcs"))
+        artifacts = [table for package in loose for table in package.artifact_tables()]
+        urls = [table["url"] for table in artifacts if str(table.get("url", "")).startswith("file:")]
+        return [table["path"] for table in artifacts if "path" in table] + [path_of(url) for url in urls]
+
+    @property
+    def download_size(self) -> int:
+        """Bytes of all artifacts, as far as the lockfile knows them."""
+        return sum(package.size for package in self.packages)
+
+
+def resolve(spec: EnvSpec, project: Project, interpreter: Interpreter) -> ResolvedSet:
+    """The packages `spec` selects from the project's lockfile for `interpreter`. Installs nothing.
+
+    Only for a requirements file, which does not have them, an index is asked where the files are.
+    Raises LockfileError (broken lockfile, unknown extra or group, no wheel) or InterpreterError (requires-python).
+    """
+    lock = _validated(export.export(spec, project, interpreter), project)
+    _require_python(lock, project, interpreter)
+    if project.kind is Kind.PYLOCK:
+        _require_options(lock, spec, project)
+    selected = _select(lock, spec, interpreter)
+    known = "".join(path.read_text("utf-8") for path in project.lock_files())
+    packages = [
+        _resolved(package, artifact, project, known) for package, artifact in selected if not _is_local(artifact)
+    ]
+    if spec.no_build:
+        _require_wheels(packages)
+    return ResolvedSet(
+        packages=tuple(sorted(packages, key=lambda package: package.name)),
+        local=tuple(_local(package, artifact, project.folder) for package, artifact in selected if _is_local(artifact)),
+        build_settings=_build_settings(project),
+    )
+
+
+def _is_local(artifact: Any) -> bool:
+    return type(artifact).__name__ == "PackageDirectory"
+
+
+def _local(package: Any, artifact: Any, folder: Path) -> LocalPackage:
+    # A path starts where the lockfile is.
+    path = Path(os.path.normpath(folder / artifact.path / (artifact.subdirectory or ".")))
+    return LocalPackage(package.name, path, bool(artifact.editable))
+
+
+def _require_wheels(packages: list[ResolvedPackage]) -> None:
+    built = [package for package in packages if package.is_built_here]
+    if built:
+        listed = ", ".join(f"{package.name} {package.version} ({package.kind})" for package in built)
+        raise LockfileError(
+            f"Not a wheel, and `no_build` is set: {listed}",
+            "lock versions that have a wheel for this platform, or leave out `no_build`",
+        )
+
+
+def _validated(data: dict[str, Any], project: Project) -> Pylock:
+    try:
+        return Pylock.from_dict(data)
+    except PylockUnsupportedVersionError as error:
+        raise LockfileError(
+            f"`{project.file}` is of a later version than we know: {error}",
+            "upgrade packaging on this node (python -m pip install --upgrade packaging), or lock with version 1.0",
+        ) from error
+    except PylockValidationError as error:
+        raise LockfileError(
+            f"`{project.file}` is not a valid lockfile: {error}", "write it again with the tool that made it"
+        ) from error
+
+
+def _require_python(lock: Pylock, project: Project, interpreter: Interpreter) -> None:
+    wanted = lock.requires_python
+    if wanted and not wanted.contains(interpreter.version, prereleases=True):
+        raise InterpreterError(
+            f"The project in `{project.folder}` requires Python {wanted}, the cluster runs {interpreter.version}",
+            "start the cluster with a Python that fits, or relax requires-python and lock again",
+        )
+
+
+def _require_options(lock: Pylock, spec: EnvSpec, project: Project) -> None:
+    """Raise LockfileError for an extra or a group that the lockfile was not made with."""
+    options = (("extra", spec.extras, lock.extras), ("group", spec.groups, lock.dependency_groups))
+    for option, chosen, listed in options:
+        known = {str(canonicalize_name(name)) for name in listed or ()}
+        for name in chosen:
+            if name not in known:
+                hint = f"it was locked with: {', '.join(sorted(known)) or f'no {option} at all'}"
+                raise LockfileError(f"`{project.file}` has no {option} `{name}`", hint)
+
+
+def _select(lock: Pylock, spec: EnvSpec, interpreter: Interpreter) -> list[tuple[Any, Any]]:
+    """The packages for this interpreter and the artifact of each, as packaging has them."""
+    tags = [tag for text in interpreter.tags for tag in parse_tag(text)]
+    groups = {*(lock.default_groups or ()), *spec.groups}
+    environment = cast("Environment", interpreter.markers)
+    try:
+        return list(lock.select(environment=environment, tags=tags, extras=spec.extras, dependency_groups=groups))
+    except PylockSelectError as error:
+        raise LockfileError(
+            f"The lockfile has no set of packages for this interpreter: {error}",
+            f"lock for Python {interpreter.version} on this platform, with the extras and groups that go together",
+        ) from error
+
+
+def _resolved(package: Any, artifact: Any, project: Project, known: str) -> ResolvedPackage:
+    kind = type(artifact).__name__.removeprefix("Package").lower()
+    table = _artifact_table(artifact, project.folder)
+    index = secrets.strip_credentials(package.index or "")
+    about = {"name": package.name, "version": str(package.version or ""), "index": index}
+    hashes = table.get("hashes", {})
+    return ResolvedPackage(
+        name=package.name,
+        version=about["version"],
+        kind=kind,
+        digest=_digest(hashes) or table.get("commit-id", ""),
+        size=table.get("size", 0),
+        artifact={
+            **{name: value for name, value in about.items() if value},
+            # A package has a list of wheels, but one of everything else.
+            **({"wheels": [table]} if kind == "wheel" else {kind: table}),
+        },
+        is_pinned=any(value in known for value in (*hashes.values(), table.get("commit-id")) if value),
+    )
+
+
+def _digest(hashes: dict[str, str]) -> str:
+    """The digest of an artifact with these hashes: one where that is enough, whichever others a lockfile adds."""
+    if "sha256" in hashes:
+        return f"sha256:{hashes['sha256']}"
+    return ",".join(f"{name}:{value}" for name, value in sorted(hashes.items()))
+
+
+def _artifact_table(artifact: Any, folder: Path) -> dict[str, Any]:
+    """The artifact as pylock.toml spells it, readable from any folder; local files always with a hash."""
+    fields = ("name", "url", "path", "size", "hashes", "type", "requested_revision", "commit_id", "subdirectory")
+    values = {field: getattr(artifact, field, None) for field in fields}
+    table = {field.replace("_", "-"): value for field, value in values.items() if value is not None}
+    if type(artifact).__name__ == "PackageArchive" and str(table.get("url", "")).startswith("file:"):
+        # uv takes archives that are files by their path only.
+        table["path"] = path_of(table.pop("url"))
+    if "path" in table:
+        path = folder / table["path"]
+        table["path"] = str(path)
+        if path.is_file():
+            table["hashes"] = dict(table.get("hashes") or {"sha256": _sha256(path)})
+    if "url" in table:
+        table["url"] = secrets.strip_credentials(table["url"])
+    return table
+
+
+def _build_settings(project: Project) -> str:
+    """The settings that decide what a build from source gives, as canonical JSON."""
+    uv = project.settings()
+    return json.dumps({name: uv[name] for name in _BUILD_SETTINGS if name in uv}, sort_keys=True, default=str)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()

@@ -1,0 +1,281 @@
+"""What a path means: which kind of lockfile, where it lies, and which files decide what is installed.
+
+Nothing here starts a process or needs a TOML parser where no workspace is near: the warm path comes through.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from enum import Enum
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tomli
+
+from ray_envcache.errors import DigestError, LockfileError
+from ray_envcache.resolve import requirements
+from ray_envcache.system import files
+
+_SCRIPT_BLOCK = re.compile(rb"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$")  # from PEP 723
+_PYLOCK = re.compile(r"pylock(\.[^.]+)?\.toml")
+KNOWN = "pyproject.toml, its folder, uv.lock, pylock.toml, pylock.NAME.toml, a requirements file (*.txt) or a script"
+
+
+class Kind(Enum):
+    """The kinds of lockfiles."""
+
+    UV = "uv.lock"
+    PYLOCK = "pylock.toml"
+    REQUIREMENTS = "requirements.txt"
+    SCRIPT = "script.py.lock"
+
+
+class Project(NamedTuple):
+    """A lockfile and what belongs to it.
+
+    `folder` is where uv runs and relative paths start: of a workspace its root. `file` is the lockfile itself, of a
+    script the script. `member` is the folder of the member that is meant, from `folder`; "." is the root.
+    """
+
+    kind: Kind
+    folder: Path
+    file: Path
+    member: str = "."
+
+    @classmethod
+    def locate(cls, path: Path, package: str | None = None) -> Project:
+        """Find what `path` and the member `package` of its workspace mean. Raises LockfileError."""
+        is_folder = _is_folder(path)
+        if is_folder or path.name in {"pyproject.toml", "uv.lock"}:
+            return _uv_project(path if is_folder else path.parent, package)
+        found = _single_file(path)
+        if package is not None:
+            raise LockfileError(
+                f"`{path}` has no workspace with a member `{package}`", "leave out `package`, or name a pyproject.toml"
+            )
+        return found
+
+    def digest(self) -> str:
+        """The digest of the content that decides, "sha256:...": what a field value pins."""
+        digests = {self._relative(path): self._sha256(path) for path in self.inputs()}
+        return f"sha256:{hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()}"
+
+    def checked_digest(self, pinned: str | None) -> str:
+        """The digest. Raises DigestError where a field value pins other content than the files have."""
+        digest = self.digest()
+        if pinned not in {None, digest}:
+            raise DigestError(
+                f"The files in `{self.folder}` have the digest {digest[:19]}…, the field value pins {pinned:.19}…",
+                "bring this node's files up to date, or make the field value anew with ray_envcache.runtime_env()",
+            )
+        return digest
+
+    def inputs(self) -> list[str]:
+        """The files that decide what is installed."""
+        # Of other kinds too: uv takes settings from there, and some decide what a build from source gives.
+        names = ["pyproject.toml", "uv.toml", *([f"{self.member}/pyproject.toml"] if self.member != "." else [])]
+        # The warm path: Path objects would take as long as the hash.
+        places = (os.path.join(self.folder, name) for name in names)
+        return [*map(os.fspath, self.lock_files()), *filter(os.path.isfile, places)]
+
+    def lock_files(self) -> list[Path]:
+        """The files that say which versions and hashes."""
+        if self.kind is Kind.REQUIREMENTS:
+            return requirements.files(self.file)
+        return [self.file, _lock_of(self.file)] if self.kind is Kind.SCRIPT else [self.file]
+
+    def name(self) -> str:
+        """What people call it: the name in pyproject.toml, or that of the script, else that of the folder."""
+        if self.kind is Kind.SCRIPT:
+            return self.file.name
+        name = _inner(self.table(), "project").get("name") if self.kind is Kind.UV else None
+        return name if isinstance(name, str) and name.isprintable() else self.folder.name
+
+    def table(self) -> dict[str, Any]:
+        """The content of the member's pyproject.toml. Raises LockfileError."""
+        return read_toml(self.folder / self.member / "pyproject.toml", "see what `uv lock` says of it")
+
+    def settings(self) -> dict[str, Any]:
+        """What uv is told in the files of `folder`."""
+        # As uv has it: a uv.toml replaces the settings in pyproject.toml.
+        for name, keys in (("uv.toml", ()), ("pyproject.toml", ("tool", "uv"))):
+            if (self.folder / name).is_file():
+                return _inner(read_toml(self.folder / name, "repair it"), *keys)
+        return {}
+
+    def _relative(self, path: str) -> str:
+        top = os.path.join(self.folder, "")
+        return path.removeprefix(top) if path.startswith(top) else os.path.relpath(path, self.folder)
+
+    def _sha256(self, path: str) -> str:
+        content = files.read_bytes(path)
+        if self.kind is Kind.SCRIPT and path == os.fspath(self.file):
+            # What the rest of a script does decides nothing, and changes all the time.
+            content = _script_block(self.file, content)
+        return hashlib.sha256(content).hexdigest()
+
+
+def read_toml(path: Path, hint: str) -> dict[str, Any]:
+    """The content of a TOML file. Raises LockfileError."""
+    try:
+        return parse_toml(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise LockfileError(f"Cannot read `{path}`: {error}", hint) from error
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The content of a TOML text. Raises ValueError."""
+    try:
+        return tomli.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested deeper than anybody writes") from error
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is one, or a file. Raises LockfileError where it is not there, or nobody can tell."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)  # the warm path
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise LockfileError(
+            f"No such path: `{path}`",
+            "a relative path starts in the working_dir, if there is one, else in the current directory",
+        ) from error
+    except OSError as error:
+        raise LockfileError(
+            f"Cannot look at `{path}`: {error.strerror}", "name a path that can be read here"
+        ) from error
+
+
+def _uv_project(given: Path, package: str | None) -> Project:
+    if not os.path.isfile(os.path.join(given, "pyproject.toml")):  # the warm path: no Path objects
+        others = sorted(path.name for path in (*given.glob("pylock*.toml"), *given.glob("requirements*.txt")))
+        hint = (
+            f"name the lockfile itself, such as {others[0]}" if others else "run `uv init` there, or name another path"
+        )
+        raise LockfileError(f"No pyproject.toml in `{given}`", hint)
+    folder = _workspace_root(given)
+    lock = folder / "uv.lock"
+    if not os.path.isfile(lock):
+        raise LockfileError(
+            f"No uv.lock beside `{folder / 'pyproject.toml'}`",
+            "run `uv lock` there; in a working_dir, see that .gitignore does not keep it out",
+        )
+    member = os.path.relpath(given.resolve(), folder) if package is None and folder != given else "."
+    if package is not None:
+        member = _member(lock, package)
+    return Project(Kind.UV, folder, lock, member)
+
+
+def _single_file(path: Path) -> Project:
+    script = path.with_suffix("") if path.name.endswith(".py.lock") else path
+    if _PYLOCK.fullmatch(path.name):
+        return Project(Kind.PYLOCK, path.parent, path)
+    if path.suffix == ".txt":
+        return Project(Kind.REQUIREMENTS, path.parent, path)
+    if script.suffix != ".py":
+        raise LockfileError(f"Not a kind of lockfile: `{path}`", f"name {KNOWN}")
+    _script_block(script, script.read_bytes() if script.is_file() else b"")
+    if not _lock_of(script).is_file():
+        raise LockfileError(f"No `{_lock_of(script).name}` beside `{script}`", f"run `uv lock --script {script.name}`")
+    return Project(Kind.SCRIPT, path.parent, script)
+
+
+def _lock_of(script: Path) -> Path:
+    return script.with_name(f"{script.name}.lock")
+
+
+def _script_block(path: Path, content: bytes) -> bytes:
+    """What a script says of the packages it needs (PEP 723). Raises LockfileError where it says nothing."""
+    found = _SCRIPT_BLOCK.search(content.replace(b"\r\n", b"\n"))
+    if found is None:
+        raise LockfileError(
+            f"Not a script with a `# /// script` block: `{path}`",
+            f"`uv add --script {path.name} ray` writes one, `uv lock --script {path.name}` locks it; "
+            "or name the project's pyproject.toml",
+        )
+    return found["content"]
+
+
+def _member(lock: Path, package: str) -> str:
+    """The folder of a member of the workspace, as uv.lock has it. Raises LockfileError."""
+    # As uv writes it; reading the whole file as TOML takes longer than all else on the warm path.
+    name = re.escape(package)
+    entry = rf'name = "{name}"\n(?:version = .*\n)?source = {{ (?:editable|virtual|directory) = "([^"]*)" }}'
+    found = re.search(rf"^\[\[package\]\]\n{entry}", lock.read_text("utf-8"), re.MULTILINE)
+    if found and (lock.parent / found[1] / "pyproject.toml").is_file():
+        return found[1]
+    raise LockfileError(
+        f"The workspace in `{lock.parent}` has no member `{package}`",
+        f"its members: {', '.join(_members(lock)) or 'none'}; after adding one, run `uv lock`",
+    )
+
+
+def _members(lock: Path) -> list[str]:
+    manifest = _inner(read_toml(lock, "run `uv lock`"), "manifest")
+    return [str(name) for name in manifest.get("members", [])]
+
+
+def _workspace_root(folder: Path) -> Path:
+    """The root of the workspace that the project in `folder` is a member of, else the folder itself: as uv finds it."""
+    real = os.path.realpath(folder)
+    above = [(parent, text) for parent in _parents(real) if (text := _pyproject(parent))]
+    if not any(b"workspace" in text for _, text in above):
+        return folder
+    if _is_root(read_toml(folder / "pyproject.toml", "repair it")):
+        return folder
+    for parent, _ in above:
+        table = read_toml(Path(parent, "pyproject.toml"), "repair it, or move the project out of there")
+        if _is_root(table):
+            workspace = _inner(table, "tool", "uv", "workspace")
+            return Path(parent) if _includes(workspace, os.path.relpath(real, parent)) else folder
+        if "project" in table:
+            break
+    return folder
+
+
+def _parents(folder: str) -> Iterator[str]:
+    # The warm path: with Path objects this would take longer than reading the lockfile.
+    while folder != (folder := os.path.dirname(folder)):
+        yield folder
+
+
+def _pyproject(folder: str) -> bytes:
+    try:
+        return files.read_bytes(os.path.join(folder, "pyproject.toml"))
+    except OSError:
+        return b""
+
+
+def _is_root(table: dict[str, Any]) -> bool:
+    return "workspace" in _inner(table, "tool", "uv")
+
+
+def _inner(table: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """The table within tables, {} where there is none."""
+    for key in keys:
+        found = table.get(key)
+        table = found if isinstance(found, dict) else {}
+    return table
+
+
+def _includes(workspace: dict[str, Any], name: str) -> bool:
+    def matches(option: str) -> bool:
+        patterns = workspace.get(option, [])
+        return any(_matches(name.split("/"), os.path.normpath(str(pattern)).split("/")) for pattern in patterns)
+
+    return matches("members") and not matches("exclude")
+
+
+def _matches(name: list[str], pattern: list[str]) -> bool:
+    """Whether a path fits a pattern, part by part; `**` is any number of parts."""
+    if not pattern or not name:
+        return not name and all(part == "**" for part in pattern)
+    if pattern[0] == "**":
+        return _matches(name, pattern[1:]) or _matches(name[1:], pattern)
+    return fnmatchcase(name[0], pattern[0]) and _matches(name[1:], pattern[1:])

@@ -1,0 +1,1 @@
+"""Ray's session directories and short temp paths. Knows no store."""

@@ -1,0 +1,262 @@
+"""A short path to a long temp directory: paths of sockets must fit into 107 bytes, and Ray puts 71 behind its own.
+
+Ray does not resolve symlinks, so a short link does. It lies in a private directory with a name nobody can foresee, so
+that no other user can have made it before. The directory carries a flock of the process that made it: while that lives
+nobody sweeps it (systemd-tmpfiles neither). A cluster that outlives the process keeps it by naming it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray_envcache.errors import TempDirError
+from ray_envcache.sessions import directories
+from ray_envcache.system import disk, files, flock
+from ray_envcache.system.mentions import find_mentions
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
+"""What fits into sockaddr_un, without the byte at its end."""
+# The longest that Ray appends, with the largest pid that Linux gives; "/ray" is added to RAY_TMPDIR and TMPDIR.
+_LONGEST = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_TaskEventsHead"
+MAX_BYTES = SOCKET_BYTES - len(_LONGEST)
+"""The longest path that needs no link."""
+
+RELEASE_SECONDS = 5.0
+"""How long a release waits for the last processes of a cluster."""
+
+_PREFIX, _LINK = "re-", "t"
+_NAME = re.compile(rf"{_PREFIX}[a-z0-9_]{{8}}")
+_NAMED = re.compile(rf"/{_PREFIX}[a-z0-9_]{{8}}(?=/{_LINK}(?:/|\0|\s|$))".encode())
+_NEEDED_BYTES = 16_000_000
+_FLAGS = os.O_RDONLY | os.O_DIRECTORY
+
+
+class ShortTmpdir(str):
+    """The path of a temp directory, short enough for Ray: a plain string, and a context manager.
+
+    `target` is the directory itself. Leaving the context, or `release()`, removes the link as soon as no process names
+    it; so does the end of the process, where no cluster outlives it; else the next one that makes or sweeps links.
+    """
+
+    __slots__ = ("_descriptor", "target")
+
+    target: str
+    _descriptor: int | None
+
+    def __new__(cls, path: str, target: str, descriptor: int | None = None) -> Self:
+        """Take over the flock on the directory of the link."""
+        self = super().__new__(cls, path)
+        self.target = target
+        self._descriptor = descriptor
+        if descriptor is not None:
+            atexit.register(self._at_exit, os.getpid())
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it is a path like any other."""
+        return str, (str(self),)
+
+    def fileno(self) -> int | None:
+        """The descriptor that keeps the link, for a program that takes our place to inherit; None without a link."""
+        return self._descriptor
+
+    def release(self, patience: float = RELEASE_SECONDS) -> bool:
+        """Remove the link if no process names it any more; whether it is gone. Twice is once.
+
+        Waits `patience` seconds for that. The directory itself stays, and what is in it.
+        """
+        if self._descriptor is None:
+            return True
+        folder, deadline = Path(self).parent, time.monotonic() + patience
+        while f"/{folder.name}" in find_mentions(_NAMED).by_name:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        atexit.unregister(self._at_exit)
+        _remove(folder)
+        os.close(self._descriptor)
+        self._descriptor = None
+        _mend(self.target)
+        return True
+
+    def leave(self) -> None:
+        """Let go of the link and keep it, for others who inherited the descriptor: when they have ended it is swept."""
+        if self._descriptor is not None:
+            atexit.unregister(self._at_exit)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _at_exit(self, owner: int) -> None:
+        if owner == os.getpid():
+            self.release(patience=0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def short_tmpdir(path: str | os.PathLike[str]) -> ShortTmpdir:
+    """A path for `ray.init(_temp_dir=...)`, `ray start --temp-dir`, RAY_TMPDIR or TMPDIR that leads to `path`.
+
+    `path` itself if it is short enough, else a private link to it. Raises TempDirError where Ray could not work there:
+    missing, not writable, full, on a network file system; or where there is no place for a link.
+    """
+    given = os.path.abspath(path)
+    require_usable(given)
+    target = os.path.realpath(given)
+    # Through the last link, which is gone, Ray's own link to its latest session leads nowhere, and Ray keeps it so.
+    _mend(target)
+    for short in (given, target):
+        if len(os.fsencode(short)) <= MAX_BYTES:
+            return ShortTmpdir(short, target)
+    return make_link(target, _places())
+
+
+def require_usable(path: str) -> None:
+    """Raise TempDirError where a cluster with this temp directory would fail later, and less clearly."""
+    try:
+        found = disk.free_space(Path(path))
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(b"\0" * 65536)
+    except OSError as error:
+        raise _unusable(path, error) from error
+    if disk.is_network(found.kind) and os.environ.get("RAY_ENVCACHE_ALLOW_NETWORK_FS") != "1":
+        raise TempDirError(
+            f"The temp directory `{path}` is on a network file system ({found.kind}), where sockets and flocks fail",
+            "choose a local disk; if one host alone uses it, RAY_ENVCACHE_ALLOW_NETWORK_FS=1",
+        )
+    if found.free < _NEEDED_BYTES:
+        raise _full(path, f"{found.free // 1_000_000} MB are free")
+
+
+def _unusable(path: str, error: OSError) -> TempDirError:
+    if error.errno in files.FULL_DISK:
+        return _full(path, error.strerror or "no space left")
+    hints = {FileNotFoundError: f"mkdir -p '{path}'", NotADirectoryError: "name a directory"}
+    hint = hints.get(type(error), "choose a directory you may write to")
+    return TempDirError(f"Cannot use the temp directory `{path}`: {error.strerror or error}", hint)
+
+
+def _full(path: str, detail: str) -> TempDirError:
+    hint = "`ray-envcache gc --sessions` removes what dead clusters left; or choose another disk"
+    return TempDirError(f"The disk of the temp directory `{path}` is full: {detail}", hint)
+
+
+def make_link(target: str, places: Iterable[Path]) -> ShortTmpdir:
+    """Make a link in the first of these places that is short enough, writable and safe. Raises TempDirError."""
+    tried = []
+    for place in places:
+        if reason := _refusal(place):
+            tried.append(f"{place} ({reason})")
+            continue
+        sweep_links([place])
+        try:
+            return _link(place, target)
+        except OSError as error:
+            tried.append(f"{place} ({error.strerror})")
+    raise TempDirError(
+        f"No place for a short link to the temp directory `{target}`, which is longer than {MAX_BYTES} bytes: "
+        + ", ".join(tried),
+        "use a shorter temp directory, or make /tmp writable",
+    )
+
+
+def sweep_links(places: Iterable[Path] | None = None) -> None:
+    """Remove our links whose process is dead, unless a process names them: a cluster may outlive who started it."""
+    idle = [folder for place in places or _places() for folder in _folders(place) if _is_idle(folder)]
+    if not idle:
+        return
+    named = find_mentions(_NAMED).by_name
+    for folder in idle:
+        with suppress(OSError):
+            held = None if f"/{folder.name}" in named else flock.try_flock(folder, exclusive=True, flags=_FLAGS)
+            if held is not None:
+                _remove(folder)
+                os.close(held)
+
+
+def _places() -> list[Path]:
+    """Short directories for links, the best first: those of a login vanish with it, clusters may not."""
+    user = os.geteuid()
+    places = [Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path(f"/run/user/{user}")]  # noqa: S108  # checked
+    chosen = os.environ.get("XDG_RUNTIME_DIR", "")
+    return [*places, *([Path(chosen)] if os.path.isabs(chosen) and Path(chosen) not in places else [])]
+
+
+def _refusal(place: Path) -> str:
+    if len(os.fsencode(place)) + len(f"/{_PREFIX}xxxxxxxx/{_LINK}") > MAX_BYTES:
+        return "too long"
+    try:
+        found = place.stat()
+    except OSError as error:
+        return error.strerror or str(error)
+    if found.st_uid not in {0, os.geteuid()}:
+        return f"it belongs to user {found.st_uid}"
+    # Elsewhere others could rename our directory, and put theirs in its place.
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
+        return "others may rename what is in it"
+    return ""
+
+
+def _link(place: Path, target: str) -> ShortTmpdir:
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+        with suppress(FileNotFoundError):  # a sweep came between
+            descriptor = flock.try_flock(folder, exclusive=True, flags=_FLAGS)
+            if descriptor is not None:
+                return _fill(folder, target, descriptor)
+
+
+def _fill(folder: Path, target: str, descriptor: int) -> ShortTmpdir:
+    try:
+        (folder / _LINK).symlink_to(target)
+    except BaseException:
+        _remove(folder)
+        os.close(descriptor)
+        raise
+    return ShortTmpdir(os.fspath(folder / _LINK), target, descriptor)
+
+
+def _folders(place: Path) -> list[Path]:
+    with suppress(OSError):
+        return [place / name for name in os.listdir(place) if _NAME.fullmatch(name)]
+    return []
+
+
+def _is_idle(folder: Path) -> bool:
+    """Whether this is a directory of ours, with nothing but a link in it, that nobody holds."""
+    with suppress(OSError):
+        found = folder.lstat()
+        ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) == 0o700
+        return ours and set(os.listdir(folder)) <= {_LINK} and flock.is_free(folder)
+    return False
+
+
+def _remove(folder: Path) -> None:
+    with suppress(OSError):
+        (folder / _LINK).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _mend(target: str) -> None:
+    for temp in (Path(target), Path(target, "ray")):
+        directories.mend_latest(temp)

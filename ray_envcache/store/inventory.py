@@ -1,0 +1,188 @@
+"""What is in the store, for people: the state of each entry, who uses it, and its size."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from ray_envcache.store import leases, pins, readonly
+from ray_envcache.store.layout import IN_USE, Entry, Layout, layout_of
+from ray_envcache.store.record import ReadyRecord
+from ray_envcache.store.sizes import MeasuredRecord, sizes
+from ray_envcache.system import flock, processes
+from ray_envcache.system.processes import ray_session
+from ray_envcache.system.units import utc
+
+if TYPE_CHECKING:
+    from ray_envcache.system.processes import Process
+
+
+class User(NamedTuple):
+    """A process that uses an entry: by a lease (`kind` is its holder's) or by running from it ("process").
+
+    `since` is UTC ISO 8601. `cluster` is the Ray session it belongs to, "" where it belongs to none that lives.
+    """
+
+    pid: int
+    kind: str
+    cluster: str
+    job: str
+    command: str
+    since: str
+
+
+class Status(NamedTuple):
+    """One entry as people see it. Sizes in bytes; times in Unix seconds or, with `_at`, UTC ISO 8601.
+
+    `exact` is False where `reclaimable_bytes` is a lower bound. `in_use` may be true without a user whom we can name:
+    processes of other containers hold flocks, but have no number here. `base` is the key of the environment
+    that a layer lies on, `base_path` its place. `hashes` and `no_build` are those of the ready record. One that is
+    `readonly` is of a lower store: nobody reclaims anything from here.
+    """
+
+    key: str
+    state: str
+    in_use: bool
+    users: tuple[User, ...]
+    pinned: bool
+    size_bytes: int
+    reclaimable_bytes: int
+    exact: bool
+    created_at: str | None
+    last_used: float
+    python: str | None
+    ray: str | None
+    project: str | None
+    source: str | None
+    path: str
+    base: str | None = None
+    hashes: str | None = None
+    no_build: bool | None = None
+    readonly: bool = False
+    base_path: str | None = None
+
+
+def survey(layout: Layout, below: Iterable[Layout] = ()) -> list[Status]:
+    """All entries of the store, the least recently used first; then those of the stores below it."""
+    return [status for store in (layout, *below) for status in _survey(layout, store)]
+
+
+def _survey(layout: Layout, store: Layout) -> list[Status]:
+    try:
+        found = _statuses(layout, store, list(store.all_entries()))
+    except PermissionError as error:
+        if store.readonly:
+            raise readonly.unreadable(store, error) from error
+        raise
+    return sorted(found, key=lambda one: (one.last_used, one.key))
+
+
+def status(layout: Layout, entry: Entry) -> Status:
+    """What is known about one entry, of the store `layout` or of one below it, at this moment."""
+    (found,) = _statuses(layout, layout_of(entry), [entry])
+    return found
+
+
+def _statuses(layout: Layout, store: Layout, entries: list[Entry]) -> list[Status]:
+    """What is asked once for all, then each entry: there may be thousands."""
+    seen = {entry.path.name: found for entry in entries if (found := _stat(entry.at(IN_USE)))}
+    # In a lower store not even for a moment anything is taken that stands in the way of others: all may be held there.
+    held = {entry.path.name for entry in entries if store.readonly or not flock.is_free(entry.at(IN_USE))}
+    running = _processes(store, {name: seen[name] for name in held & seen.keys()})
+    pinned = set() if store.readonly else pins.pinned_keys(store)
+    leased, links = layout.leased_keys(), dict[int, int]()
+
+    def look(entry: Entry) -> Status:
+        name = entry.path.name
+        users = _users(layout, entry, running.get(name, []), leased=entry.key in leased)
+        size, used = sizes(layout, entry, links), _mtime(seen.get(name))
+        # Asked again where nobody was found: who held it may have ended, or only looked, like us.
+        in_use = bool(users) or (name in held and not entry.readonly and not flock.is_free(entry.at(IN_USE)))
+        return _status(layout, entry, users, size, used, in_use=in_use, pinned=entry.key in pinned)
+
+    return list(map(look, entries))
+
+
+def _status(
+    layout: Layout,
+    entry: Entry,
+    users: tuple[User, ...],
+    size: MeasuredRecord,
+    used: float,
+    *,
+    in_use: bool,
+    pinned: bool,
+) -> Status:
+    record = ReadyRecord.read(entry)
+    base = entry.base(record.base) if record and record.base else None
+    return Status(
+        key=entry.key,
+        state=_state(layout, entry, record),
+        in_use=in_use,
+        users=users,
+        pinned=pinned,
+        size_bytes=size.size_bytes,
+        reclaimable_bytes=0 if entry.readonly else size.reclaimable_bytes,
+        exact=entry.readonly or size.exact,
+        created_at=record.created_at if record else None,
+        last_used=used,
+        python=record.python if record else None,
+        ray=record.ray if record else None,
+        project=record.project if record else None,
+        source=record.source if record else None,
+        path=os.fspath(entry.path),
+        base=base.key if base else None,
+        hashes=record.hashes if record else None,
+        no_build=record.no_build if record else None,
+        readonly=entry.readonly,
+        base_path=os.fspath(base.path) if base else None,
+    )
+
+
+def _users(layout: Layout, entry: Entry, others: list[Process], *, leased: bool) -> tuple[User, ...]:
+    """Holders of leases and processes that run from the entry; who does both is counted once, by the lease."""
+    told = [
+        User(**{name: holder.get(name, "") for name in ("pid", "kind", "cluster", "job", "command", "since")})
+        for holder in (leases.live_leases(layout, entry.key) if leased else [])
+        if holder.get("entry") == layout.name_of(entry)
+    ]
+    known = {user.pid for user in told}
+    running = [
+        User(one.pid, "process", ray_session(one.pid), "", one.command, utc(one.started))
+        for one in others
+        if one.pid not in known
+    ]
+    return (*told, *running)
+
+
+def _processes(layout: Layout, held: Mapping[str, os.stat_result]) -> dict[str, list[Process]]:
+    """Who holds the flock of each entry now, by one look through all processes."""
+    if not held:
+        return {}
+    inodes = {(found.st_dev, found.st_ino): name for name, found in held.items()}
+    return processes.flock_holders(inodes, layout.entries).by_name
+
+
+def _state(layout: Layout, entry: Entry, record: ReadyRecord | None) -> str:
+    if record is not None:
+        return "ready"
+    if entry.readonly:
+        return "building" if entry.building.exists() else "broken"
+    return "building" if flock.is_held(layout.builder_flock(entry.key)) else "broken"
+
+
+def last_used(entry: Entry) -> float:
+    """When somebody last began or ceased to use the entry, in Unix seconds; 0 where that is not known."""
+    return _mtime(_stat(entry.at(IN_USE)))
+
+
+def _mtime(found: os.stat_result | None) -> float:
+    return found.st_mtime if found else 0.0
+
+
+def _stat(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError:
+        return None

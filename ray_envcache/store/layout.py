@@ -1,0 +1,275 @@
+"""Where everything lies below the store's root. The only file that spells path names."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import platformdirs
+
+from ray_envcache.errors import StoreError
+
+VERSION = "v1"
+PYTHON, READY, MEASURED, IN_USE = "venv/bin/python", "ready.json", "measured.json", "in-use"
+_ENTRY_NAME = re.compile(r"(?P<key>[0-9a-f]{32})-(?P<number>[1-9][0-9]*)")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The paths of one environment. An entry is never rebuilt in place: the next build takes the next `number`.
+
+    One of a lower store is `readonly`: nothing at all is ever written there.
+    """
+
+    key: str
+    number: int
+    path: Path
+    readonly: bool = False
+
+    def at(self, name: str) -> str:
+        """One of the files below as text, for the warm path and for lists: to make a Path takes as long as a look."""
+        return f"{self._place}/{name}"
+
+    @cached_property
+    def _place(self) -> str:
+        return os.fspath(self.path)
+
+    @cached_property
+    def venv(self) -> Path:
+        return self.path / "venv"
+
+    @cached_property
+    def bin(self) -> Path:
+        return self.path / "venv/bin"
+
+    @cached_property
+    def python(self) -> Path:
+        return self.path / PYTHON
+
+    @property
+    def site_packages(self) -> Path:
+        """Where the venv keeps its packages; a path that does not exist before the venv does."""
+        return next((self.venv / "lib").glob("python3.*"), self.venv / "lib") / "site-packages"
+
+    @cached_property
+    def ready(self) -> Path:
+        return self.path / READY
+
+    @cached_property
+    def building(self) -> Path:
+        return self.path / "building.json"
+
+    @cached_property
+    def compiled(self) -> Path:
+        return self.path / "compiled.json"
+
+    @cached_property
+    def measured(self) -> Path:
+        return self.path / MEASURED
+
+    @cached_property
+    def staged_bytecode(self) -> Path:
+        """Bytecode on its way to everybody; what a killed compiler left here the next one takes over."""
+        return self.path / "bytecode"
+
+    @cached_property
+    def in_use(self) -> Path:
+        return self.path / IN_USE
+
+    @cached_property
+    def build_log(self) -> Path:
+        return self.path / "build.log"
+
+    @cached_property
+    def sources(self) -> Path:
+        """Copies of local packages while they are built."""
+        return self.path / "src"
+
+    @cached_property
+    def pylock(self) -> Path:
+        return self.path / "pylock.toml"
+
+    def base(self, name: str) -> Entry | None:
+        """The entry below this one, by what its ready record says; None where that is no name of an entry."""
+        return _entry_at(self.path.parent, name, readonly=self.readonly)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The paths of one store."""
+
+    root: Path
+    readonly: bool = False
+
+    @cached_property
+    def top(self) -> Path:
+        return self.root / VERSION
+
+    @cached_property
+    def entries(self) -> Path:
+        return self.top / "entries"
+
+    @cached_property
+    def leases(self) -> Path:
+        return self.top / "leases"
+
+    @cached_property
+    def pins(self) -> Path:
+        return self.top / "pins"
+
+    @cached_property
+    def memo(self) -> Path:
+        return self.top / "memo"
+
+    @cached_property
+    def trash(self) -> Path:
+        return self.top / "trash"
+
+    @cached_property
+    def bytecode(self) -> Path:
+        """Bytecode that entries share, a folder for each Python; made when there is some."""
+        return self.top / "bytecode"
+
+    @cached_property
+    def flocks(self) -> Path:
+        return self.top / "flocks"
+
+    @cached_property
+    def collector_flock(self) -> Path:
+        """The flock of the one collector at work."""
+        return self.flocks / "collector"
+
+    @cached_property
+    def doctor_flock(self) -> Path:
+        """The file on which it is tried whether flocks work."""
+        return self.flocks / "doctor"
+
+    @cached_property
+    def clock(self) -> Path:
+        """What the clocks said when the collector last looked."""
+        return self.top / "clock.json"
+
+    @cached_property
+    def last_collection(self) -> Path:
+        """Its mtime is when the collector last ran by itself."""
+        return self.top / "last-collection"
+
+    @cached_property
+    def uv_cache(self) -> Path:
+        """The cache of uv where the user's own is on another file system."""
+        return self.root / "uv"
+
+    @cached_property
+    def cachedir_tag(self) -> Path:
+        return self.root / "CACHEDIR.TAG"
+
+    def directories(self) -> tuple[Path, ...]:
+        return (self.entries, self.leases, self.pins, self.memo, self.trash, self.flocks)
+
+    def builder_flock(self, key: str) -> Path:
+        """The flock of whoever builds `key`. Never unlinked: waiters would end up on different inodes."""
+        return self.flocks / f"{key}.build"
+
+    def finishing_flock(self, entry: Entry) -> Path:
+        """The flock of whoever compiles the bytecode of `entry`; it lies in the entry and goes with it."""
+        return entry.path / "finishing"
+
+    def leases_of(self, key: str) -> Path:
+        return self.leases / key
+
+    def leased_keys(self) -> set[str]:
+        """The keys on which there are, or were, leases."""
+        return set(_names(self.leases))
+
+    def pin_of(self, key: str) -> Path:
+        return self.pins / f"{key}.json"
+
+    def memo_of(self, inputs: str) -> Path:
+        return self.memo / f"{inputs}.json"
+
+    def entry(self, name: str) -> Entry | None:
+        """The entry with this directory name, whether it exists or not; None where it is no name of an entry.
+
+        The absolute path of an entry of a lower store is its name.
+        """
+        return _entry_at(self.entries, name, readonly=self.readonly)
+
+    def name_of(self, entry: Entry) -> str:
+        """The name by which `entry` finds it, in files and messages of this store."""
+        return entry.path.name if entry.path.parent == self.entries else os.fspath(entry.path)
+
+    def first_entry(self, key: str) -> Entry:
+        """The paths of the first build of `key`: nearly always the only one."""
+        return Entry(key, 1, self.entries / f"{key}-1", self.readonly)
+
+    def all_entries(self) -> Iterator[Entry]:
+        """The entries on disk, in no order, finished or not. Foreign files are passed over."""
+        for name in _names(self.entries):
+            if entry := self.entry(name):
+                yield entry
+
+    def entries_of(self, key: str) -> list[Entry]:
+        """The entries of `key` on disk, newest first."""
+        return newest_first(entry for entry in self.all_entries() if entry.key == key)
+
+    def next_entry(self, key: str) -> Entry:
+        """The paths for a new build of `key`; its caller holds the builder's flock."""
+        taken = [entry.number for entry in self.entries_of(key)]
+        number = max(taken, default=0) + 1
+        return Entry(key, number, self.entries / f"{key}-{number}")
+
+
+def newest_first(entries: Iterable[Entry]) -> list[Entry]:
+    """The entries by key, of each key the newest build first."""
+    return sorted(entries, key=lambda entry: (entry.key, -entry.number))
+
+
+def layout_of(entry: Entry) -> Layout:
+    """The store that an entry lies in."""
+    return Layout(entry.path.parents[2], entry.readonly)
+
+
+def default_root() -> Path:
+    """$RAY_ENVCACHE_DIR, else the user's cache directory for ray-envcache.
+
+    Raises StoreError where that is no absolute path: from another working directory it would be another store.
+    """
+    try:
+        root = _chosen_root() or _usual_root()
+    except RuntimeError as error:  # of pathlib and platformdirs, where a user has no home
+        raise StoreError(
+            f"Cannot tell where the store is: {error}", "set RAY_ENVCACHE_DIR to an absolute path, or HOME"
+        ) from error
+    if not root.is_absolute():
+        raise StoreError(f"The path of the store is relative: `{root}`", "set RAY_ENVCACHE_DIR to an absolute path")
+    return root
+
+
+def _chosen_root() -> Path | None:
+    chosen = os.environ.get("RAY_ENVCACHE_DIR")
+    return Path(chosen).expanduser() if chosen else None
+
+
+def _usual_root() -> Path:
+    return platformdirs.user_cache_path("ray-envcache")
+
+
+def _entry_at(folder: Path, name: str, *, readonly: bool) -> Entry | None:
+    above, slash, last = name.rpartition("/")
+    parts = _ENTRY_NAME.fullmatch(last)
+    is_absolute = above.startswith("/") and above.endswith(f"/{VERSION}/entries")
+    if parts is None or (slash and not is_absolute):
+        return None
+    is_elsewhere = bool(slash) and above != os.fspath(folder)
+    return Entry(parts["key"], int(parts["number"]), folder / name, readonly or is_elsewhere)
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)  # names only: a store may have thousands
+    except FileNotFoundError:
+        return []

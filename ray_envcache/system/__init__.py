@@ -1,0 +1,1 @@
+"""What the operating system gives: files, flocks, disks, processes. Knows no store."""

@@ -1,0 +1,255 @@
+"""File operations that others may see: atomic writes, and removal by way of the trash."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import stat
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+_TEMPORARY = ".tmp-"
+_PART = 65536  # bytes read at once: no more, or each buffer is memory mapped for it
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Error numbers that mean: no space, or no quota, left."""
+
+
+def write_json(path: Path, data: dict[str, Any], *, durable: bool = True) -> None:
+    """Write `data` so that readers see either the old file or the whole new one, whatever dies when.
+
+    With `durable` the same holds across a power failure. Raises OSError; then no temporary file stays behind. Killed
+    in between, one does; nobody holds its flock, so that the next sweep knows it for rubbish.
+    """
+    while True:
+        temporary = path.with_name(f"{_TEMPORARY}{unique()}")
+        try:
+            with temporary.open("x", encoding="utf-8") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                _dump(data, file, durable=durable)
+                # Under the flock, so that no sweep takes it before it has its name.
+                temporary.replace(path)
+            break
+        except FileNotFoundError:
+            # A sweep came between opening and flock; or the folder is gone.
+            if not path.parent.is_dir():
+                raise
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    if durable:
+        sync_directory(path.parent)
+
+
+def unique(length: int = 8) -> str:
+    """Hex digits that nobody else has, of `length` bytes. As `secrets.token_hex`, which imports a lot for it."""
+    return os.urandom(length).hex()
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether `path` is a file of `write_json` that has not got its name."""
+    return path.name.startswith(_TEMPORARY)
+
+
+def _dump(data: dict[str, Any], file: TextIO, *, durable: bool) -> None:
+    json.dump(data, file, indent=1, sort_keys=True)
+    file.write("\n")
+    file.flush()
+    if durable:
+        os.fsync(file.fileno())
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file. Not by a file object, which costs more than the reading."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        parts = []
+        while part := os.read(descriptor, _PART):
+            parts.append(part)
+        return b"".join(parts)
+    except OSError as error:
+        error.filename = os.fspath(path)  # unknown to who only has the descriptor: such as of a directory
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: str | Path) -> dict[str, Any] | None:
+    """The JSON object in `path`, or None where there is none: no file, truncated, or something else."""
+    try:
+        data = json.loads(read_bytes(path).decode())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    with _opened(path) as descriptor:
+        os.fsync(descriptor)
+
+
+def sync_file_system(path: Path) -> None:
+    """Make all durable that is on the file system of the directory `path`. Raises OSError where some of it was lost.
+
+    Not by sync(2), where the system has better: that waits for all that is mounted, also for a server that is gone.
+    """
+    with _opened(path) as descriptor:
+        failed = _syncfs(descriptor)
+    if failed == errno.ENOSYS:
+        os.sync()
+    elif failed:
+        raise OSError(failed, os.strerror(failed), os.fspath(path))
+
+
+@contextmanager
+def _opened(directory: Path) -> Iterator[int]:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _syncfs(descriptor: int) -> int:
+    """The error number of syncfs(2), 0 for none; ENOSYS where Python does not get there."""
+    try:
+        import ctypes  # for whoever finishes an entry only
+
+        syncfs = ctypes.CDLL(None, use_errno=True).syncfs
+    except (ImportError, OSError, AttributeError):
+        return errno.ENOSYS
+    return ctypes.get_errno() if syncfs(descriptor) else 0
+
+
+def discard(path: Path, trash: Path) -> None:
+    """Remove a tree nobody is handed any more: one rename takes it from everybody's sight, then it is deleted.
+
+    Killed in between, the rest lies in `trash`, where the next sweep finds it. No tree at `path` is no error.
+    """
+    try:
+        path = to_trash(path, trash)
+    except FileNotFoundError:
+        if os.path.lexists(path):
+            raise  # it is the trash that is missing
+        return
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        # Not even room for a name in the trash. Nobody is handed an entry without a ready record: delete it in place.
+    remove_tree(path)
+
+
+def to_trash(path: Path, trash: Path) -> Path:
+    """Rename `path` into `trash` under a new unique name, and return that."""
+    moved = trash / f"{path.name}.{unique(4)}"
+    path.rename(moved)
+    return moved
+
+
+def remove_tree(top: Path) -> None:
+    """Delete a tree of ours, frozen directories included; links are removed, never followed.
+
+    Two processes may delete one tree at the same time: what is gone already is no error, and neither gives up.
+    """
+    if top.is_symlink() or not top.is_dir():
+        top.unlink(missing_ok=True)
+        return
+    set_directories_writable(top, writable=True)
+    if sys.version_info >= (3, 12):
+        shutil.rmtree(top, onexc=lambda _function, _path, error: _raise_unless_gone(error))
+    else:
+        shutil.rmtree(top, onerror=lambda _function, _path, info: _raise_unless_gone(info[1]))
+
+
+def _raise_unless_gone(error: BaseException) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def empty_directory(descriptor: int, *, but: str = "") -> None:
+    """Delete all that is in an open directory, where others may write at the same time; what is called `but` stays.
+
+    By descriptors alone: no link that is put in meanwhile leads us elsewhere. What cannot be deleted does not keep the
+    rest; the first such error is raised at the end. What is gone already is none.
+    """
+    with suppress(PermissionError):
+        os.fchmod(descriptor, stat.S_IRWXU)  # frozen directories too
+    with os.scandir(descriptor) as found:
+        items = [(item.name, item.is_dir(follow_symlinks=False)) for item in found if item.name != but]
+    failures = [failure for item in items if (failure := _remove_item(descriptor, *item))]
+    if failures:
+        raise failures[0]
+
+
+def _remove_item(parent: int, name: str, is_directory: bool) -> OSError | None:  # noqa: FBT001  # as scandir says it
+    try:
+        if is_directory:
+            _remove_directory(parent, name)
+        else:
+            os.unlink(name, dir_fd=parent)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return error
+    return None
+
+
+def _remove_directory(parent: int, name: str) -> None:
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(name, flags, dir_fd=parent)
+    try:
+        empty_directory(descriptor)
+    finally:
+        os.close(descriptor)
+    os.rmdir(name, dir_fd=parent)
+
+
+def set_directories_writable(top: Path, *, writable: bool) -> None:
+    """Freeze or thaw every directory of a tree for its owner.
+
+    Only directories: the files may be hard links into the cache of uv, and a file's mode belongs to all its links.
+    A frozen directory stops whoever installs, upgrades or removes, since all of them create or unlink names.
+    """
+    pending = [os.fspath(top)]
+    while pending:
+        directory = pending.pop()
+        if writable:
+            _set_writable(directory, writable=True)
+        with suppress(FileNotFoundError), os.scandir(directory) as found:
+            pending.extend(item.path for item in found if item.is_dir(follow_symlinks=False))
+        if not writable:
+            _set_writable(directory, writable=False)
+
+
+def _set_writable(directory: str, *, writable: bool) -> None:
+    try:
+        mode = stat.S_IMODE(os.lstat(directory).st_mode)
+    except FileNotFoundError:
+        return
+    wanted = mode | stat.S_IWUSR if writable else mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
+    if wanted != mode:
+        os.chmod(directory, wanted)  # strings: a tree has thousands of directories
+
+
+def file_identity(path: str) -> tuple[int, int] | None:
+    """Size and mtime (ns) of the file that `path` leads to, or None where it leads nowhere."""
+    try:
+        found = os.stat(path)  # the warm path
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def is_unchanged(path: str, was: Sequence[int]) -> bool:
+    """Whether the file that `path` leads to has this `file_identity`, give or take what images do to times.
+
+    The layers of an image keep whole seconds only, once it was pushed and pulled.
+    """
+    now = file_identity(path)
+    return now is not None and now[0] == was[0] and now[1] in {was[1], was[1] // 10**9 * 10**9}

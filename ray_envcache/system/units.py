@@ -1,0 +1,105 @@
+"""Sizes, durations and names as people write and read them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+from ray_envcache.errors import FieldValueError
+
+# ASCII only, or the units would match letters that merely fold to them; and no more digits than a float can take.
+_NUMBER = r"\d{1,18}(?:\.\d+)?"
+_SIZE = re.compile(rf"({_NUMBER})\s*([kmgt]?)(i?)b?", re.IGNORECASE | re.ASCII)
+_PART = re.compile(rf"({_NUMBER})\s*([wdhms])", re.IGNORECASE | re.ASCII)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_SECONDS = {"w": 604_800, "d": 86_400, "h": 3_600, "m": 60, "s": 1}
+_NAMES = ((86_400, "day"), (3_600, "hour"), (60, "minute"), (1, "second"))
+
+
+@dataclass(frozen=True)
+class Space:
+    """An amount of disk: bytes, or a share (0 to 1) of the whole disk."""
+
+    size: int = 0
+    share: float | None = None
+
+    def bytes_of(self, total: int) -> int:
+        """The amount on a disk of `total` bytes."""
+        return self.size if self.share is None else int(total * self.share)
+
+    def __str__(self) -> str:
+        return format_size(self.size) if self.share is None else f"{self.share * 100:g} %"
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from "50GB" (metric), "50GiB" or a plain number. Raises FieldValueError."""
+    parts = _SIZE.fullmatch(str(text).strip())
+    if parts is None or (parts[3] and not parts[2]):
+        raise FieldValueError(f"Not a size: `{text}`", 'write bytes, "50GB" or "50GiB"')
+    return int(float(parts[1]) * (1024 if parts[3] else 1000) ** _POWERS[parts[2].lower()])
+
+
+def parse_space(text: str | int) -> Space:
+    """A size, or a share of the disk ("10%"). Raises FieldValueError."""
+    written = str(text).strip()
+    if not written.endswith("%"):
+        return Space(size=parse_size(written))
+    try:
+        percent = float(written[:-1])
+    except ValueError:
+        percent = -1
+    if not 0 <= percent <= 100:
+        raise FieldValueError(f"Not a share of the disk: `{text}`", 'write "0%" to "100%", or a size such as "50GB"')
+    return Space(share=percent / 100)
+
+
+def parse_duration(text: str | float) -> float:
+    """Seconds from "14d", "36h", "1d12h" or a plain number of seconds. Raises FieldValueError."""
+    written = str(text).strip()
+    if re.fullmatch(_NUMBER, written, re.ASCII):
+        return float(written)
+    parts = _PART.findall(written)
+    if not parts or _PART.sub("", written).strip():
+        raise FieldValueError(f"Not a duration: `{text}`", 'write "14d", "36h", "90m", "45s" or a number of seconds')
+    return sum(float(number) * _SECONDS[unit.lower()] for number, unit in parts)
+
+
+def is_off(text: str) -> bool:
+    """Whether this switches a limit off."""
+    return text.strip().lower() in {"off", "none"}
+
+
+def format_size(size: float) -> str:
+    """Metric, two digits that matter: "4.1 GB", "512 B"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 999.5:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 99.5 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def format_duration(seconds: float) -> str:
+    """The largest unit that fits: "3 days", "1 minute", "0 seconds"."""
+    for length, name in _NAMES:
+        count = int(seconds // length)
+        if count or length == 1:
+            return f"{count} {name}{'' if count == 1 else 's'}"
+    raise AssertionError(seconds)
+
+
+def printable(text: str) -> str:
+    """The text without the teeth of control characters: names and command lines of others are shown in terminals."""
+    if text.isprintable():  # nearly always, and asked at once
+        return text
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def utc_now() -> str:
+    """This moment, UTC, as ISO 8601 with seconds."""
+    return utc(datetime.now(timezone.utc).timestamp())
+
+
+def utc(seconds: float) -> str:
+    """A Unix time as UTC ISO 8601 with seconds."""
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")

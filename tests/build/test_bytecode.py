@@ -1,0 +1,227 @@
+"""Bytecode compiled once: linked into every environment that has the same text, and gone with the last of them."""
+
+from __future__ import annotations
+
+import marshal
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import MAGIC_NUMBER, cache_from_source
+from pathlib import Path
+
+import pytest
+
+from ray_envcache.acquire import Store
+from ray_envcache.build import builder
+from ray_envcache.build import bytecode as compiler
+from ray_envcache.field.spec import EnvSpec
+from ray_envcache.gc.collector import collect
+from ray_envcache.gc.evict import evict
+from ray_envcache.gc.policy import Limits
+from ray_envcache.inside import pyc
+from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.store.inventory import status
+from ray_envcache.store.layout import Entry, Layout
+from ray_envcache.store.leases import Holder
+from ray_envcache.system import files
+from tests import support
+
+pytestmark = pytest.mark.host
+
+Build = Callable[..., Entry]
+COMMON = {
+    "common/__init__.py": "",
+    "common/inner/__init__.py": "",
+    "common/deep.py": "def outer():\n    def fail():\n        1 / 0\n    fail()\n",
+}
+
+
+@pytest.fixture
+def build(tmp_path: Path, wheels: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Build:
+    """Build an environment with these packages and nobody who finishes it: that, a test does itself."""
+    monkeypatch.setattr(Store, "finish", lambda _store, _entry: None)
+    support.make_wheel(wheels, "common", modules=COMMON)
+
+    def build(name: str, *packages: str) -> Entry:
+        support.make_wheel(wheels, name, modules={f"{name}.py": f"NAME = {name!r}\n"})
+        project = support.make_project(tmp_path / f"project-{name}", wheels, ["ray", name, *packages])
+        with store.acquire(EnvSpec.parse(project), installed_ray(), Holder("test")) as lease:
+            return lease.entry
+
+    return build
+
+
+def start_finishing(store: Store, *entries: Entry) -> list[subprocess.Popen[bytes]]:
+    command: list[str | Path] = [sys.executable, "-m", "ray_envcache.build.bytecode", store.layout.root]
+    return [subprocess.Popen([*command, entry.path.name]) for entry in entries]
+
+
+def finish(store: Store, *entries: Entry) -> None:
+    """Finish entries, all at the same time."""
+    assert [child.wait() for child in start_finishing(store, *entries)] == [0] * len(entries)
+    assert all(entry.compiled.exists() for entry in entries)
+
+
+def bytecode(entry: Entry) -> dict[str, os.stat_result]:
+    return {str(path.relative_to(entry.site_packages)): path.stat() for path in entry.site_packages.rglob("*.pyc")}
+
+
+def offered(layout: Layout) -> set[str]:
+    return {path.name for path in layout.bytecode.rglob("*.pyc")}
+
+
+def traceback(entry: Entry) -> str:
+    code = (
+        "import common.deep, sys, traceback\ntry: common.deep.outer()\nexcept ZeroDivisionError: traceback.print_exc()"
+    )
+    done = subprocess.run([entry.python, "-v", "-c", code], capture_output=True, text=True, check=True)
+    cached = f"code object from '{entry.site_packages / 'common/__pycache__/deep.'}"
+    assert cached in done.stderr, "it was run from its bytecode"
+    return done.stderr
+
+
+def test_compiled_once_and_gone_with_the_last(store: Store, build: Build) -> None:
+    """A second environment links what the first compiled; tracebacks are its own; what is shared goes with the last."""
+    first = build("aa", "common")
+    finish(store, first)
+    before = offered(store.layout)
+    second = build("bb", "common")
+    finish(store, second)
+    assert offered(store.layout) - before == {pyc.name_of(b"NAME = 'bb'\n")}
+    mine, yours = bytecode(first), bytecode(second)
+    same = {name for name in mine.keys() & yours.keys() if mine[name].st_ino == yours[name].st_ino}
+    assert {name for name in mine.keys() & yours.keys() if "_hold_" not in name} == same
+    assert len([name for name in same if name.startswith("common/")]) == 3
+    assert not first.staged_bytecode.exists()
+
+    would = collect(store.layout, Limits(everything=True), dry_run=True)
+    exclusive = mine[next(name for name in mine if name.startswith("__pycache__/aa."))].st_blocks * 512
+    told = status(store.layout, first).reclaimable_bytes
+    gone = evict(store.layout, first)
+    assert gone.freed == told > exclusive
+    assert {f"{second.site_packages}/common/deep.py"} == {
+        line.split('"')[1] for line in traceback(second).splitlines() if line.startswith("  File") and "deep" in line
+    }
+    assert bytecode(second).keys() == yours.keys()
+    report = collect(store.layout, Limits(everything=True))
+    assert sum(one.freed_bytes for one in would.removed) == gone.freed + report.removed[0].freed_bytes
+    assert report.swept_bytes == 0
+    assert list(store.layout.bytecode.iterdir()) == []
+
+
+def test_elsewhere_for_us(store: Store, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PYTHONPYCACHEPREFIX of whoever builds says where our bytecode goes, not that of environments."""
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path / "prefix"))
+    entry = build("aa", "common")
+    finish(store, entry)
+    assert {name.rsplit("/", 1)[-1].partition(".")[0] for name in bytecode(entry)} >= {"aa", "deep", "__init__"}
+
+
+def test_first_workers_find_bytecode(store: Store, build: Build) -> None:
+    """What the check of a new environment imports has bytecode when it is handed out: its own, then the shared one."""
+    first = build("aa")
+    (mine,) = bytecode(first).values()
+    assert [path.stat().st_ino for path in first.staged_bytecode.rglob("*.pyc")] == [mine.st_ino]
+    finish(store, first)
+    second = build("bb")
+    (yours,) = bytecode(second).values()
+    assert yours.st_ino == mine.st_ino
+    assert list(second.staged_bytecode.rglob("*.pyc")) == []
+
+
+def have(module: Path, text: str, *, cut_off: bool = False) -> None:
+    """Have the cluster's Python have a module with this text, and bytecode of it that gives itself away."""
+    module.parent.mkdir(parents=True, exist_ok=True)
+    module.write_text(text)
+    os.utime(module, (1e9, 1e9))
+    numbers = b"".join(number.to_bytes(4, "little") for number in (0, 10**9, len(text)))
+    code = marshal.dumps(compile(f"{text}TAKEN = True\n", "twin", "exec"))
+    module.with_name("__pycache__").mkdir(exist_ok=True)
+    cached = MAGIC_NUMBER + numbers + code
+    Path(cache_from_source(os.fspath(module))).write_bytes(cached[: -5 if cut_off else None])
+
+
+def run(entry: Entry, program: str) -> str:
+    return subprocess.run([entry.python, "-c", program], capture_output=True, text=True, check=True).stdout
+
+
+def test_bytecode_of_the_clusters_python(
+    store: Store, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The very first environment takes over what the Python of the cluster has compiled of the same ray."""
+    monkeypatch.setattr(builder, "packages_folder", lambda: os.fspath(tmp_path / "cluster"))
+    have(tmp_path / "cluster" / "ray" / "__init__.py", f"__version__ = {support.RAY_VERSION!r}\n")
+    assert run(build("aa"), "import ray; print(ray.TAKEN)") == "True\n"
+
+
+def test_the_rest_of_the_clusters_python(
+    store: Store, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the check did not import is taken over when the environment is finished; what is cut off is compiled."""
+    monkeypatch.setattr(compiler, "packages_folder", lambda: os.fspath(tmp_path / "cluster"))
+    have(tmp_path / "cluster" / "aa.py", "NAME = 'aa'\n")
+    have(tmp_path / "cluster" / "common" / "deep.py", COMMON["common/deep.py"], cut_off=True)
+    have(tmp_path / "cluster" / "common" / "__init__.py", "OTHER = 1\n")
+    entry = build("aa", "common")
+    compiler.finish_now(store.layout, entry)
+    program = "import aa, common.deep; print(*(hasattr(one, 'TAKEN') for one in (aa, common, common.deep)))"
+    assert run(entry, program) == "True False False\n"
+    assert "ZeroDivisionError" in traceback(entry)
+
+
+def test_two_at_once(store: Store, build: Build) -> None:
+    """Two that compile the same at the same time come to their ends, and the third links all of it."""
+    entries = [build("aa", "common"), build("bb", "common")]
+    finish(store, *entries)
+    before = offered(store.layout)
+    finish(store, third := build("cc", "common"))
+    assert offered(store.layout) - before == {pyc.name_of(b"NAME = 'cc'\n")}
+    for entry in (*entries, third):
+        assert "ZeroDivisionError" in traceback(entry)
+
+
+def test_packages_with_the_same_file(store: Store, build: Build, wheels: Path) -> None:
+    """What a package puts in place of another's module, or its bytecode, is nothing to an environment without it."""
+    tag = sys.implementation.cache_tag
+    for name, text in (("honest", "VALUE = 'honest'\n"), ("hostile", "VALUE = 'hostile'\n")):
+        more = {"honest_too/__init__.py": "", f"honest_too/__pycache__/__init__.{tag}.pyc": "evil"}
+        modules = {"honest.py": text, **(more if name == "hostile" else {"honest_too/__init__.py": ""})}
+        support.make_wheel(wheels, name, modules=modules)
+    both, one = build("aa", "honest", "hostile"), build("bb", "honest")
+    finish(store, both)
+    finish(store, one)
+    show = "import honest, honest_too; print(honest.VALUE)"
+    assert support.run_python(show, python=one.python) == "honest\n"
+    # Whichever uv let win.
+    installed = (both.site_packages / "honest.py").read_text().split("'")[1]
+    assert support.run_python(show, python=both.python) == f"{installed}\n"
+
+
+@pytest.mark.parametrize("point", ["bytecode-let-go", "bytecode-sweep"])
+def test_somebody_links_what_is_being_removed(
+    store: Store, build: Build, tmp_path: Path, children: list[subprocess.Popen[str]], point: str
+) -> None:
+    """An environment that links a file at the moment when the collector takes its name keeps it, whole."""
+    finish(store, old := build("aa", "common"))
+    new = build("bb", "common")
+    if point == "bytecode-sweep":
+        files.remove_tree(old.path)  # as after a crash between the removal of an entry and the next look
+    points = tmp_path / "points"
+    points.mkdir()
+    (points / f"stop-{point}").touch()
+    command = [sys.executable, "-m", "ray_envcache", *(["gc"] if point == "bytecode-sweep" else ["rm", old.key])]
+    environ = {**os.environ, "RAY_ENVCACHE_TEST_POINTS": str(points), "RAY_ENVCACHE_MIN_FREE_SPACE": "off"}
+    collector = subprocess.Popen(command, env=environ, text=True)
+    children.append(collector)
+    support.wait_until((points / f"reached-{point}").exists, "the collector has looked at a file")
+    finish(store, new)
+    linked = {found.st_ino for found in bytecode(new).values()}
+    (points / f"stop-{point}").unlink()
+    assert collector.wait() == 0
+    assert {found.st_ino for found in bytecode(new).values()} == linked
+    assert all(found.st_nlink >= 1 for found in bytecode(new).values())
+    assert "ZeroDivisionError" in traceback(new)
+    finish(store, build("cc", "common"))
+    assert collect(store.layout, Limits(everything=True)).failed == []
+    assert offered(store.layout) == set()

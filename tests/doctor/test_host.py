@@ -1,0 +1,166 @@
+"""`doctor` on one host: what is right, what is not, and what to do about it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ray_envcache.acquire import Store
+from ray_envcache.doctor import cluster
+from ray_envcache.doctor.findings import Finding
+from ray_envcache.doctor.host import check_lockfile, examine
+from ray_envcache.errors import ClusterError
+from tests import support
+from tests.cli.test_commands import run
+
+pytestmark = pytest.mark.host
+
+
+def look() -> dict[str, Finding]:
+    """What is found of this host, by name."""
+    return {found.name: found for found in examine().findings}
+
+
+def test_healthy_host(store: Store) -> None:
+    """All is well but the registration, which only `ray start` needs: a line for each check, and exit code 0."""
+    done = run("doctor")
+    assert (done.returncode, done.stderr) == (0, "")
+    states = re.findall(r"^(ok|warn|error) +([a-z' ]+?)  ", done.stdout, re.MULTILINE)
+    names = ["store", "flocks", "space", "uv's cache", "uv", "python", "ray", "settings", "registration"]
+    assert [name for _, name in states] == names
+    assert [name for state, name in states if state != "ok"] == ["registration"]
+    assert done.stdout.count("hint: ") == 1
+    assert f"{store.layout.root}: " in done.stdout
+
+
+def test_json_of_a_broken_host(tmp_path: Path) -> None:
+    """The documented fields, whatever is wrong; and exit code 1."""
+    (tmp_path / "store").touch()
+    done = run("doctor", "--json", tmp_path, RAY_ENVCACHE_DIR=str(tmp_path / "store"))
+    assert (done.returncode, done.stderr) == (1, "")
+    data = json.loads(done.stdout)
+    assert set(data) == {
+        "schema_version", "ok", "plugin", "store", "free_bytes", "ray", "python", "uv", "findings"
+    }  # fmt: skip
+    assert (data["schema_version"], data["ok"], data["ray"]) == (1, False, support.RAY_VERSION)
+    assert all(set(found) == {"name", "state", "text", "hint"} for found in data["findings"])
+    assert {found["name"] for found in data["findings"] if found["state"] == "error"} == {"store", "lockfile"}
+
+
+def test_lockfile(store: Store, tmp_path: Path, wheels: Path) -> None:
+    """A path is checked as far as that goes without building: that it can be built, or why not."""
+    project = support.make_project(tmp_path / "project", wheels, ["ray"])
+    found = check_lockfile(str(project))
+    assert (found.state, found.text) == ("ok", f"{project}: 1 package, fits ray {support.RAY_VERSION}")
+    (project.parent / "uv.lock").unlink()
+    found = check_lockfile(str(project))
+    assert found.state == "error"
+    assert "uv lock" in found.hint
+    assert [*store.layout.all_entries()] == []
+
+
+def _file(root: Path) -> None:
+    root.touch()
+
+
+def _writable_by_others(root: Path) -> None:
+    Store.open(root)
+    root.chmod(0o777)
+
+
+def _nothing(root: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "text"),
+    [("store", _file, "File exists"), ("store", _writable_by_others, "Others may write"), ("a:b", _nothing, "':'")],
+)
+def test_unusable_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, spoil: Callable[[Path], None], text: str
+) -> None:
+    """A store that cannot be used is an error with its cause and what to do; the rest is looked at all the same."""
+    spoil(tmp_path / name)
+    monkeypatch.setenv("RAY_ENVCACHE_DIR", str(tmp_path / name))
+    found = look()
+    assert found["store"].state == "error"
+    assert text in found["store"].text
+    assert found["store"].hint
+    assert found["uv"].state == found["ray"].state == "ok"
+    assert "flocks" not in found
+
+
+def test_store_without_flocks(store: Store) -> None:
+    """A store where no flock can be taken is an error, which names the file that was tried."""
+    # Root may write into any directory: so something must be in the way.
+    store.layout.doctor_flock.mkdir()
+    found = look()["flocks"]
+    assert found.state == "error"
+    assert str(store.layout.doctor_flock) in found.text
+
+
+def test_lower_stores(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lower stores are named; one that is not there is worth a word, and one that cannot be one an error."""
+    assert "lower stores" not in look()
+    lower, gone = tmp_path / "lower", tmp_path / "gone"
+    Store.open(lower)
+    monkeypatch.setenv("RAY_ENVCACHE_READONLY_DIRS", f"{lower}:{gone}")
+    found = look()["lower stores"]
+    assert (found.state, found.text) == ("warn", f"{lower}; there is no store at {gone}")
+    monkeypatch.setenv("RAY_ENVCACHE_READONLY_DIRS", "relative")
+    assert look()["lower stores"].state == "error"
+
+
+def test_space_and_links(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less free space than the policy wants, and a uv that copies instead of linking, are warnings with a reason."""
+    monkeypatch.setenv("RAY_ENVCACHE_MIN_FREE_SPACE", "100%")
+    monkeypatch.setenv("UV_LINK_MODE", "copy")
+    found = look()
+    assert found["space"].state == found["uv's cache"].state == "warn"
+    assert "are free, less than 100 % (RAY_ENVCACHE_MIN_FREE_SPACE)" in found["space"].text
+    monkeypatch.setenv("RAY_ENVCACHE_MIN_FREE_SPACE", "nonsense")
+    found = look()
+    assert (found["space"].state, found["settings"].state) == ("ok", "error")
+
+
+def test_uv(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing uv, one that is too old, and one that does not run are errors."""
+    uv = tmp_path / "uv"
+    monkeypatch.setattr("uv.find_uv_bin", lambda: str(uv))
+    assert look()["uv"].state == "error"
+    uv.write_text("#!/bin/sh\necho uv 0.1.2\n")
+    uv.chmod(0o700)
+    found = look()["uv"]
+    assert found.text.startswith(f"uv 0.1.2: {uv}; ray-envcache needs >=")
+    assert "pip install 'uv>=" in found.hint
+    uv.write_text("#!/bin/sh\necho no >&2; exit 3\n")
+    assert look()["uv"].text == f"`{uv} --version` fails: no"
+
+
+def test_address_where_nobody_listens() -> None:
+    """No cluster is one sentence and a hint within seconds, Ray says nothing, and none is started."""
+    done = run("doctor", "--address", "127.0.0.1:1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"error: Nobody listens at [\d.]+:1: .*Connection refused\nhint: .*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("address", "environment", "text"),
+    [
+        ("ray://10.0.0.7:10001", "", "`ray://10.0.0.7:10001` is for clients"),
+        ("auto", "ray://10.0.0.7:10001", "`ray://10.0.0.7:10001` is for clients"),
+        ("local", "", "not how one finds it"),
+        ("auto", "local", "not how one finds it"),
+        ("nonsense", "", "No cluster at `nonsense`: Invalid address format"),
+    ],
+)
+def test_address_of_no_cluster(monkeypatch: pytest.MonkeyPatch, address: str, environment: str, text: str) -> None:
+    """What is not the address of a cluster's GCS is refused, also where it comes from RAY_ADDRESS."""
+    monkeypatch.setenv("RAY_ADDRESS", environment)
+    with pytest.raises(ClusterError, match=re.escape(text)) as raised:
+        cluster._connect(address)
+    assert raised.value.hint

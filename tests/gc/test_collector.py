@@ -1,0 +1,504 @@
+"""The collector: what goes, what stays, and what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from ray_envcache.acquire import Store
+from ray_envcache.errors import InUseError, UnknownKeyError
+from ray_envcache.field.spec import EnvSpec
+from ray_envcache.gc import clock
+from ray_envcache.gc.collector import collect, make_room
+from ray_envcache.gc.evict import evict
+from ray_envcache.gc.policy import Limits
+from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.store import leases, pins
+from ray_envcache.store.inventory import status, survey
+from ray_envcache.store.layout import Entry
+from ray_envcache.store.leases import Holder
+from ray_envcache.store.sizes import sizes
+from ray_envcache.system import disk, processes
+from ray_envcache.system.units import Space
+from tests import support
+from tests.cli.test_commands import run
+from tests.store.test_leases import start
+
+pytestmark = pytest.mark.host
+
+DAY = 86_400
+AGE_ONLY = Limits(min_free_space=None)
+NOW = Limits(unused_for=0, min_free_space=None)
+
+Make = Callable[[str], Entry]
+
+
+@pytest.fixture
+def make(tmp_path: Path, wheels: Path, store: Store) -> Make:
+    """Build the environment of a project with a package of its own of 200 kB; nobody holds it."""
+
+    def make(name: str) -> Entry:
+        support.make_wheel(wheels, name, modules={f"{name}.py": f"DATA = '{name * 200_000}'[:200_000]\n"})
+        project = support.make_project(tmp_path / f"project-{name}", wheels, ["ray", name])
+        return support.build_finished(store, project)
+
+    return make
+
+
+def age(entry: Entry, days: float) -> None:
+    """Pretend that the entry was last used so long ago."""
+    then = time.time() - days * DAY
+    os.utime(entry.in_use, (then, then))
+
+
+def test_old_ones_go_and_used_ones_stay(store: Store, make: Make, children: list[subprocess.Popen[str]]) -> None:
+    """What nobody used for 14 days goes; what was used, is in use, or is pinned stays."""
+    old, fresh, held, pinned = make("aa"), make("bb"), make("cc"), make("dd")
+    start(held, "", children)
+    pins.pin(store.layout, pinned)
+    for entry in (old, held, pinned):
+        age(entry, 15)
+    report = collect(store.layout, AGE_ONLY)
+    assert [one.name for one in report.removed] == [old.path.name]
+    assert report.removed[0].reason == "unused for 15 days"
+    assert (report.in_use, report.pinned, report.failed) == (1, 1, [])
+    assert [entry.path.exists() for entry in (old, fresh, held, pinned)] == [False, True, True, True]
+
+
+def test_dry_run_says_exactly_what_a_run_does(store: Store, make: Make) -> None:
+    """`--dry-run` goes through the same code, changes nothing, and names the same environments and bytes."""
+    for number, name in enumerate(("aa", "bb", "cc")):
+        age(make(name), 20 - number)
+    names = [path.name for path in store.layout.entries.iterdir()]
+    would = collect(store.layout, AGE_ONLY, dry_run=True)
+    assert [path.name for path in store.layout.entries.iterdir()] == names
+    did = collect(store.layout, AGE_ONLY)
+    assert [(one.name, one.reason, one.freed_bytes) for one in would.removed] == [
+        (one.name, one.reason, one.freed_bytes) for one in did.removed
+    ]
+    assert [one.name[:2] != "" for one in did.removed] == [True] * 3
+
+
+def test_user_that_ends_while_it_is_looked_for(store: Store, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is there any more to be named: not taken for one whom we cannot see."""
+    lease = leases.claim(make("aa"))
+    assert lease is not None
+    look = processes.flock_holders
+
+    def late(inodes: Mapping[tuple[int, int], str], root: Path) -> processes.FlockHolders:
+        lease.release()
+        return look(inodes, root)
+
+    monkeypatch.setattr(processes, "flock_holders", late)
+    found = status(store.layout, lease.entry)
+    assert (lease.held, found.users, found.in_use) == (False, (), False)
+
+
+def test_least_recently_used_goes_first_when_space_is_needed(store: Store, make: Make) -> None:
+    """The ceiling of the store is reached by removing the least recently used."""
+    entries = [make("aa"), make("bb"), make("cc")]
+    for number, entry in enumerate(entries):
+        age(entry, 3 - number)
+    size = sum(one.size_bytes for one in survey(store.layout))
+    report = collect(store.layout, Limits(None, max_used_space=Space(size=size - 1), min_free_space=None))
+    assert [one.name for one in report.removed] == [entries[0].path.name]
+
+
+def test_freed_bytes_are_those_of_the_disk(store: Store, make: Make, tmp_path: Path) -> None:
+    """What uv's cache has too frees nothing; once that cache is gone, all of it is freed. Measured, not summed."""
+    entry = make("aa")
+    linked = sizes(store.layout, entry)
+    assert linked.reclaimable_bytes < linked.size_bytes
+    # Another hard link somewhere else, as uv's cache has them, makes even less reclaimable.
+    for path in entry.site_packages.rglob("*.py"):
+        while path.stat().st_nlink < 2:
+            os.link(path, tmp_path / f"link-{path.name}")
+    gone = evict(store.layout, entry)
+    assert gone.logical >= linked.size_bytes - 4096
+    assert gone.freed < gone.logical
+
+
+def test_reclaimable_follows_the_cache_of_uv(
+    store: Store, tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After `uv cache clean` the recorded figure no longer holds, and is measured anew."""
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv-cache"))
+    support.make_wheel(wheels, "aa", modules={"aa.py": "x = '" + "a" * 500_000 + "'\n"})
+    project = support.make_project(tmp_path / "project", wheels, ["ray", "aa"])
+    entry = support.build_finished(store, project)
+    before = sizes(store.layout, entry).reclaimable_bytes
+    support.run_uv("cache", "clean", cwd=tmp_path)
+    assert sizes(store.layout, entry).reclaimable_bytes >= before + 500_000
+    assert support.run_python("import aa", python=entry.python) == "", "nothing breaks"
+
+
+def test_sizes_are_measured_again_only_where_they_changed(store: Store, wheels: Path, tmp_path: Path) -> None:
+    """The first other environment with the same packages, and the last one's end, change what is freed; others do not.
+
+    Else each build would have all environments of a host walked through by the next `list` or `gc`.
+    """
+    for name in ("aa", "bb", "cc"):
+        support.make_wheel(wheels, name, modules={f"{name}.py": f"DATA = '{name * 100_000}'\n"})
+
+    def build(*packages: str) -> Entry:
+        project = support.make_project(tmp_path / f"project-{packages[-1]}", wheels, ["ray", *packages])
+        return support.build_finished(store, project)
+
+    def measured(entry: Entry) -> tuple[int, int]:
+        """What it would free, and the file that says so: each record is a new one."""
+        return sizes(store.layout, entry).reclaimable_bytes, entry.measured.stat().st_mtime_ns
+
+    first = build("aa")
+    alone, _ = measured(first)
+    others = [build("aa", "bb")]
+    shared = measured(first)
+    assert shared[0] <= alone - 200_000, "the bytecode of aa is another's too"
+    others.append(build("aa", "cc"))
+    assert measured(first) == shared
+    evict(store.layout, others.pop())
+    assert measured(first) == shared
+    evict(store.layout, others.pop())
+    assert measured(first)[0] == alone
+
+
+def test_never_follows_a_link_out_of_the_store(store: Store, make: Make, tmp_path: Path) -> None:
+    """Symbolic links in an entry, in the trash, and in place of an entry are removed or left, never followed."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("do not touch")
+    entry = make("aa")
+    entry.site_packages.chmod(0o755)
+    (entry.site_packages / "link").symlink_to(outside, target_is_directory=True)
+    (store.layout.trash / "link").symlink_to(outside, target_is_directory=True)
+    (store.layout.entries / ("f" * 32 + "-1")).symlink_to(outside, target_is_directory=True)
+    collect(store.layout, NOW)
+    assert (outside / "precious").read_text() == "do not touch"
+    assert not entry.path.exists()
+
+
+def test_leaves_alone_what_is_not_ours(store: Store, make: Make) -> None:
+    """Foreign files and newer layout versions in the store's root stay."""
+    newer, foreign = store.layout.root / "v2" / "entries" / "x", store.layout.entries / "notes.txt"
+    newer.mkdir(parents=True)
+    foreign.write_text("mine")
+    make("aa")
+    assert len(collect(store.layout, Limits(everything=True)).removed) == 1
+    assert newer.is_dir()
+    assert foreign.read_text() == "mine"
+
+
+def test_rubbish_of_the_dead_is_swept(store: Store, make: Make) -> None:
+    """Half entries, trash, temporary files, leases of the dead and memos of the gone all go, at once."""
+    entry = make("aa")
+    half = store.layout.entries / ("a" * 32 + "-1")
+    (half / "venv").mkdir(parents=True)
+    (store.layout.trash / "half-deleted" / "deep").mkdir(parents=True)
+    (store.layout.memo / ".tmp-0123").touch()
+    store.layout.leases_of("b" * 32).mkdir()
+    (store.layout.leases_of("b" * 32) / "dead").touch()
+    evict(store.layout, entry)
+    assert list(store.layout.memo.glob("*.json")), "the memo of what was evicted is still there"
+    report = collect(store.layout, AGE_ONLY)
+    assert [one.name for one in report.removed] == [half.name]
+    left = [str(path.relative_to(store.layout.top)) for path in store.layout.top.rglob("*") if path.is_file()]
+    assert [name for name in left if not name.startswith("flocks/") and name != "clock.json"] == []
+
+
+def test_temporary_file_of_a_living_writer_stays(store: Store) -> None:
+    """A file that is being written is not rubbish."""
+    import fcntl
+
+    path = store.layout.memo / ".tmp-living"
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        collect(store.layout, AGE_ONLY)
+        assert path.exists()
+    collect(store.layout, AGE_ONLY)
+    assert not path.exists()
+
+
+def test_second_collector_has_nothing_to_do(store: Store, make: Make) -> None:
+    """While one is at work another returns at once, and that is no failure."""
+    from ray_envcache.system import flock
+
+    make("aa")
+    descriptor = flock.try_flock(store.layout.collector_flock, exclusive=True, flags=os.O_RDWR | os.O_CREAT)
+    assert descriptor is not None
+    done = run("gc", "--all")
+    os.close(descriptor)
+    assert (done.returncode, done.stdout) == (0, "Nothing done: another collector is at work\n")
+
+
+def test_user_that_comes_between_choosing_and_removing_keeps_it(
+    store: Store, make: Make, tmp_path: Path, children: list[subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen after the choice, the collector finds the newcomer and leaves the entry, by lease or by interpreter."""
+    for newcomer in ("interpreter", "lease"):
+        entry = make("aa" if newcomer == "lease" else "bb")
+        points = tmp_path / newcomer
+        points.mkdir()
+        (points / "stop-evict-chosen").touch()
+        command = [sys.executable, "-m", "ray_envcache", "gc", "--all"]
+        collector = subprocess.Popen(
+            command, env={**os.environ, "RAY_ENVCACHE_TEST_POINTS": str(points)}, stdout=subprocess.PIPE, text=True
+        )
+        children.append(collector)
+        support.wait_until((points / "reached-evict-chosen").exists, "the collector chose")
+        lease = leases.claim_ready(entry, store.layout, Holder("agent")) if newcomer == "lease" else None
+        child = start(entry, "", children) if newcomer == "interpreter" else None
+        (points / "stop-evict-chosen").unlink()
+        assert collector.wait() == 0
+        assert entry.ready.exists(), newcomer
+        if lease:
+            lease.release()
+        if child:
+            child.kill()
+            child.wait()
+
+
+def test_entry_that_somebody_else_removes_first(
+    store: Store, make: Make, tmp_path: Path, children: list[subprocess.Popen[str]]
+) -> None:
+    """A lost race is no failure of the collector, and a plain answer to who removes by hand."""
+    entry = make("a")
+    (tmp_path / "stop-evict-locked").touch()
+    command = [sys.executable, "-m", "ray_envcache", "gc", "--all"]
+    environ = {**os.environ, "RAY_ENVCACHE_TEST_POINTS": str(tmp_path)}
+    collector = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    children.append(collector)
+    support.wait_until((tmp_path / "reached-evict-locked").exists, "the collector has the flocks")
+    entry.path.rename(store.layout.trash / "taken")
+    (tmp_path / "stop-evict-locked").unlink()
+    out, err = collector.communicate()
+    assert (collector.returncode, err) == (0, "")
+    assert "0 failed" in out
+    with pytest.raises(UnknownKeyError, match="gone already"):
+        evict(store.layout, entry)
+
+
+@pytest.mark.parametrize("point", ["evict-locked", "evict-unpublished", "evict-renamed"])
+def test_user_that_comes_while_it_is_removed_gets_a_new_one(
+    store: Store, tmp_path: Path, wheels: Path, children: list[subprocess.Popen[str]], point: str
+) -> None:
+    """Frozen in the middle of a removal, the collector never gives anybody the entry; the user has another built."""
+    project = support.make_project(tmp_path / "project", wheels, ["ray"])
+    entry = support.build_finished(store, project)
+    points = tmp_path / "points"
+    points.mkdir()
+    (points / f"stop-{point}").touch()
+    environ = {**os.environ, "RAY_ENVCACHE_TEST_POINTS": str(points)}
+    collector = subprocess.Popen([sys.executable, "-m", "ray_envcache", "rm", entry.key], env=environ, text=True)
+    children.append(collector)
+    support.wait_until((points / f"reached-{point}").exists, "the collector is in the middle")
+    assert leases.claim_ready(entry, store.layout, Holder("agent")) is None
+    user = subprocess.Popen([sys.executable, "-m", "ray_envcache", "build", project], stdout=subprocess.PIPE, text=True)
+    children.append(user)
+    if point != "evict-renamed":
+        time.sleep(0.3)  # lets the user meet the flock; the outcome is the same if it does not
+    (points / f"stop-{point}").unlink()
+    out, _ = user.communicate()
+    assert collector.wait() == user.returncode == 0
+    assert subprocess.run([out.strip(), "-c", "import ray"], check=False).returncode == 0
+
+
+def test_process_without_a_hold_is_a_veto(store: Store, make: Make, children: list[subprocess.Popen[str]]) -> None:
+    """A program that is no Python and holds no flock, but runs from the entry, keeps it."""
+    entry = make("aa")
+    entry.bin.chmod(0o755)
+    program = entry.bin / "raylet"
+    shutil.copy(shutil.which("sleep") or "/bin/sleep", program)
+    child = subprocess.Popen([program, "600"], text=True)
+    children.append(child)
+    support.wait_until(lambda: os.readlink(f"/proc/{child.pid}/exe") == str(program), "it runs")
+    with pytest.raises(InUseError, match=f"in use by process {child.pid} .exe"):
+        evict(store.layout, entry)
+    child.kill()
+    child.wait()
+    evict(store.layout, entry)
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None or os.geteuid() != 0, reason="needs unshare and root")
+def test_user_in_another_container_is_seen(store: Store, make: Make, children: list[subprocess.Popen[str]]) -> None:
+    """A process of another pid namespace keeps the entry, though it has no number here, and is told as used."""
+    entry = make("aa")
+    program = "print('up', flush=True); import sys; sys.stdin.read()"
+    inside = subprocess.Popen(
+        ["unshare", "--pid", "--fork", "--mount-proc", entry.python, "-c", program],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    children.append(inside)
+    assert inside.stdout is not None
+    assert inside.stdout.readline() == "up\n"
+    # From a sibling namespace, as another container would ask.
+    asked = subprocess.run(
+        ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-m", "ray_envcache", "list", "--json"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    (one,) = json.loads(asked.stdout)["envs"]
+    assert (one["in_use"], one["holders"]) == (True, [])
+    with pytest.raises(InUseError):
+        evict(store.layout, entry)
+
+
+def test_clock_that_jumps_ahead_removes_nothing_used_today(
+    store: Store, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weeks that passed on the wall clock alone make nothing old; weeks that really pass do."""
+    entry = make("aa")
+    assert collect(store.layout, AGE_ONLY).removed == []
+    real_time, real_uptime = time.time, clock.uptime
+    wall, steady = [0.0], [0.0]
+
+    def shifted(layout: object) -> tuple[float, float]:
+        return clock.note_clock(store.layout, lambda: real_time() + wall[0], lambda: real_uptime() + steady[0])
+
+    monkeypatch.setattr("ray_envcache.gc.collector.note_clock", shifted)
+    wall[0] = 30 * DAY
+    assert collect(store.layout, AGE_ONLY).removed == []
+    wall[0] = steady[0] = 0
+    wall[0] = -30 * DAY
+    assert collect(store.layout, AGE_ONLY).removed == []
+    wall[0], steady[0] = 0, 0
+    assert collect(store.layout, AGE_ONLY).removed == []
+    wall[0] = steady[0] = 15 * DAY
+    assert [one.name for one in collect(store.layout, AGE_ONLY).removed] == [entry.path.name]
+
+
+def test_make_room_takes_what_frees_something(store: Store, make: Make) -> None:
+    """Asked for more than the disk has, all idle environments that free bytes go."""
+    make("aa")
+    make("bb")
+    make_room(store.layout, 1 << 60)
+    assert list(store.layout.all_entries()) == []
+
+
+def test_gc_works_on_a_full_disk(tmp_path: Path, wheels: Path) -> None:
+    """With no byte left the collector still removes, and the disk has room again."""
+    project = support.make_project(tmp_path / "project", wheels, ["ray"])
+    with support.small_disk(tmp_path / "disk") as small:
+        store = Store.open(small / "store")
+        entry = support.build_finished(store, project)
+        with suppress(OSError), (small / "ballast").open("wb", buffering=0) as file:
+            while file.write(b"x" * 4096):
+                pass
+        assert disk.free_space(small).free == 0
+        with store.acquire(EnvSpec.parse(project), installed_ray(), Holder("test")):
+            assert collect(store.layout, Limits(everything=True)).in_use == 1
+        done = run("gc", "--all", RAY_ENVCACHE_DIR=str(store.layout.root))
+        assert done.returncode == 0, done.stderr
+        assert not entry.path.exists()
+        assert done.stdout.splitlines()[-1].startswith("Removed 1 environment, freed ")
+
+
+def test_summary_line(store: Store, make: Make) -> None:
+    """One line says what happened, for cron's mail; `--json` has the same as data."""
+    pins.pin(store.layout, make("bb"))
+    age(make("aa"), 15)
+    pattern = r"1 environment, freed \S+ \S?B \(\S+ \S?B logical\); 0 in use, 1 pinned, 0 failed"
+    would = run("gc", "--min-free-space", "0%", "--dry-run")
+    done = run("gc", "--min-free-space", "0%")
+    assert re.fullmatch(f"Would remove {pattern.replace('freed', 'free')}", would.stdout.splitlines()[-1])
+    assert re.fullmatch(f"Removed {pattern}", done.stdout.splitlines()[-1])
+    data = json.loads(run("gc", "--all", "--json").stdout)
+    assert (data["schema_version"], data["removed"], data["pinned"]) == (1, [], 1)
+
+
+def test_limits_come_from_flags_before_variables(store: Store, make: Make) -> None:
+    """RAY_ENVCACHE_UNUSED_FOR changes the default, a flag overrides both; nonsense is a usage error that names it."""
+    entry = make("aa")
+    age(entry, 2)
+    assert "Removed 0" in run("gc", "--unused-for", "3d", RAY_ENVCACHE_UNUSED_FOR="1d").stdout
+    assert "Removed 1" in run("gc", RAY_ENVCACHE_UNUSED_FOR="1d").stdout
+    wrong = run("gc", RAY_ENVCACHE_MAX_USED_SPACE="much")
+    assert (wrong.returncode, "RAY_ENVCACHE_MAX_USED_SPACE" in wrong.stderr) == (2, True)
+    assert run("gc", "--unused-for", "yesterday").returncode == 2
+
+
+def test_pin_survives_everything_but_unpin(store: Store, make: Make) -> None:
+    """Neither gc nor rm nor purge removes what is pinned."""
+    entry = make("aa")
+    key = entry.key[:8]
+    assert run("pin", key).returncode == 0
+    assert "pinned" in run("list").stdout
+    assert "Removed 0" in run("gc", "--all").stdout
+    refused = run("rm", key)
+    assert (refused.returncode, "it is pinned" in refused.stderr) == (1, True)
+    assert run("purge", "--yes").returncode == 0
+    assert entry.ready.exists()
+    assert run("unpin", key).returncode == 0
+    assert run("purge", "--yes").returncode == 0
+    assert not entry.path.exists()
+
+
+def test_purge_asks(store: Store, make: Make) -> None:
+    """Without a terminal to ask on, purge insists on --yes."""
+    entry = make("aa")
+    done = run("purge")
+    assert (done.returncode, "--yes" in done.stderr) == (2, True)
+    assert entry.ready.exists()
+
+
+def test_why_names_processes(store: Store, make: Make, children: list[subprocess.Popen[str]]) -> None:
+    """`why` shows each user with pid, command and since when; then nothing."""
+    entry = make("aa")
+    child = start(entry, "", children)
+    said = run("why", entry.key[:8]).stdout
+    assert re.search(rf"{child.pid}\s+process\s", said)
+    (user,) = status(store.layout, entry).users
+    assert (user.pid, user.kind) == (child.pid, "process")
+    child.kill()
+    child.wait()
+    assert "nothing keeps it" in run("why", entry.key[:8]).stdout
+
+
+def test_timer_is_printed(store: Store) -> None:
+    """`gc --print-timer` gives a crontab line and two systemd units with the command's own path."""
+    said = run("gc", "--print-timer").stdout
+    assert f"{sys.executable} -m ray_envcache gc" in said
+    assert "[Timer]" in said
+
+
+def test_timer_cleans_the_store_that_was_chosen(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Cron and systemd know nothing of a shell's variables: the store and its limits travel, however they are spelled."""
+    root = tmp_path / 'it\'s 100% "here"'
+    monkeypatch.setenv("RAY_ENVCACHE_DIR", str(root))
+    monkeypatch.setenv("RAY_ENVCACHE_UNUSED_FOR", "3d")
+    monkeypatch.chdir(Path(sys.executable).parent)
+    said = subprocess.run(["./ray-envcache", "gc", "--print-timer"], capture_output=True, text=True, check=True).stdout
+    line = next(line for line in said.splitlines() if line.startswith("17 "))
+    # As cron does it: the rest of the line is the shell's, and a % is one where a backslash is before it.
+    command = line.split(None, 5)[5].removesuffix(" > /dev/null # ray-envcache-gc").replace("\\%", "%")
+    words = shlex.split(command)
+    assert words == [
+        "env",
+        f"RAY_ENVCACHE_DIR={root}",
+        "RAY_ENVCACHE_UNUSED_FOR=3d",
+        f"{os.getcwd()}/ray-envcache",
+        "gc",
+    ]
+    unit = [line for line in said.splitlines() if line.startswith(("Environment=", "ExecStart="))]
+    escaped = str(root).replace('"', '\\"').replace("%", "%%")
+    assert unit == [
+        f'Environment="RAY_ENVCACHE_DIR={escaped}"',
+        "Environment=RAY_ENVCACHE_UNUSED_FOR=3d",
+        f"ExecStart={os.getcwd()}/ray-envcache gc",
+    ]
+
+
+def test_limits_can_be_switched_off(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an option as by a variable, and the option has the last word."""
+    age(make("one"), days=2)
+    monkeypatch.setenv("RAY_ENVCACHE_UNUSED_FOR", "1d")
+    assert "Removed 0 environments" in run("gc", "--unused-for", "off", "--min-free-space", "OFF").stdout
+    assert "Removed 1 environment" in run("gc", "--min-free-space", "off").stdout

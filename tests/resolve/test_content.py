@@ -1,0 +1,254 @@
+"""What a build of a local package sees: relevant changes change the digest, and nothing else does."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ray_envcache.build import layers
+from ray_envcache.errors import LockfileError
+from ray_envcache.resolve import content
+from ray_envcache.resolve.content import look
+from ray_envcache.store import key
+from tests import support
+
+NAMES = st.from_regex(r"[a-z]{1,6}(/[a-z]{1,6}){0,2}\.(py|txt|c)", fullmatch=True)
+TREES = st.dictionaries(NAMES, st.binary(max_size=20), min_size=1, max_size=6).filter(
+    # No name is both a file and a folder.
+    lambda tree: not any(other.startswith(f"{name}/") for name in tree for other in tree)
+)
+
+
+def write(folder: Path, tree: dict[str, bytes]) -> Path:
+    for name, data in tree.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+@settings(max_examples=40)
+@given(tree=TREES, when=st.integers(0, 2_000_000_000), data=st.data())
+def test_digest(tree: dict[str, bytes], when: int, data: st.DataObject) -> None:
+    """Place, order and times of change do not matter; a name, a byte or the right to execute does."""
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        first, second = write(Path(one), tree), write(Path(other), dict(reversed(tree.items())))
+        for name in tree:
+            os.utime(second / name, (when, when))
+        assert look(first).digest == look(second).digest
+        name = data.draw(st.sampled_from(sorted(tree)))
+        change = data.draw(st.sampled_from(["text", "mode", "name", "gone", "more"]))
+        path = second / name
+        if change == "text":
+            path.write_bytes(tree[name] + b"x")
+        elif change == "mode":
+            path.chmod(0o755)
+        elif change == "name":
+            path.rename(path.with_name("Renamed"))
+        elif change == "gone":
+            path.unlink()
+        else:
+            path.with_name("More").touch()
+        assert look(first).digest != look(second).digest
+
+
+@given(st.lists(st.from_regex(r"[0-9a-f]{8}", fullmatch=True), min_size=1, max_size=4), st.randoms())
+def test_layer_key(digests: list[str], dice: object) -> None:
+    """The order of packages does not matter; their content and the environment below do."""
+    contents = [content.Content(Path(f"/{number}"), (), frozenset(), 0, one, {}) for number, one in enumerate(digests)]
+    digest = layers.digest_of(contents)
+    assert layers.digest_of(reversed(contents)) == digest
+    assert layers.digest_of([*contents, contents[0]]) != digest
+    assert key.layer_key("a" * 32, digest) != key.layer_key("b" * 32, digest)
+    assert key.layer_key("a" * 32, digest) != key.layer_key("a" * 32, digest[:-1])
+
+
+@pytest.mark.parametrize("git", [True, False])
+def test_caches_and_environments_are_no_content(tmp_path: Path, *, git: bool) -> None:
+    """With git by what it ignores; without, by their names and by what an environment has."""
+    write(tmp_path, {"pyproject.toml": b"", "src/a.py": b"", ".gitignore": b".venv\nenv\n__pycache__\n*.log\n"})
+    if git:
+        subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    before = look(tmp_path)
+    write(tmp_path, {".venv/x.py": b"", "env/pyvenv.cfg": b"", "env/y.py": b"", "src/__pycache__/a.pyc": b""})
+    assert look(tmp_path) == before
+    write(tmp_path, {"some.log": b""})
+    assert (look(tmp_path) == before) is git
+
+
+def test_deleted_but_still_tracked(tmp_path: Path) -> None:
+    """What git still lists, but is gone, is no content."""
+    write(tmp_path, {"a.py": b"", "b.py": b""})
+    for command in (["init", "-q"], ["add", "."]):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    (tmp_path / "b.py").unlink()
+    assert look(tmp_path).files == ("a.py",)
+
+
+def test_cache_keys_add_ignored_files_and_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`[tool.uv] cache-keys` names what else a build depends on."""
+    write(tmp_path, {"made.c": b"1", ".gitignore": b"made.c\n"})
+    (tmp_path / "pyproject.toml").write_text('[tool.uv]\ncache-keys = [{ file = "*.c" }, { env = "FLAVOUR" }]\n')
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    first = look(tmp_path)
+    assert "made.c" in first.files
+    monkeypatch.setenv("FLAVOUR", "sweet")
+    second = look(tmp_path)
+    (tmp_path / "made.c").write_bytes(b"2")
+    assert len({first.digest, second.digest, look(tmp_path).digest}) == 3
+
+
+@pytest.mark.parametrize("pattern", ["src/**.rs", "**.rs", "a**/b", ""])
+def test_cache_keys_that_are_no_patterns(tmp_path: Path, pattern: str) -> None:
+    """The error names the file and what is wrong in it, with every Python."""
+    (tmp_path / "pyproject.toml").write_text(f'[tool.uv]\ncache-keys = [{{ file = "{pattern}" }}]\n')
+    with pytest.raises(LockfileError, match=re.escape(f"no pattern for files: `{pattern}`")) as caught:
+        look(tmp_path)
+    assert (str(tmp_path / "pyproject.toml") in caught.value.message, "**/*" in caught.value.hint) == (True, True)
+
+
+def test_cache_keys_that_are_no_list(tmp_path: Path) -> None:
+    """The letters of a word are no patterns."""
+    (tmp_path / "pyproject.toml").write_text('[tool.uv]\ncache-keys = "src/*.rs"\n')
+    with pytest.raises(LockfileError, match=r"`cache-keys` in .* is not a list"):
+        look(tmp_path)
+
+
+def test_files_beside_the_package(tmp_path: Path) -> None:
+    """They are in the digest, and in a copy only where their place is in the part of it that is ours to fill."""
+    package = write(tmp_path / "repo" / "libs" / "package", {"a.py": b""})
+    write(tmp_path / "repo", {"common/version.txt": b"1"})
+    (package / "pyproject.toml").write_text('[tool.uv]\ncache-keys = [{ file = "../../common/*.txt" }]\n')
+    seen = look(package)
+    assert (seen.files, seen.top) == (
+        ("../../common/version.txt", "a.py", "pyproject.toml"),
+        str(tmp_path / "repo"),
+    )
+    for name, within in (("a", None), ("b", tmp_path / "b" / "libs"), ("c", tmp_path / "c")):
+        seen.copy(tmp_path / name / "libs" / "package", within)
+        assert (tmp_path / name / "libs" / "package" / "a.py").exists()
+        assert (tmp_path / name / "common").exists() is (name == "c")
+    (tmp_path / "repo" / "common" / "version.txt").write_bytes(b"2")
+    assert look(package).digest != seen.digest
+
+
+def test_files_behind_links(tmp_path: Path) -> None:
+    """What `cache-keys` names behind a link is hashed, and nothing is written through the copy of the link."""
+    package = write(tmp_path / "package", {"inner/b.txt": b"b"})
+    outside = write(tmp_path / "outside", {"c.txt": b"c"})
+    (package / "out").symlink_to("../outside")
+    (package / "absolute").symlink_to(package / "inner")
+    (package / "pyproject.toml").write_text('[tool.uv]\ncache-keys = [{ file = "*/*.txt" }]\n')
+    subprocess.run(["git", "init", "-q", package], check=True)
+    seen = look(package)
+    assert {"out", "out/c.txt", "absolute/b.txt", "inner/b.txt"} <= set(seen.files)
+    seen.copy(tmp_path / "copy")
+    assert (tmp_path / "copy" / "out" / "c.txt").read_bytes() == b"c"
+    assert (tmp_path / "copy" / "inner" / "b.txt").read_bytes() == b"b"
+    (outside / "c.txt").write_bytes(b"d")
+    assert look(package).digest != seen.digest
+
+
+def test_a_commit_named_as_a_file(tmp_path: Path) -> None:
+    """`.git` of a copy is that of the package, whatever of it is hashed, and stays as it is."""
+    (tmp_path / "pyproject.toml").write_text('[tool.uv]\ncache-keys = [{ file = ".git/HEAD" }]\n')
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    seen = look(tmp_path)
+    seen.copy(tmp_path / "copy")
+    assert ".git/HEAD" in seen.files
+    assert (tmp_path / "copy" / ".git").readlink() == tmp_path / ".git"
+
+
+def test_a_package_in_another(tmp_path: Path) -> None:
+    """The copy of the outer one has the files of the inner one, links too: they are there when its turn comes."""
+    outer = write(tmp_path / "outer", {"a.py": b"", "inner/b.py": b"b"})
+    (outer / "inner" / "link").symlink_to("nowhere")
+    look(outer).copy(tmp_path / "copy")
+    look(outer / "inner").copy(tmp_path / "copy" / "inner")
+    assert (tmp_path / "copy" / "inner" / "link").is_symlink()
+
+
+@pytest.mark.parametrize("git", [True, False])
+def test_names_that_are_no_text(tmp_path: Path, *, git: bool) -> None:
+    """A file is content by whatever bytes it is named, and two of them are two."""
+    names = [os.fsdecode(b"caf\xe9.txt"), os.fsdecode(b"caf\xe8.txt")]
+    try:
+        write(tmp_path, {names[0]: b"1"})
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    (tmp_path / "link").symlink_to(names[0])
+    if git:
+        subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    first = look(tmp_path)
+    assert set(first.files) == {names[0], "link"}
+    first.copy(tmp_path / "copy")
+    assert (tmp_path / "copy" / names[0]).read_bytes() == b"1"
+    shutil.rmtree(tmp_path / "copy")
+    (tmp_path / names[0]).write_bytes(b"2")
+    second = look(tmp_path)
+    (tmp_path / names[0]).rename(tmp_path / names[1])
+    assert len({first.digest, second.digest, look(tmp_path).digest}) == 3
+
+
+def test_digest_is_the_same_in_every_locale(tmp_path: Path) -> None:
+    """Nodes compare digests, and not all of them have the same encoding."""
+    write(tmp_path, {"café.py": b"", "naïve.py": b""})
+    program = "import sys; from pathlib import Path; from ray_envcache.resolve.content import look; print(look(Path(sys.argv[1])).digest)"
+    plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "POSIX"}
+    seen = {support.run_python(program, str(tmp_path), environ=environ).strip() for environ in ({}, plain)}
+    assert seen == {look(tmp_path).digest}
+
+
+def test_links_sockets_and_pipes(tmp_path: Path) -> None:
+    """Links count by where they point, and are never followed in circles; what cannot be copied is no content."""
+    folder = write(tmp_path / "package", {"a.py": b"", "sub/b.py": b""})
+    write(tmp_path / "outside", {"c.py": b"c"})
+    (folder / "loop").symlink_to(".")
+    (folder / "gone").symlink_to("nowhere")
+    (folder / "out").symlink_to("../outside")
+    os.mkfifo(folder / "pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(folder / "socket"))
+        seen = look(folder)
+    assert seen.files == ("a.py", "gone", "loop", "out", "sub/b.py")
+    seen.copy(tmp_path / "copy")
+    assert (tmp_path / "copy" / "loop" / "sub" / "b.py").exists()
+    assert (tmp_path / "copy" / "out" / "c.py").read_bytes() == b"c"
+    shutil.rmtree(tmp_path / "copy")
+    assert (tmp_path / "outside" / "c.py").exists()
+
+
+def test_too_much_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more than can be read the largest files count by size and time, are linked, and a warning names their place."""
+    monkeypatch.setattr(content, "HASHED_BYTES", 10)
+    write(tmp_path / "package", {"a.py": b"12345", "data/big.bin": b"x" * 100})
+    seen = look(tmp_path / "package")
+    assert seen.by_time == {"data/big.bin"}
+    assert str(tmp_path / "package" / "data") in seen.warning()
+    seen.copy(tmp_path / "copy")
+    assert (tmp_path / "copy" / "data" / "big.bin").is_symlink()
+    os.utime(tmp_path / "package" / "data" / "big.bin", (1, 1))
+    assert look(tmp_path / "package").digest != seen.digest
+
+
+def test_too_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error within a moment, which names the folder."""
+    monkeypatch.setattr(content, "MAX_FILES", 5)
+    write(tmp_path, {f"data/{number}.py": b"" for number in range(9)})
+    with pytest.raises(LockfileError, match=r"more than 5 files, the last one below `.*/data`"):
+        look(tmp_path)
+
+
+def test_broken_project_file(tmp_path: Path) -> None:
+    """A pyproject.toml that cannot be read is our own error."""
+    write(tmp_path, {"pyproject.toml": b"[["})
+    with pytest.raises(LockfileError, match="Cannot read"):
+        look(tmp_path)

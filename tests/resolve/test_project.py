@@ -1,0 +1,147 @@
+"""Where a lockfile is found, and which files decide: as uv has it, without starting it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ray_envcache.errors import LockfileError
+from ray_envcache.resolve.project import Kind, Project
+from tests import support
+
+MEMBER = '[project]\nname = "{name}"\nversion = "1"\nrequires-python = ">=3.10"\n'
+
+
+def make(folder: Path, text: str = "", *, lock: bool = True) -> Path:
+    """A folder with a pyproject.toml, and a uv.lock that nobody reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "pyproject.toml").write_text(text or MEMBER.format(name=folder.name))
+    if lock:
+        (folder / "uv.lock").touch()
+    return folder
+
+
+def names(project: Project) -> list[str]:
+    return sorted(os.path.relpath(path, project.folder) for path in project.inputs())
+
+
+@pytest.mark.parametrize("name", ["", "pyproject.toml", "uv.lock"])
+def test_project(tmp_path: Path, name: str) -> None:
+    """A project is meant by its folder, its pyproject.toml or its uv.lock."""
+    folder = make(tmp_path / "project")
+    assert Project.locate(folder / name) == Project(Kind.UV, folder, folder / "uv.lock")
+    assert names(Project.locate(folder / name)) == ["pyproject.toml", "uv.lock"]
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("nowhere", "No such path"),
+        ("file/pyproject.toml", "No such path"),
+        ("loop/pyproject.toml", "Too many levels of symbolic links"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_nothing_there(tmp_path: Path, path: str, said: str) -> None:
+    """What cannot be looked at is named, with the cause and what to do."""
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(LockfileError, match=said) as caught:
+        Project.locate(tmp_path / path)
+    assert str(tmp_path / path) in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("pylock.toml", Kind.PYLOCK),
+        ("pylock.gpu-1.toml", Kind.PYLOCK),
+        ("requirements.txt", Kind.REQUIREMENTS),
+        ("anything.txt", Kind.REQUIREMENTS),
+    ],
+)
+def test_single_files(tmp_path: Path, name: str, kind: Kind) -> None:
+    """Other lockfiles are meant by their own names; the settings of uv beside them count too."""
+    (tmp_path / name).touch()
+    (tmp_path / "uv.toml").touch()
+    found = Project.locate(tmp_path / name)
+    assert (found.kind, found.folder, names(found)) == (kind, tmp_path, sorted([name, "uv.toml"]))
+    assert found.name() == tmp_path.name
+
+
+@pytest.mark.parametrize("name", ["job.py", "job.py.lock"])
+def test_script(tmp_path: Path, name: str) -> None:
+    """A script is meant by itself or by its lock."""
+    (tmp_path / "job.py").write_text("# /// script\n# dependencies = []\n# ///\n")
+    (tmp_path / "job.py.lock").touch()
+    found = Project.locate(tmp_path / name)
+    assert (found.kind, found.file.name, found.name()) == (Kind.SCRIPT, "job.py", "job.py")
+    assert names(found) == ["job.py", "job.py.lock"]
+
+
+WORKSPACE = "[tool.uv.workspace]\nmembers = {members}\nexclude = {exclude}\n"
+
+
+@pytest.mark.parametrize(
+    ("members", "exclude", "place"),
+    [
+        (["packages/*"], [], "packages/one"),
+        (["./packages/x/../*"], [], "packages/one"),
+        (["packages/**"], [], "packages/one"),
+        (["pack*/o?e"], [], "packages/one"),
+        (["packages/*"], [], "packages/deep/one"),
+        (["packages/*"], ["packages/one"], "packages/one"),
+        (["packages/*"], ["packages/o*"], "packages/one"),
+        (["elsewhere/*"], [], "packages/one"),
+        ([], [], "one"),
+    ],
+)
+def test_root_of_a_member(tmp_path: Path, members: list[str], exclude: list[str], place: str) -> None:
+    """The root of a workspace is where uv has it, with patterns and exclusions."""
+    root = make(tmp_path / "root", MEMBER.format(name="root") + WORKSPACE.format(members=members, exclude=exclude))
+    member = make(root / place)
+    uvs = Path(support.run_uv("workspace", "dir", cwd=member).strip())
+    found = Project.locate(member)
+    assert found.folder == uvs
+    assert found.member == (place if uvs == root else ".")
+    assert names(found) == sorted({"uv.lock", "pyproject.toml", f"{found.member}/pyproject.toml".removeprefix("./")})
+
+
+def test_project_between(tmp_path: Path) -> None:
+    """A project inside of a project that is no workspace is on its own, whatever lies above."""
+    root = make(tmp_path / "root", WORKSPACE.format(members=["**"], exclude=[]))
+    make(root / "middle")
+    inner = make(root / "middle" / "inner")
+    assert Path(support.run_uv("workspace", "dir", cwd=inner).strip()) == inner == Project.locate(inner).folder
+
+
+def test_workspace_in_a_workspace(tmp_path: Path) -> None:
+    """A root is its own root."""
+    make(tmp_path / "root", WORKSPACE.format(members=["*"], exclude=[]))
+    inner = make(tmp_path / "root" / "inner", MEMBER.format(name="inner") + WORKSPACE.format(members=[], exclude=[]))
+    assert Project.locate(inner).folder == inner
+
+
+def test_member_through_a_link(tmp_path: Path) -> None:
+    """Where a folder really lies decides, as for uv, which runs there."""
+    root = make(tmp_path / "root", WORKSPACE.format(members=["*"], exclude=[]))
+    make(root / "one", lock=False)
+    (tmp_path / "link").symlink_to(root / "one")
+    assert Project.locate(tmp_path / "link").folder == root
+
+
+def test_member_without_lock_at_the_root(tmp_path: Path) -> None:
+    """The lock of a member is looked for at the root alone, whatever lies beside the member."""
+    make(tmp_path / "root", WORKSPACE.format(members=["*"], exclude=[]), lock=False)
+    member = make(tmp_path / "root" / "one")
+    with pytest.raises(LockfileError, match=r"No uv.lock beside .*/root/pyproject.toml"):
+        Project.locate(member)
+
+
+def test_plain_project_is_found_without_a_parser(tmp_path: Path) -> None:
+    """Where nothing above speaks of a workspace, nothing is parsed: the warm path comes through here."""
+    folder = make(tmp_path / "project", "this is [no TOML")
+    assert Project.locate(folder).folder == folder

@@ -1,0 +1,315 @@
+"""The temp directory of one run: who keeps it, what is left of it, on full disks too; without clusters."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_envcache.sessions import collector, directories, run_directory, short_path
+from ray_envcache.sessions.run_directory import RunTmpdir, clean_sessions, sweep
+from ray_envcache.system import files, flock
+from tests import support
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+SESSION = f"session_2026-01-02_03-04-05_000001_{support.NO_PID}"
+
+
+@pytest.fixture
+def top(tmp_path: Path) -> Path:
+    """A temp directory whose path is too long for Ray."""
+    top = tmp_path / ("long" * 20)
+    top.mkdir()
+    return top
+
+
+@pytest.fixture
+def place(top: Path) -> RunTmpdir:
+    return RunTmpdir.make(str(top), {})
+
+
+def age(folder: Path) -> None:
+    """Make it look old, with the directory for clusters in it."""
+    for path in (folder / "ray", folder):
+        if path.exists():
+            os.utime(path, (1, 1))
+
+
+def leave_session(temp: Path, name: str = SESSION) -> Path:
+    """A session directory as a dead cluster leaves it."""
+    session = temp / name
+    for folder in ("sockets", "logs", "runtime_resources"):
+        (session / folder).mkdir(parents=True)
+    (session / "logs" / "raylet.out").write_text("why it failed")
+    for path in [session, *session.rglob("*")]:
+        os.utime(path, (1, 1))
+    return session
+
+
+def inherit(children: list[subprocess.Popen[str]], place: RunTmpdir) -> subprocess.Popen[str]:
+    """A program that has the descriptors, as that of `run` has, and ends when its stdin does."""
+    return support.start_python(children, "", pass_fds=place.descriptors)
+
+
+def end(child: subprocess.Popen[str]) -> None:
+    child.kill()
+    child.communicate()
+
+
+def forget(place: RunTmpdir) -> None:
+    """What the kernel does for a runner that is killed."""
+    assert place.descriptor is not None
+    os.close(place.descriptor)
+    place.short.leave()
+
+
+def collect(top: Path) -> None:
+    """What `gc --sessions --tmpdir` does once the sessions of the dead are gone."""
+    short_path.sweep_links([Path("/tmp")])
+    sweep(directories.run_dirs(top, {}))
+
+
+# Who keeps it
+
+
+def test_a_living_run_keeps_its_directory(top: Path, place: RunTmpdir, children: list[subprocess.Popen[str]]) -> None:
+    """It stays between two clusters, with and without `run` itself, for as long as the program lives; the link too."""
+    program = inherit(children, place)
+    place.temp.mkdir()
+    age(place.folder)
+    collect(top)
+    assert place.temp.is_dir()
+    forget(place)
+    collect(top)
+    assert os.path.samefile(place.short, place.folder)
+    end(program)
+    collect(top)
+    assert (list(top.iterdir()), os.path.lexists(place.short)) == ([], False)
+
+
+@pytest.mark.parametrize("ray", [True, False])
+def test_what_a_killed_run_left_goes(top: Path, place: RunTmpdir, ray: bool) -> None:  # noqa: FBT001
+    """Whether or not a cluster was ever started in it; but not a moment after it was made, nor with a session in it."""
+    if ray:
+        session = leave_session(place.temp)
+        age(place.folder)
+        forget(place)
+        collect(top)
+        assert session.is_dir()
+        shutil.rmtree(session)
+    else:
+        forget(place)
+    collect(top)
+    assert place.folder.is_dir()
+    age(place.folder)
+    collect(top)
+    assert list(top.iterdir()) == []
+
+
+def test_gc_of_the_directory_itself(top: Path, place: RunTmpdir) -> None:
+    """Who names the directory of a killed run, or that of its clusters, has it removed as well."""
+    place.temp.mkdir()
+    forget(place)
+    age(place.folder)
+    assert directories.run_dirs(place.temp, {}) == directories.run_dirs(place.folder, {}) == [place.folder]
+    sweep(directories.run_dirs(place.temp, {}))
+    assert list(top.iterdir()) == []
+
+
+def test_what_is_not_as_a_run_leaves_it_stays(top: Path) -> None:
+    """Saved logs stay, and what is only called like the directory of a run."""
+    names = ("aaaaaaaa", "bbbbbbbb", "cccccccc", "results1", "mine")
+    logs, mixed, public, results, mine = (top / f"{directories.RUN_PREFIX}{name}" for name in names)
+    for folder in (logs, mixed, public, results, mine):
+        (folder / "ray").mkdir(parents=True)
+        folder.chmod(0o700)
+    (logs / "logs").mkdir()
+    (mixed / "thesis").touch()
+    public.chmod(0o755)
+    (results / "ray").rmdir()
+    (results / "model").touch()
+    for folder in (logs, mixed, public, results, mine):
+        age(folder)
+    collect(top)
+    left = {str(path.relative_to(top))[len(directories.RUN_PREFIX) :] for path in top.rglob("*")}
+    assert left == {
+        "aaaaaaaa", "aaaaaaaa/logs", "bbbbbbbb", "bbbbbbbb/ray", "bbbbbbbb/thesis", "cccccccc", "cccccccc/ray",
+        "results1", "results1/model", "mine", "mine/ray",
+    }  # fmt: skip
+
+
+def test_what_the_program_leaves_keeps_the_directory(
+    top: Path, place: RunTmpdir, children: list[subprocess.Popen[str]]
+) -> None:
+    """A process in the background that outlives the command keeps directory and link, and a message says so."""
+    background = inherit(children, place)
+    place.temp.mkdir()
+    said: list[str] = []
+    place.close(said.append, failed=False, keep=False, lent=True)
+    assert [str(place.folder) in text and "gc --sessions" in text for text in said] == [True]
+    age(place.folder)
+    collect(top)
+    assert os.path.samefile(place.short, place.folder)
+    end(background)
+    collect(top)
+    assert (list(top.iterdir()), os.path.lexists(place.short)) == ([], False)
+
+
+def test_a_fork_does_not_keep_it(top: Path) -> None:
+    """Around ray.init in a program, whose forks have nothing to do with it, the directory goes at the end."""
+    code = """
+    import os, sys, time
+    import ray_envcache
+    with ray_envcache.clean_sessions(sys.argv[1]):
+        if (pid := os.fork()) == 0:
+            time.sleep(600)
+    print(os.listdir(sys.argv[1]))
+    os.kill(pid, 9)
+    """
+    assert support.run_python(code, str(top)) == "[]\n"
+
+
+def test_a_sweep_at_the_beginning(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Swept before it had its flock, the directory is made again."""
+    real = flock.try_flock
+    swept: list[Path] = []
+
+    def late(path: Path, **options: Any) -> int | None:
+        if path.name.startswith(directories.RUN_PREFIX) and len(swept) < 2:
+            descriptor = real(path, **options) if swept else None  # once before it is opened, once after
+            path.rmdir()
+            swept.append(path)
+            return descriptor if descriptor is not None else real(path, **options)
+        return real(path, **options)
+
+    monkeypatch.setattr(flock, "try_flock", late)
+    place = RunTmpdir.make(str(top), {})
+    assert len(swept) == 2
+    assert list(top.iterdir()) == [place.folder]
+    place.close(pytest.fail, failed=False, keep=False)
+
+
+def test_without_flocks(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file system has none a run works as well; nobody sweeps there."""
+    real = flock.try_flock
+
+    def refused(path: Path, **options: Any) -> int | None:
+        if path.name.startswith(directories.RUN_PREFIX):
+            raise OSError(errno.EBADF, "as NFS does for directories")
+        return real(path, **options)
+
+    monkeypatch.setattr(flock, "try_flock", refused)
+    place = RunTmpdir.make(str(top), {})
+    age(place.folder)
+    collect(top)
+    assert place.folder.is_dir()
+    place.close(pytest.fail, failed=False, keep=False, lent=True)
+    assert list(top.iterdir()) == []
+
+
+# Full disks, and others that refuse
+
+
+def fail_with(number: int, monkeypatch: pytest.MonkeyPatch, path: Path, while_there: Path) -> None:
+    """Let `mkdir` of this path fail for as long as something else is there."""
+    real = Path.mkdir
+
+    def mkdir(self: Path, *arguments: Any, **options: Any) -> None:
+        if self == path and any(while_there.parent.rglob(while_there.name)):
+            raise OSError(number, os.strerror(number))
+        real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+
+
+@pytest.mark.parametrize("number", sorted(files.FULL_DISK))
+def test_logs_of_a_failed_run_on_a_full_disk(place: RunTmpdir, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Without room for a folder the rest of the session goes first; then the logs are saved."""
+    leave_session(place.temp)
+    fail_with(number, monkeypatch, place.folder / "logs", place.temp / "runtime_resources")
+    said: list[str] = []
+    place.close(said.append, failed=True, keep=False, lent=True)
+    assert said == [f"logs of the failed run: {place.folder / 'logs' / SESSION}"]
+    assert [path.name for path in place.folder.rglob("*")] == ["logs", SESSION, "raylet.out"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_logs_that_cannot_be_saved_stay(place: RunTmpdir, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """They stay in the session, which keeps its name, and one message says where and why."""
+    session = leave_session(place.temp)
+    fail_with(number, monkeypatch, place.folder / "logs", place.temp / "raylet.out")
+    said: list[str] = []
+    place.close(said.append, failed=True, keep=False, lent=True)
+    assert [text.partition(": ")[2] for text in said] == [f"{session} ({os.strerror(number)})"]
+    assert (session / "logs" / "raylet.out").read_text() == "why it failed"
+
+
+@needs_root
+def test_a_failed_run_on_a_small_disk(tmp_path: Path) -> None:
+    """On a disk without an inode left the logs are saved as well, and the rest goes."""
+    disk = tmp_path / "disk"
+    with support.small_disk(disk):
+        place = RunTmpdir.make(str(disk), {})
+        leave_session(place.temp)
+        for number in range(os.statvfs(disk).f_favail):
+            (place.temp / f"ballast-{number}").touch()
+        with pytest.raises(OSError, match="No space left"):
+            (place.folder / "logs").mkdir()
+        said: list[str] = []
+        place.close(said.append, failed=True, keep=False, lent=True)
+        assert said == [f"logs of the failed run: {place.folder / 'logs' / SESSION}"]
+        assert [path.name for path in place.folder.rglob("*")] == ["logs", SESSION, "raylet.out"]
+
+
+@pytest.mark.parametrize("failing", ["collect_sessions", "survey"])
+def test_cleaning_up_raises_nothing(place: RunTmpdir, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    """Whatever fails is one message, nothing is removed unseen, and the link goes."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    session = leave_session(place.temp)
+    monkeypatch.setattr(run_directory, failing, fail)
+    said: list[str] = []
+    place.close(said.append, failed=True, keep=False, lent=True)
+    assert said == [f"not all of the temp directory could be removed: {place.folder} (Input/output error)"]
+    assert (session / "logs" / "raylet.out").exists()
+    assert not os.path.lexists(place.short)
+    assert flock.is_free(place.folder)
+
+
+def test_an_exception_of_the_program_is_not_replaced(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a program raised around its clusters comes out, however cleaning up fared."""
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files, "remove_tree", fail)
+    with pytest.raises(ZeroDivisionError), clean_sessions(top):
+        raise ZeroDivisionError
+
+
+def test_nothing_takes_a_session_that_somebody_joined(
+    place: RunTmpdir, monkeypatch: pytest.MonkeyPatch, children: list[subprocess.Popen[str]]
+) -> None:
+    """Logs are moved only after the last look: a process that came in between has its session with logs."""
+    session = leave_session(place.temp)
+    real = flock.try_flock
+
+    def join(path: Path, **options: Any) -> int | None:
+        held = real(path, **options)
+        if path == session and not children:
+            children.append(subprocess.Popen(["sleep", "600"], cwd=session, text=True))
+        return held
+
+    monkeypatch.setattr(flock, "try_flock", join)
+    collector.collect_sessions([place.temp], starting=0, logs_to=place.folder / "logs")
+    assert (session / "logs" / "raylet.out").exists()
+    assert not (place.folder / "logs").exists()
+    end(children[0])
+    place.close(lambda _: None, failed=False, keep=False)

@@ -1,0 +1,222 @@
+"""The plugin in an agent's event loop, without an agent: it never keeps the loop waiting, and loses no lease."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from ray_envcache.acquire import Store
+from ray_envcache.cluster import agent_build
+from ray_envcache.errors import BuildError, InterpreterError
+from ray_envcache.field import registration
+from ray_envcache.gc.companion import INTERVAL
+from ray_envcache.plugin import EnvCachePlugin
+from ray_envcache.store import leases
+from ray_envcache.store.layout import Entry
+from ray_envcache.system import flock
+from tests import support
+
+pytestmark = pytest.mark.host
+
+URI = "envcache://0"
+LOGGER = logging.getLogger("test")
+
+
+@pytest.fixture
+def plugin(store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[EnvCachePlugin]:
+    monkeypatch.setenv(INTERVAL, "off")
+    # Set by the plugin for good: its process is the agent's, mostly.
+    monkeypatch.setenv("RAY_RUNTIME_ENV_ENVCACHE_CACHE_SIZE_GB", "0")
+    monkeypatch.delenv(registration.PLUGINS, raising=False)
+    made = EnvCachePlugin()
+    yield made
+    made._threads.shutdown()
+    gc.collect()
+    assert "never retrieved" not in caplog.text, "what asyncio says of errors that nobody waited for"
+
+
+@pytest.fixture
+def project(tmp_path: Path, wheels: Path) -> Path:
+    return support.make_project(tmp_path / "project", wheels, ["ray"])
+
+
+@pytest.fixture
+def entry(store: Store, project: Path) -> Entry:
+    """The environment of the project: ready, finished, and used by nobody."""
+    return support.build_finished(store, project)
+
+
+def create(plugin: EnvCachePlugin, project: Path) -> asyncio.Task[float]:
+    context = SimpleNamespace(command_prefix=[], env_vars={})
+    return asyncio.create_task(plugin.create(URI, {"envcache": os.fspath(project)}, context, LOGGER))
+
+
+def test_given_back_and_taken_again(plugin: EnvCachePlugin, store: Store, entry: Entry, project: Path) -> None:
+    """A URI that Ray gives back is released by and by, though it is created again in the same moment."""
+
+    async def run() -> None:
+        await create(plugin, project)
+        plugin.delete_uri(URI, LOGGER)
+        await create(plugin, project)
+        told = partial(leases.live_leases, store.layout, entry.key)
+        await asyncio.to_thread(support.wait_until, lambda: len(told()) == 1, "one lease is left")
+
+    asyncio.run(run())
+    plugin.delete_uri(URI, LOGGER)
+    support.wait_until(lambda: flock.is_free(entry.in_use), "none is left")
+    support.wait_until(lambda: not list(store.layout.leases_of(entry.key).iterdir()), "nobody is told of one")
+
+
+def test_lease_that_nobody_can_be_told_of(
+    plugin: EnvCachePlugin,
+    entry: Entry,
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It holds all the same, the set-up goes on, and the log says why `list` does not show it."""
+
+    def fail(_path: Path) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(leases, "_own_file", fail)
+
+    async def run() -> None:
+        await create(plugin, project)
+        said = "nobody is told of it: [Errno 5]"
+        await asyncio.to_thread(support.wait_until, lambda: said in caplog.text, "the log says so")
+
+    asyncio.run(run())
+    assert not flock.is_free(entry.in_use)
+    plugin.delete_uri(URI, LOGGER)
+    support.wait_until(lambda: flock.is_free(entry.in_use), "none is left")
+
+
+def test_slow_disk(plugin: EnvCachePlugin, store: Store, entry: Entry, project: Path) -> None:
+    """A disk that does not answer keeps the set-up waiting, not the loop; cancelled, it gives back what it gets later."""
+    (memo,) = store.layout.memo.iterdir()
+    text = memo.read_bytes()
+    memo.unlink()
+    # Whoever opens it to read waits for somebody who writes.
+    os.mkfifo(memo)
+    os.utime(entry.in_use, (0, 0))
+
+    async def run() -> None:
+        creating = create(plugin, project)
+        await asyncio.sleep(0.1)
+        assert not creating.done()
+        creating.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await creating
+
+    asyncio.run(run())
+    assert entry.in_use.stat().st_mtime == 0
+    memo.write_bytes(text)
+    support.wait_until(lambda: entry.in_use.stat().st_mtime > 0, "the lease was taken")
+    support.wait_until(lambda: flock.is_free(entry.in_use), "it was given back")
+    assert plugin._leases == {}
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_cancelled_build(
+    plugin: EnvCachePlugin, store: Store, tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch, *, deaf: bool
+) -> None:
+    """Who cancels a build waits until nothing is left of it, and the loop goes on meanwhile; who is deaf is killed."""
+    note = tmp_path / "note"
+    code = f"pathlib.Path({str(note)!r}).write_text(str(__import__('os').getppid())); time.sleep(600)"
+    support.make_sdist(wheels, "stuck", code=code)
+    project = support.make_project(tmp_path / "project", wheels, ["ray", "stuck"])
+    if deaf:
+        monkeypatch.setattr(agent_build, "GRACE_SECONDS", 0.1)
+        monkeypatch.setattr(subprocess.Popen, "terminate", lambda _child: None)
+
+    async def run() -> None:
+        creating = create(plugin, project)
+        await asyncio.to_thread(support.wait_until, lambda: note.exists() and note.read_text() != "", "it is building")
+        creating.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await creating
+
+    asyncio.run(run())
+    assert psutil.Process().children(recursive=True) == []
+    support.wait_until(lambda: not psutil.pid_exists(int(note.read_text())), "uv is gone")
+    if not deaf:
+        assert list(store.layout.entries.iterdir()) == list(store.layout.trash.iterdir()) == []
+    assert not any(flock.is_held(path) for path in store.layout.flocks.iterdir())
+
+
+def test_build_process_that_dies(plugin: EnvCachePlugin, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an answer there is an error with what it said last, and one where it cannot be started at all."""
+
+    async def run() -> None:
+        await create(plugin, project)
+
+    monkeypatch.setenv("PYTHONHOME", "/nowhere")
+    with pytest.raises(BuildError, match=r"(?s)ended without an answer.*encodings"):
+        asyncio.run(run())
+    plugin._failures.clear()
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(BuildError, match=r"Cannot start a process that builds: .*/nowhere/python"):
+        asyncio.run(run())
+
+
+def test_another_python_by_now(
+    plugin: EnvCachePlugin, store: Store, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the node's Python was replaced since it was started, nothing is built: workers would have the wrong one."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.version = '3.99.0 (new)\\n[GCC]'\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(
+        InterpreterError, match=r"was started with: it is 3\.99\.0 \(new\) \[GCC\], and was 3\."
+    ) as caught:
+        build(plugin, project)
+    assert caught.value.hint == "restart the node"
+    assert list(store.layout.all_entries()) == []
+
+
+def build(plugin: EnvCachePlugin, project: Path) -> None:
+    """Set up what is not built yet, and give it back."""
+
+    async def run() -> None:
+        await create(plugin, project)
+
+    asyncio.run(run())
+    plugin.delete_uri(URI, LOGGER)
+
+
+def test_build_imports_nothing_from_where_the_agent_was_started(
+    plugin: EnvCachePlugin, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node is started anywhere, also where others may write: what lies there is no code of ours."""
+    folder = tmp_path / "anywhere"
+    (folder / "ray_envcache").mkdir(parents=True)
+    for name in ("signal.py", "ray_envcache/__init__.py"):
+        (folder / name).write_text("raise SystemExit('imported from where we were started')\n")
+    monkeypatch.chdir(folder)
+    build(plugin, project)
+
+
+def test_talkative_build(
+    plugin: EnvCachePlugin,
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """More on stderr than a pipe holds, and lines of others on stdout, hold up no build; the latter are logged."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nprint('hello')\nprint('x' * 1_000_000, file=sys.stderr)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with caplog.at_level("INFO"):
+        build(plugin, project)
+    assert "hello" in caplog.messages
