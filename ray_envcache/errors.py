@@ -97,6 +97,10 @@ class ClusterError(EnvCacheError):
     """A cluster cannot be asked: it is not there, does not answer, or runs another Ray or Python."""
 
 
+class BusyError(EnvCacheError):
+    """An entry is kept by one process for so long that it must be stopped or hang; asking again may succeed."""
+
+
 class ReadOnlyError(EnvCacheError):
     """What was asked for would change a lower store, where nothing is ever changed."""
 

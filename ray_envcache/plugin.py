@@ -40,9 +40,6 @@ T = TypeVar("T")
 THREADS = 4
 """How many of our operations may wait for the disk at the same time."""
 
-TELLING_SECONDS = 0.02
-"""How long after it was handed out people are told of a lease."""
-
 FAILURE_SECONDS = 10.0
 """How long a failure is repeated without another try: Ray asks three times, a second apart."""
 
@@ -142,16 +139,13 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         try:
             given = EnvSpec.parse(runtime_env[FIELD])
             spec, cluster_ray = _located(given, context), ClusterRay(ray.__version__)
-            store, lease = await self._in_thread(partial(self._look_up, spec, cluster_ray), _discard)
-            if lease is not None:
-                # Nobody waits for that: it makes a file, and where many were removed lately ext4 is slow to make one.
-                tell = partial(self._threads.submit, _announce, lease, store.layout, logger)
-                asyncio.get_running_loop().call_later(TELLING_SECONDS, tell)
-            else:
+            holder = _holder(logger)
+            store, lease = await self._in_thread(partial(self._look_up, spec, cluster_ray, holder), _discard)
+            if lease is None:
                 # What travelled in a working_dir is what Ray pinned; it need not have all files of the driver's folder.
                 wanted = spec if os.path.isabs(given.path) else spec.with_content(None)
                 env_vars = runtime_env.get("env_vars") or {}
-                lease = await self._build(partial(Build, store, wanted, cluster_ray, _holder(logger), logger, env_vars))
+                lease = await self._build(partial(Build, store, wanted, cluster_ray, holder, logger, env_vars))
         except EnvCacheError as error:
             named = _on_this_node(error)
             self._failures[uri] = (time.monotonic(), named)
@@ -163,9 +157,9 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         logger.info("Using %s for %s", lease.entry.path.name, spec.path)
         return lease
 
-    def _look_up(self, spec: EnvSpec, ray: ClusterRay) -> tuple[Store, Lease | None]:
+    def _look_up(self, spec: EnvSpec, ray: ClusterRay, holder: Holder) -> tuple[Store, Lease | None]:
         store = Store.open()
-        lease = store.lookup(spec, ray)
+        lease = store.lookup(spec, ray, holder)
         if lease is not None and any(map(store.wants_finishing, lease.entries)):
             # Nobody waits for it: what a killed compiler left undone is begun again.
             self._threads.submit(store.finish_all, lease)
@@ -201,13 +195,6 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
             self._failures[uri] = (since, error)
             # Another object each time: one that is raised again grows a longer traceback.
             raise type(error)(error.message, error.hint)
-
-
-def _announce(lease: Lease, layout: Layout, logger: logging.Logger) -> None:
-    try:
-        lease.announce(layout, _holder(logger))
-    except OSError as error:
-        logger.warning("The lease on %s holds, but nobody is told of it: %s", lease.entry.path.name, error)
 
 
 def _give_back(lease: Lease, logger: logging.Logger) -> None:

@@ -215,10 +215,12 @@ def test_lookup_starts_no_process_and_imports_little(
     from ray_envcache.resolve.cluster_ray import installed_ray
     from ray_envcache.field.spec import EnvSpec
     from ray_envcache.acquire import Store
+    from ray_envcache.store.leases import Holder
     events = []
     sys.addaudithook(lambda event, _: events.append(event) if event in {"subprocess.Popen", "os.fork", "os.posix_spawn"} else None)
-    with Store.open().lookup(EnvSpec.parse(sys.argv[1]), installed_ray()) as lease:
-        heavy = [name for name in ("packaging.pylock", "tomli", "tomllib", "click", "rich", "psutil", "uv", "ray") if name in sys.modules]
+    with Store.open().lookup(EnvSpec.parse(sys.argv[1]), installed_ray(), Holder("test")) as lease:
+        heavy = [name for name in ("packaging.pylock", "click", "rich", "uv", "ray") if name in sys.modules]
+        heavy += [name for name in sys.modules if name.startswith(("ray_envcache.build", "ray_envcache.gc", "ray_envcache.doctor"))]
         print(lease.entry.path.name, events, heavy)
     """
     assert support.run_python(program, str(project)).strip() == f"{name} [] []"
@@ -271,7 +273,7 @@ def test_another_ray_is_another_environment(tmp_path: Path, wheels: Path, store:
     """Clusters of two Ray versions on one host never share an environment, nor a memo of one."""
     project = support.make_project(tmp_path / "project", wheels, ["ray"])
     with store.acquire(EnvSpec.parse(project), installed_ray(), Holder("test")) as lease:
-        assert store.lookup(EnvSpec.parse(project), ClusterRay("1.0")) is None
+        assert store.lookup(EnvSpec.parse(project), ClusterRay("1.0"), Holder("test")) is None
         assert lease.held
 
 

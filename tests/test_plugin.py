@@ -78,7 +78,7 @@ def test_given_back_and_taken_again(plugin: EnvCachePlugin, store: Store, entry:
     support.wait_until(lambda: not list(store.layout.leases_of(entry.key).iterdir()), "nobody is told of one")
 
 
-def test_lease_that_nobody_can_be_told_of(
+def test_lease_that_cannot_be_listed(
     plugin: EnvCachePlugin,
     entry: Entry,
     project: Path,
@@ -94,7 +94,7 @@ def test_lease_that_nobody_can_be_told_of(
 
     async def run() -> None:
         await create(plugin, project)
-        said = "nobody is told of it: [Errno 5]"
+        said = "`list` cannot show it: [Errno 5]"
         await asyncio.to_thread(support.wait_until, lambda: said in caplog.text, "the log says so")
 
     asyncio.run(run())

@@ -21,7 +21,7 @@ from ray_envcache.errors import BuildError
 from ray_envcache.resolve import uv
 from ray_envcache.resolve.cluster_ray import packages_folder
 from ray_envcache.store.layout import Entry, Layout
-from ray_envcache.store.leases import Holder, Lease, claim, claim_ready
+from ray_envcache.store.leases import Holder, Lease, claim, hold
 from ray_envcache.store.record import ReadyRecord
 from ray_envcache.system import children, files
 from ray_envcache.system.files import file_identity
@@ -80,7 +80,7 @@ class Build:
         with exclusive_flock(self.layout.builder_flock(self.plan.key), self._tell_waiting) as flock:
             # Somebody may have built it while we waited for the flock.
             for entry in self.layout.entries_of(self.plan.key):
-                if lease := claim_ready(entry, self.layout, self.holder):
+                if lease := claim(entry, self.layout, self.holder):
                     return lease
             self._sweep()
             return self._build(flock)
@@ -120,7 +120,7 @@ class Build:
 
     def _claim(self, entry: Entry) -> Lease:
         """As everybody claims it: a layer with what it lies on."""
-        lease = claim_ready(entry, self.layout, self.holder)
+        lease = claim(entry, self.layout, self.holder)
         if lease is None:
             raise BuildError(f"`{entry.path}` vanished right after it was built", "try again")
         return lease
@@ -129,7 +129,7 @@ class Build:
         entry.path.mkdir(mode=0o700)
         entry.in_use.touch(mode=0o600)
         files.write_json(entry.building, asdict(self.holder), durable=False)
-        lease = claim(entry)
+        lease = hold(entry)
         if lease is None:
             raise BuildError(f"Somebody removed `{entry.path}` while it was being built", "try again")
         return lease

@@ -25,7 +25,7 @@ from ray_envcache.inside.pyc import Places
 from ray_envcache.resolve.cluster_ray import packages_folder
 from ray_envcache.store import shared_bytecode
 from ray_envcache.store.layout import Entry, Layout
-from ray_envcache.store.leases import Holder, claim_ready
+from ray_envcache.store.leases import Holder, claim
 from ray_envcache.store.sizes import record_sizes
 from ray_envcache.system import files, flock, testpoints
 from ray_envcache.system.units import utc_now
@@ -56,7 +56,7 @@ def finish_now(layout: Layout, entry: Entry) -> None:
 
 def _finish_claimed(layout: Layout, entry: Entry, workers: int) -> bool:
     testpoints.reach("finishing-claimed")
-    lease = claim_ready(entry, layout, Holder("bytecode", command="compiles bytecode"))
+    lease = claim(entry, layout, Holder("bytecode", command="compiles bytecode"))
     if lease is None:
         return False
     with lease:

@@ -28,7 +28,7 @@ from ray_envcache.acquire import Store
 from ray_envcache.errors import BuildError, EnvCacheError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve.cluster_ray import ClusterRay
-from ray_envcache.store.leases import Holder, Lease, claim_ready
+from ray_envcache.store.leases import Holder, Lease, claim
 
 T = TypeVar("T")
 
@@ -114,7 +114,7 @@ class Build:
 
     def _claim(self, name: str) -> Lease:
         entry = self._store.layout.entry(name)
-        lease = claim_ready(entry, self._store.layout, self._holder) if entry else None
+        lease = claim(entry, self._store.layout, self._holder) if entry else None
         if lease is None:
             raise BuildError(f"The environment `{name}` vanished right after it was built", "try again")
         return lease

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray_envcache.store import leases, pins, readonly
 from ray_envcache.store.layout import IN_USE, Entry, Layout, layout_of
@@ -85,23 +85,29 @@ def status(layout: Layout, entry: Entry) -> Status:
 
 
 def _statuses(layout: Layout, store: Layout, entries: list[Entry]) -> list[Status]:
-    """What is asked once for all, then each entry: there may be thousands."""
+    """The status of these entries. What can be asked once for all is: a store may have thousands."""
     seen = {entry.path.name: found for entry in entries if (found := _stat(entry.at(IN_USE)))}
-    # In a lower store not even for a moment anything is taken that stands in the way of others: all may be held there.
-    held = {entry.path.name for entry in entries if store.readonly or not flock.is_free(entry.at(IN_USE))}
+    leases_of = {key: leases.live_leases(layout, key) for key in layout.leased_keys() & {one.key for one in entries}}
+    held = {entry.path.name for entry in entries if leases_of.get(entry.key) or _is_held(entry)}
     running = _processes(store, {name: seen[name] for name in held & seen.keys()})
     pinned = set() if store.readonly else pins.pinned_keys(store)
-    leased, links = layout.leased_keys(), dict[int, int]()
-
-    def look(entry: Entry) -> Status:
+    statuses = []
+    for entry in entries:
         name = entry.path.name
-        users = _users(layout, entry, running.get(name, []), leased=entry.key in leased)
-        size, used = sizes(layout, entry, links), _mtime(seen.get(name))
-        # Asked again where nobody was found: who held it may have ended, or only looked, like us.
+        users = _users(layout, entry, running.get(name, []), leases_of.get(entry.key, []))
+        # Asked again where no user has a name: the process that held the flock may have ended, or only looked, like us.
         in_use = bool(users) or (name in held and not entry.readonly and not flock.is_free(entry.at(IN_USE)))
-        return _status(layout, entry, users, size, used, in_use=in_use, pinned=entry.key in pinned)
+        size, used = sizes(layout, entry), _mtime(seen.get(name))
+        statuses.append(_status(layout, entry, users, size, used, in_use=in_use, pinned=entry.key in pinned))
+    return statuses
 
-    return list(map(look, entries))
+
+def _is_held(entry: Entry) -> bool:
+    """Whether any process may hold the entry. Asking takes an exclusive flock, for which claims have to wait.
+
+    So it is asked only of an entry without a lease, and of none in a read-only store: there all count as held.
+    """
+    return entry.readonly or not flock.is_free(entry.at(IN_USE))
 
 
 def _status(
@@ -140,20 +146,20 @@ def _status(
     )
 
 
-def _users(layout: Layout, entry: Entry, others: list[Process], *, leased: bool) -> tuple[User, ...]:
-    """Holders of leases and processes that run from the entry; who does both is counted once, by the lease."""
-    told = [
+def _users(layout: Layout, entry: Entry, others: list[Process], live: Iterable[Mapping[str, Any]]) -> tuple[User, ...]:
+    """Holders of live leases and processes that run from the entry; a process that does both counts once."""
+    named = [
         User(**{name: holder.get(name, "") for name in ("pid", "kind", "cluster", "job", "command", "since")})
-        for holder in (leases.live_leases(layout, entry.key) if leased else [])
+        for holder in live
         if holder.get("entry") == layout.name_of(entry)
     ]
-    known = {user.pid for user in told}
+    known = {user.pid for user in named}
     running = [
         User(one.pid, "process", ray_session(one.pid), "", one.command, utc(one.started))
         for one in others
         if one.pid not in known
     ]
-    return (*told, *running)
+    return (*named, *running)
 
 
 def _processes(layout: Layout, held: Mapping[str, os.stat_result]) -> dict[str, list[Process]]:

@@ -44,7 +44,7 @@ from ray_envcache.store import pins
 from ray_envcache.build.builder import Build
 from ray_envcache.resolve.cluster_ray import installed_ray
 from ray_envcache.store.layout import Layout
-from ray_envcache.store.leases import Holder, claim_ready
+from ray_envcache.store.leases import Holder, claim
 from ray_envcache.gc.policy import Limits
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.acquire import Store

@@ -61,7 +61,9 @@ def test_each_checkout_is_remembered(tmp_path: Path, wheels: Path, store: Store,
     first, second = (acquire(project) for project in projects)
     assert first.entry == second.entry
     for project in projects:
-        with store.lookup(EnvSpec.parse(project), installed_ray()) or pytest.fail("not remembered") as lease:
+        with store.lookup(EnvSpec.parse(project), installed_ray(), Holder("test")) or pytest.fail(
+            "not remembered"
+        ) as lease:
             assert lease.entry == first.entry
 
 

@@ -92,7 +92,7 @@ def test_dry_run_says_exactly_what_a_run_does(store: Store, make: Make) -> None:
 
 def test_user_that_ends_while_it_is_looked_for(store: Store, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is there any more to be named: not taken for one whom we cannot see."""
-    lease = leases.claim(make("aa"))
+    lease = leases.hold(make("aa"))
     assert lease is not None
     look = processes.flock_holders
 
@@ -255,7 +255,7 @@ def test_user_that_comes_between_choosing_and_removing_keeps_it(
         )
         children.append(collector)
         support.wait_until((points / "reached-evict-chosen").exists, "the collector chose")
-        lease = leases.claim_ready(entry, store.layout, Holder("agent")) if newcomer == "lease" else None
+        lease = leases.claim(entry, store.layout, Holder("agent")) if newcomer == "lease" else None
         child = start(entry, "", children) if newcomer == "interpreter" else None
         (points / "stop-evict-chosen").unlink()
         assert collector.wait() == 0
@@ -301,7 +301,7 @@ def test_user_that_comes_while_it_is_removed_gets_a_new_one(
     collector = subprocess.Popen([sys.executable, "-m", "ray_envcache", "rm", entry.key], env=environ, text=True)
     children.append(collector)
     support.wait_until((points / f"reached-{point}").exists, "the collector is in the middle")
-    assert leases.claim_ready(entry, store.layout, Holder("agent")) is None
+    assert leases.claim(entry, store.layout, Holder("agent")) is None
     user = subprocess.Popen([sys.executable, "-m", "ray_envcache", "build", project], stdout=subprocess.PIPE, text=True)
     children.append(user)
     if point != "evict-renamed":

@@ -16,7 +16,7 @@ from ray_envcache.gc import automatic, companion
 from ray_envcache.gc.collector import Report, collect
 from ray_envcache.gc.policy import Limits
 from ray_envcache.store.layout import Entry, Layout
-from ray_envcache.store.leases import Holder, claim_ready
+from ray_envcache.store.leases import Holder, claim
 from tests import support
 from tests.store.test_leases import start
 
@@ -159,7 +159,7 @@ def test_nobody_fails_for_want_of_it(
 
 def test_user_gone_between_two_looks(store: Store, entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user who is there when the collector comes, and gone when it looks whether to wait, is waited for all the same."""
-    lease = claim_ready(entry, store.layout, Holder("test"))
+    lease = claim(entry, store.layout, Holder("test"))
     assert lease is not None
     seen: list[Report] = []
 
