@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray_envcache.store import leases, pins, readonly
-from ray_envcache.store.layout import IN_USE, Entry, Layout, layout_of
+from ray_envcache.store.layout import Entry, Layout, layout_of
 from ray_envcache.store.record import ReadyRecord
 from ray_envcache.store.sizes import MeasuredRecord, sizes
 from ray_envcache.system import flock, processes
@@ -35,10 +36,10 @@ class User(NamedTuple):
 class Status(NamedTuple):
     """One entry as people see it. Sizes in bytes; times in Unix seconds or, with `_at`, UTC ISO 8601.
 
-    `exact` is False where `reclaimable_bytes` is a lower bound. `in_use` may be true without a user whom we can name:
-    processes of other containers hold flocks, but have no number here. `base` is the key of the environment
-    that a layer lies on, `base_path` its place. `hashes` and `no_build` are those of the ready record. One that is
-    `readonly` is of a lower store: nobody reclaims anything from here.
+    `exact` is False where `reclaimable_bytes` is a lower bound. `in_use` may be true without a named user: processes
+    of other containers hold flocks, but have no pid here. `base` is the key of the environment that a layer lies on,
+    `base_path` its place. `hashes` and `no_build` are those of the ready record. A `readonly` entry lies in a read-only
+    store, and is never collected from here.
     """
 
     key: str
@@ -86,7 +87,7 @@ def status(layout: Layout, entry: Entry) -> Status:
 
 def _statuses(layout: Layout, store: Layout, entries: list[Entry]) -> list[Status]:
     """The status of these entries. What can be asked once for all is: a store may have thousands."""
-    seen = {entry.path.name: found for entry in entries if (found := _stat(entry.at(IN_USE)))}
+    seen = {entry.path.name: found for entry in entries if (found := _stat(entry.in_use))}
     leases_of = {key: leases.live_leases(layout, key) for key in layout.leased_keys() & {one.key for one in entries}}
     held = {entry.path.name for entry in entries if leases_of.get(entry.key) or _is_held(entry)}
     running = _processes(store, {name: seen[name] for name in held & seen.keys()})
@@ -96,7 +97,7 @@ def _statuses(layout: Layout, store: Layout, entries: list[Entry]) -> list[Statu
         name = entry.path.name
         users = _users(layout, entry, running.get(name, []), leases_of.get(entry.key, []))
         # Asked again where no user has a name: the process that held the flock may have ended, or only looked, like us.
-        in_use = bool(users) or (name in held and not entry.readonly and not flock.is_free(entry.at(IN_USE)))
+        in_use = bool(users) or (name in held and not entry.readonly and not flock.is_free(entry.in_use))
         size, used = sizes(layout, entry), _mtime(seen.get(name))
         statuses.append(_status(layout, entry, users, size, used, in_use=in_use, pinned=entry.key in pinned))
     return statuses
@@ -107,7 +108,7 @@ def _is_held(entry: Entry) -> bool:
 
     So it is asked only of an entry without a lease, and of none in a read-only store: there all count as held.
     """
-    return entry.readonly or not flock.is_free(entry.at(IN_USE))
+    return entry.readonly or not flock.is_free(entry.in_use)
 
 
 def _status(
@@ -163,7 +164,7 @@ def _users(layout: Layout, entry: Entry, others: list[Process], live: Iterable[M
 
 
 def _processes(layout: Layout, held: Mapping[str, os.stat_result]) -> dict[str, list[Process]]:
-    """Who holds the flock of each entry now, by one look through all processes."""
+    """The processes that hold the flock of each entry now, found in one pass over all processes."""
     if not held:
         return {}
     inodes = {(found.st_dev, found.st_ino): name for name, found in held.items()}
@@ -179,15 +180,15 @@ def _state(layout: Layout, entry: Entry, record: ReadyRecord | None) -> str:
 
 
 def last_used(entry: Entry) -> float:
-    """When somebody last began or ceased to use the entry, in Unix seconds; 0 where that is not known."""
-    return _mtime(_stat(entry.at(IN_USE)))
+    """When a process last began or ceased to use the entry, in Unix seconds; 0 where that is not known."""
+    return _mtime(_stat(entry.in_use))
 
 
 def _mtime(found: os.stat_result | None) -> float:
     return found.st_mtime if found else 0.0
 
 
-def _stat(path: str) -> os.stat_result | None:
+def _stat(path: Path) -> os.stat_result | None:
     try:
         return os.stat(path)
     except OSError:

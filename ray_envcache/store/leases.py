@@ -11,6 +11,7 @@ import errno
 import json
 import logging
 import os
+import secrets
 import sys
 import time
 import warnings
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_envcache.errors import BusyError
 from ray_envcache.store import readonly
-from ray_envcache.store.layout import IN_USE, Entry, Layout
+from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.record import ReadyRecord
 from ray_envcache.system import files, flock
 from ray_envcache.system.processes import pid_namespace
@@ -123,7 +124,7 @@ class Lease:
 
     def announce(self, layout: Layout, holder: Holder) -> None:
         """Write the file that tells people who holds this lease. Where that fails, the lease holds without it."""
-        path = layout.leases_of(self.entry.key) / files.unique()
+        path = layout.leases_of(self.entry.key) / secrets.token_hex(8)
         try:
             descriptor = _own_file(path)
         except OSError as error:
@@ -229,14 +230,14 @@ def _shared_flock(entry: Entry) -> int | None:
         try:
             if (descriptor := _try_shared(entry)) is not None:
                 # A collector renames the entry away under its exclusive flock: ours may have come right after.
-                if flock.still_names(entry.at(IN_USE), descriptor):
+                if flock.still_names(entry.in_use, descriptor):
                     return descriptor
                 os.close(descriptor)
         except (FileNotFoundError, NotADirectoryError):
             return None
         if time.monotonic() > deadline:
             raise BusyError(
-                f"A process has kept `{entry.at(IN_USE)}` to itself for {CLAIM_SECONDS:.0f} s",
+                f"A process has kept `{entry.in_use}` to itself for {CLAIM_SECONDS:.0f} s",
                 "a collector or lister of this store is stopped or hangs: look for one in state T or D (ps), end it, "
                 "and try again",
             )
@@ -247,7 +248,7 @@ def _shared_flock(entry: Entry) -> int | None:
 def _try_shared(entry: Entry) -> int | None:
     if entry.readonly:
         return readonly.shared_flock(entry)
-    return flock.try_flock(entry.at(IN_USE), exclusive=False)
+    return flock.try_flock(entry.in_use, exclusive=False)
 
 
 def _touch(in_use: int) -> None:
