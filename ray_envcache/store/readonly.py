@@ -1,7 +1,8 @@
 """Read-only stores: those of images and shared disks, which $RAY_ENVCACHE_READONLY_DIRS names.
 
-They are searched before anything is built. An entry is used in place, under a flock that the collector of its owner sees. Nothing is ever
-written there, not even where we could. Environments run code: other users must not be able to change such a store.
+They are searched before anything is built. An entry is used in place, under a flock that the collector of its owner
+sees. Nothing is ever written there, not even where we could. Environments run code: other users must not be able to
+change such a store.
 """
 
 from __future__ import annotations
