@@ -215,7 +215,7 @@ class Store:
         for entry in lease.entries:
             if self.wants_finishing(entry):
                 with suppress(OSError, CalledProcessError):
-                    self._finish(entry)
+                    self.finish(entry)
 
     def wants_finishing(self, entry: Entry) -> bool:
         """Whether bytecode and sizes are missing and no compiler is at work, in a store that we may write to."""
@@ -223,7 +223,8 @@ class Store:
             return False
         return not flock.is_held(self.layout.finishing_flock(entry))
 
-    def _finish(self, entry: Entry) -> None:
+    def finish(self, entry: Entry) -> None:
+        """Start the process that compiles bytecode and measures sizes; it outlives us and delays nothing."""
         program = [sys.executable, "-m", "ray_envcache.build.bytecode"]
         children.start_detached([*program, self.layout.root, entry.path.name], environ=dict(os.environ))
 

@@ -147,13 +147,13 @@ class Lease:
             self.release()
 
 
-def hold(entry: Entry) -> Lease | None:
-    """Keep an entry, finished or not, without a word to people; None where it is gone.
+def hold(entry: Entry, *, ready: bool = False) -> Lease | None:
+    """Keep an entry, finished or not, without a word to people; None where it is gone, or not `ready` as it must be.
 
     Raises BusyError where a process keeps the entry to itself for CLAIM_SECONDS, and StoreError where the entry is one
     of a read-only store that cannot be trusted or read.
     """
-    in_use = _shared_flock(entry)
+    in_use = _shared_flock(entry, ready=ready)
     if in_use is None:
         return None
     if not entry.readonly:
@@ -167,7 +167,7 @@ def claim(entry: Entry, layout: Layout, holder: Holder) -> Lease | None:
     `layout` is the user's own store, where people are told of `holder`, also for an entry of a read-only store. The
     ready record is read under the claim, so that no collector can change it meanwhile. Raises as `hold`.
     """
-    lease = hold(entry)
+    lease = hold(entry, ready=True)
     if lease is None:
         return None
     try:
@@ -223,8 +223,11 @@ def _own_file(path: Path) -> int:
             os.close(held)
 
 
-def _shared_flock(entry: Entry) -> int | None:
-    """A shared flock on the entry; None once the entry is gone. A time-out is no sign of that, and raises BusyError."""
+def _shared_flock(entry: Entry, *, ready: bool) -> int | None:
+    """A shared flock on the entry; None once it is gone, or its ready record is, where it has to be `ready`.
+
+    A time-out is no sign of either, and raises BusyError.
+    """
     deadline, pause = time.monotonic() + CLAIM_SECONDS, 0.001
     while True:
         try:
@@ -234,6 +237,8 @@ def _shared_flock(entry: Entry) -> int | None:
                     return descriptor
                 os.close(descriptor)
         except (FileNotFoundError, NotADirectoryError):
+            return None
+        if ready and not entry.ready.exists():
             return None
         if time.monotonic() > deadline:
             raise BusyError(
