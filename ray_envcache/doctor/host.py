@@ -1,4 +1,4 @@
-"""Is this host set up? Looks at what environments need, and says of whatever is not right what to do about it."""
+"""Is this host set up? Checks what environments need: the store, uv, Python, Ray, the settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 from ray_envcache.build.planning import require_buildable
 from ray_envcache.doctor import variables
-from ray_envcache.doctor.findings import ERROR, OK, WARN, Finding, look
+from ray_envcache.doctor.findings import ERROR, OK, WARN, Finding, finding_of
 from ray_envcache.errors import EnvCacheError, StoreError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.policy import Limits
@@ -30,12 +30,12 @@ from ray_envcache.system.units import format_size
 from ray_envcache.version import __version__
 
 T = TypeVar("T")
-_FEW_INODES = 10_000  # an environment has so many files easily
+_FEW_INODES = 10_000  # one environment may have as many files
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A host as the process sees it that asked, which has this plugin. None: could not be found out."""
+    """What `examine` found, as this process sees the host; None: it could not be found out."""
 
     plugin: str
     store: str
@@ -48,11 +48,11 @@ class Facts:
 
 def check_lockfile(path: str) -> Finding:
     """Whether the lockfile at `path` is one that this host could build. Builds nothing."""
-    return look("lockfile", lambda: _lockfile(path))
+    return finding_of("lockfile", lambda: _lockfile(path))
 
 
 def examine() -> Facts:
-    """Look at this host with our own environment variables. Makes the store where it is missing; raises nothing."""
+    """Check this host, with the environment variables of this process. Makes a missing store; raises nothing."""
     layout = Layout(default_root())
     findings = [*_store(layout), *_tools(), *variables.settings(os.environ)]
     return Facts(
@@ -67,14 +67,14 @@ def examine() -> Facts:
 
 
 def _store(layout: Layout) -> Iterator[Finding]:
-    found = look("store", lambda: _root(layout))
+    found = finding_of("store", lambda: _root(layout))
     yield found
     if found.state != ERROR:
-        yield look("flocks", lambda: _flocks(layout))
-        yield look("space", lambda: _space(layout))
-        yield look("uv's cache", lambda: _cache(layout))
+        yield finding_of("flocks", lambda: _flocks(layout))
+        yield finding_of("space", lambda: _space(layout))
+        yield finding_of("uv's cache", lambda: _cache(layout))
         if os.environ.get(readonly.VARIABLE):
-            yield look("lower stores", lambda: _lower(layout))
+            yield finding_of("read-only stores", lambda: _readonly_stores(layout))
 
 
 def _root(layout: Layout) -> Finding:
@@ -89,7 +89,7 @@ def _root(layout: Layout) -> Finding:
 
 
 def _flocks(layout: Layout) -> Finding:
-    # Of two descriptors: the kernel knows no other owner of a flock, whichever process a descriptor is in.
+    # A flock belongs to an open file, not to a process: two descriptors here are like two processes.
     with flock.exclusive_flock(layout.doctor_flock, lambda: None):
         if flock.is_held(layout.doctor_flock):
             return Finding("flocks", OK, "they exclude each other in the store")
@@ -105,11 +105,11 @@ def _space(layout: Layout) -> Finding:
     if found.inodes_free is not None and found.inodes_free < _FEW_INODES:
         return Finding("space", WARN, f"{text}, but only {found.inodes_free} inodes", "an environment needs thousands")
     limit = None
-    with suppress(EnvCacheError):  # a finding of its own
+    with suppress(EnvCacheError):  # `variables.settings` reports it
         limit = Limits.from_environ(os.environ).min_free_space
     if limit is None or found.free >= limit.bytes_of(found.total):
         return Finding("space", OK, text)
-    hint = "make room: until then every collection takes idle environments, whatever their age"
+    hint = "make room: until then every collection removes unused environments of any age"
     return Finding("space", WARN, f"{text}, less than {limit} (RAY_ENVCACHE_MIN_FREE_SPACE)", hint)
 
 
@@ -120,23 +120,24 @@ def _cache(layout: Layout) -> Finding:
     cache = uv.cache_directory(layout.entries)
     if cache:
         return Finding(name, OK, f"{cache}: packages are linked from there")
-    text = f"{layout.uv_cache}: yours is on another file system, so packages are downloaded once more"
+    text = f"{layout.uv_cache}: your own is on another file system, so packages are downloaded once more"
     return Finding(name, OK, text)
 
 
-def _lower(layout: Layout) -> Finding:
+def _readonly_stores(layout: Layout) -> Finding:
+    name = "read-only stores"
     found = ", ".join(str(one.root) for one in readonly.lower_stores(layout, os.environ)) or "none"
     missing = ", ".join(map(str, readonly.missing_stores(layout, os.environ)))
     if not missing:
-        return Finding("lower stores", OK, found)
+        return Finding(name, OK, found)
     hint = f"ray-envcache build makes one there; or take it out of {readonly.VARIABLE}"
-    return Finding("lower stores", WARN, f"{found}; there is no store at {missing}", hint)
+    return Finding(name, WARN, f"{found}; there is no store at {missing}", hint)
 
 
 def _tools() -> Iterator[Finding]:
-    yield look("uv", _uv_finding)
-    yield look("python", _python)
-    yield look("ray", _ray)
+    yield finding_of("uv", _uv_finding)
+    yield finding_of("python", _python)
+    yield finding_of("ray", _ray)
 
 
 def _uv_finding() -> Finding:
@@ -171,7 +172,7 @@ def _lockfile(path: str) -> Finding:
 
 
 def _versioned(name: str, version: str, text: str) -> Finding:
-    """OK, where the version is one that this package declares to need."""
+    """A finding about a version: OK if it is one that this package declares to need."""
     for needed in map(Requirement, requires("ray-envcache") or ()):
         if needed.name == name and not needed.specifier.contains(version, prereleases=True):
             hint = f"python -m pip install '{needed}'"

@@ -1,4 +1,4 @@
-"""What the environment variables say: settings that nobody reads or understands, and the registration."""
+"""Are the environment variables right? Our settings, and the registration for `ray start`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _INTERNAL = frozenset({registration.CHAINED_HOOK, registration.CHAINED_UV_RUN, p
 
 
 def settings(environ: Mapping[str, str]) -> Iterator[Finding]:
-    """A finding for each setting that does not parse or does not exist, or one that all is well."""
+    """A finding for each setting that does not exist or does not parse; if all do, one that names them."""
     names = sorted(name for name in environ if name.startswith(_PREFIX) and name not in _INTERNAL)
     wrong = [finding for name in names if (finding := _setting(name, environ[name]))]
     yield from wrong
@@ -38,9 +38,7 @@ def registered(environ: Mapping[str, str]) -> Finding:
         return Finding(name, ERROR, error.message, error.hint)
     for other in others:
         if not _is_importable(other):
-            text = (
-                f"{registration.PLUGINS} names `{other}`, which this Python cannot import: every node would die of it"
-            )
+            text = f"{registration.PLUGINS} names `{other}`, which this Python cannot import: nodes would die of it"
             return Finding(name, ERROR, text, f"install it here, or take it out of {registration.PLUGINS}")
     if (
         registration.PLUGIN_CLASS in environ.get(registration.PLUGINS, "")
@@ -55,8 +53,8 @@ def _setting(name: str, value: str) -> Finding | None:
     if name not in SETTINGS:
         known = [one.removeprefix(_PREFIX) for one in SETTINGS]
         near = difflib.get_close_matches(name.removeprefix(_PREFIX), known, n=1)
-        hint = f"did you mean {_PREFIX}{near[0]}?" if near else f"there are {', '.join(SETTINGS)}"
-        return Finding("settings", WARN, f"There is no setting {name}: nobody reads it", hint)
+        hint = f"did you mean {_PREFIX}{near[0]}?" if near else f"the settings are {', '.join(SETTINGS)}"
+        return Finding("settings", WARN, f"There is no setting {name}: it has no effect", hint)
     try:
         _parse(name, value)
     except FieldValueError as error:
@@ -74,7 +72,7 @@ def _parse(name: str, value: str) -> None:
 
 
 def _is_importable(plugin: object) -> bool:
-    """Whether there is the package that a plugin's class is in. Imports nothing: that is for nodes to do."""
+    """Whether the package of a plugin's class is installed. Does not import it, because an import may do anything."""
     named = plugin.get("class") if isinstance(plugin, dict) else None
     try:
         return isinstance(named, str) and importlib.util.find_spec(named.partition(".")[0]) is not None

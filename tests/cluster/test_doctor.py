@@ -97,7 +97,7 @@ def _check_broken(host: Host, status: int, out: str, err: str) -> None:
 
 def _check_table(host: Host, data: dict[str, Any]) -> None:
     with redirect_stdout(io.StringIO()) as out:
-        doctor._print_cluster(data)
+        doctor.print_cluster(data)
     head, *lines = out.getvalue().splitlines()
     assert head.split() == ["NODE", "HOST", "PLUGIN", "STORE", "FREE", "RAY", "PYTHON", "UV", "KEY", "SECONDS"]
     key = next(host.layout.all_entries()).key[:12]
