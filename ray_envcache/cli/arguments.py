@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,16 @@ def parsed(parse: Callable[[str], Any]) -> Callback:
 def limit(parse: Callable[[str], Any]) -> Callback:
     """A click callback for a limit that "off" switches off."""
     return parsed(lambda text: SWITCHED_OFF if is_off(text) else parse(text))
+
+
+def absolute(path: str) -> str:
+    """The absolute path of what a person named. Raises FieldValueError if the working directory is gone."""
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError as error:
+        raise FieldValueError(
+            f"Where is `{path}`? The working directory was removed", "cd to a directory that exists"
+        ) from error
 
 
 tmpdir_option = click.option(

@@ -1,10 +1,9 @@
-"""`build`: build an environment, or find it."""
+"""`build`: build or find an environment."""
 
 from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -12,6 +11,7 @@ import click
 from ray_envcache.acquire import Store
 from ray_envcache.build import bytecode
 from ray_envcache.build.progress import observer
+from ray_envcache.cli.arguments import absolute
 from ray_envcache.errors import BuildError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve.cluster_ray import installed_ray
@@ -20,7 +20,7 @@ from ray_envcache.store.leases import Holder
 
 
 @click.command(epilog="Example: ray-envcache build .")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path())
 @click.option("--extra", "extras", multiple=True, metavar="NAME", help="Include this extra; may be repeated.")
 @click.option("--group", "groups", multiple=True, metavar="NAME", help="Include this group; may be repeated.")
 @click.option("--package", metavar="NAME", help="Use this member of the workspace.")
@@ -31,14 +31,14 @@ from ray_envcache.store.leases import Holder
     "--inherit", multiple=True, metavar="NAME", help="Take this package from the base Python; may be repeated."
 )
 @click.option("--system-site-packages", is_flag=True, help="Show all packages of the base Python inside.")
-def build(*, path: Path, no_install_project: bool, **options: Any) -> None:
-    """Build an environment, or find it, and print the path of its interpreter.
+def build(*, path: str, no_install_project: bool, **options: Any) -> None:
+    """Build or find an environment, and print its interpreter.
 
     PATH is a project's folder, its pyproject.toml or uv.lock, a pylock.toml, a requirements file or a script. When the
     command returns the bytecode is compiled too: made for images and CI. The options are those of the field.
     """
     chosen = {name: [*value] if isinstance(value, tuple) else value for name, value in options.items()}
-    value = {"path": os.path.abspath(path), "install_project": not no_install_project, **chosen}
+    value = {"path": absolute(path), "install_project": not no_install_project, **chosen}
     store = Store.open()
     with observer(sys.stderr) as shown:
         lease = store.acquire(EnvSpec.parse(value), installed_ray(), Holder("cli"), shown, finish=False)

@@ -14,6 +14,7 @@ import click
 import psutil
 
 from ray_envcache.cli import tables
+from ray_envcache.cli.arguments import absolute
 from ray_envcache.doctor import variables
 from ray_envcache.doctor.findings import ERROR, OK
 from ray_envcache.doctor.host import check_lockfile, examine
@@ -44,7 +45,7 @@ def doctor(*, address: str | None, timeout: float, as_json: bool, path: str | No
     of the cluster. PATH is a lockfile or its folder, as for `build`: this host checks that it can be built, and each
     node of a cluster sets up its environment, which may take as long as a build.
     """
-    path = path and os.path.abspath(path)
+    path = path and absolute(path)
     data = _ask_cluster(address, timeout, path) if address else _look_at_host(path)
     failed = any(found["state"] == ERROR for one in data.get("nodes", [data]) for found in one["findings"])
     if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from contextlib import suppress
 from importlib import import_module
@@ -76,6 +77,9 @@ def env() -> None:
 
 def main() -> None:
     """Run the command line, and turn our errors into one sentence, a hint and an exit code."""
+    _replace_closed_streams()
+    # A caller may ignore SIGCHLD, and we inherit that: the kernel then forgets exit codes, and every child succeeds.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     color = False if os.environ.get("NO_COLOR") else None  # None: click decides. https://no-color.org
     try:
         cli(standalone_mode=False, color=color)
@@ -93,6 +97,17 @@ def main() -> None:
         _fail(_explained(error))
 
 
+def _replace_closed_streams() -> None:
+    """Put /dev/null in place of standard streams that the caller closed.
+
+    Else a file of the store gets their number, and what is written to stderr goes into it. Programs under `run` do not
+    inherit it: for them the stream is closed as before.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None and os.open(os.devnull, os.O_RDWR) == number:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
 def _fail(error: EnvCacheError) -> NoReturn:
     click.echo(f"error: {error}", err=True)
     sys.exit(error.exit_code)
@@ -101,8 +116,7 @@ def _fail(error: EnvCacheError) -> NoReturn:
 def _flush_or_forget() -> None:
     """Forget what stdout did not take: Python would try it again at exit, fail, and change the exit code."""
     try:
-        if sys.stdout is not None:  # None: the caller closed it
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

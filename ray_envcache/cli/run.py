@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from ray_envcache.build.progress import observer
+from ray_envcache.cli.arguments import absolute
 from ray_envcache.cluster import program
 from ray_envcache.errors import CommandError, EnvCacheError, StoreError
 from ray_envcache.field.spec import EnvSpec
@@ -52,7 +53,7 @@ def run(
 
 
 def _run(project: str | None, tmpdir: str | None, command: list[str], options: dict[str, Any], *, keep: bool) -> int:
-    folder = Path(os.path.abspath(project)) if project else program.find_project(Path.cwd())
+    folder = Path(absolute(project)) if project else program.find_project(Path(absolute(".")))
     spec = EnvSpec.parse(
         {"path": os.fspath(folder), **options, **{name: [*options[name]] for name in ("extras", "groups")}}
     )

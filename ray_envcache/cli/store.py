@@ -14,6 +14,7 @@ from ray_envcache.cli import tables
 from ray_envcache.cli.arguments import SWITCHED_OFF, limit, parsed, refuse_without_sessions, tmpdir_option
 from ray_envcache.cli.sessions import collect as collect_sessions
 from ray_envcache.cli.timer import timer
+from ray_envcache.doctor.unheld import users_without_hold
 from ray_envcache.gc.collector import Report, collect
 from ray_envcache.gc.evict import evict
 from ray_envcache.gc.policy import Limits
@@ -29,9 +30,12 @@ def why(*, key: str, as_json: bool) -> None:
     """Show what keeps an environment: its users and its pin.
 
     KEY is the start of a key, as `list` shows it. Users are clusters, and processes that run from the environment.
+    An interpreter of the kind "without hold" holds no flock: `gc` spares it only while it sees it in /proc.
     """
     store = Store.open()
-    found = [inventory.status(store.layout, entry) for entry in store.find(key)]
+    entries = store.find(key)
+    unheld = users_without_hold(store.layout, entries)
+    found = [_with_users(inventory.status(store.layout, one), unheld.get(one.path.name, [])) for one in entries]
     if as_json:
         tables.print_json({"envs": [tables.status_as_json(status) for status in found]})
         return
@@ -134,6 +138,13 @@ def gc(*, dry_run: bool, everything: bool, as_json: bool, print_timer: bool, ses
     chosen = replace(Limits.from_environ(os.environ), everything=everything, **limited)
     report = collect(readonly.opened()[0], chosen, dry_run=dry_run)
     _finish_collection(report, as_json=as_json, dry_run=dry_run)
+
+
+def _with_users(status: inventory.Status, more: list[inventory.User]) -> inventory.Status:
+    """The status with the users that hold no flock, and that are not in it by a lease."""
+    known = {user.pid for user in status.users}
+    users = (*status.users, *(user for user in more if user.pid not in known))
+    return status._replace(users=users, in_use=status.in_use or bool(users))
 
 
 def _removable(found: list[Entry]) -> list[Entry]:

@@ -15,7 +15,6 @@ import socket
 import sys
 import time
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -30,6 +29,15 @@ from ray_envcache.errors import ClusterError, EnvCacheError
 from ray_envcache.field import probe
 from ray_envcache.field.spec import FIELD
 
+try:
+    from ray._private.authentication.authentication_token_setup import (
+        ensure_token_if_auth_enabled,
+        maybe_enable_token_auth_if_token_available,
+    )
+except ImportError:  # Ray before 2.59: local clusters have no token
+    ensure_token_if_auth_enabled = None
+
+_AUTH_VARIABLE = "RAY_AUTH_TOKEN"
 _CONNECT_SECONDS = 5
 _AS_A_JOB = "on a node of the cluster, or as a job: ray job submit -- ray-envcache doctor --address auto"
 
@@ -58,59 +66,79 @@ def examine(address: str, runtime_env: dict[str, Any] | None, timeout: float) ->
 
 def _connect(address: str) -> None:
     """Become a driver of the cluster; never start one. Raises ClusterError, with Ray's own words."""
-    host, port = _located(address)
-    _require_listener(host, port)
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or address
+    gcs = _gcs_of(address)
+    _require_listener(gcs)
     namespace = f"ray-envcache-doctor-{os.getpid()}"
     try:
-        if address == "auto":
-            _use_token()
+        _use_token(address)
         # First, because `ray.init` says for 20 seconds that it cannot connect before it says why.
-        utils.check_version_info(usage_lib.get_cluster_metadata(GcsClient(address=f"{host}:{port}")), "this host")
+        utils.check_version_info(usage_lib.get_cluster_metadata(GcsClient(address=gcs)), "this host")
         # Without hooks: ours, and Ray's for `uv run`, would give this job an environment of its own.
-        ray.init(address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR, _skip_env_hook=True)
+        ray.init(gcs, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR, _skip_env_hook=True)
     except (AttributeError, RuntimeError, ValueError, OSError, ray.exceptions.RayError, SystemExit) as error:
         raise _unreachable(address, str(error) or str(error.__context__)) from error
 
 
-def _use_token() -> None:
-    """Send the user's token if there is one, as `ray.init("auto")` does, but before our first question."""
-    with suppress(ImportError):  # Ray before 2.59
-        from ray._private.authentication.authentication_token_setup import (
-            maybe_enable_token_auth_if_token_available,
-        )
+def _use_token(address: str) -> None:
+    """Do what `ray.init` does about a token, but before our first question. Raises Ray's AuthenticationError.
 
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    Without RAY_AUTH_MODE Ray sends the user's token only to a cluster that it found itself, never to a named address.
+    """
+    if ensure_token_if_auth_enabled is not None:
+        if address == "auto":
+            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        ensure_token_if_auth_enabled(create_token_if_missing=False)
 
 
-def _located(address: str) -> tuple[str, int]:
-    """Host and port of the cluster's GCS."""
-    named = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
-    if "://" in named:
+def _gcs_of(address: str) -> str:
+    """The address of the cluster's GCS, as host:port."""
+    if "://" in address:
         raise ClusterError(
-            f"`{named}` is an address for Ray Client, which cannot ask a single node",
+            f"`{address}` is an address for Ray Client, which cannot ask a single node",
             f"give the address of the GCS, as for `ray status` (10.0.0.7:6379), {_AS_A_JOB}",
         )
     try:
-        found = services.canonicalize_bootstrap_address(named)
+        found: str | None = services.canonicalize_bootstrap_address(address)
     except (ValueError, OSError) as error:
-        raise _unreachable(named, str(error)) from error
+        raise _unreachable(address, str(error)) from error
     if found is None:
-        raise _unreachable(named, "this word starts a cluster, and finds none")
-    host, _, port = found.rpartition(":")
-    return host.strip("[]"), int(port)
+        raise _unreachable(address, "this word starts a cluster, and finds none")
+    return found
 
 
-def _require_listener(host: str, port: int) -> None:
+def _require_listener(gcs: str) -> None:
     # Ray itself tries for 200 seconds.
+    host, _, port = gcs.rpartition(":")
     try:
-        socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise ClusterError(f"No cluster answers at {host}:{port}: {error}", "is the cluster's head running?") from error
+        raise ClusterError(f"No cluster answers at {gcs}: {error}", "is the cluster's head running?") from error
 
 
 def _unreachable(address: str, reason: str) -> ClusterError:
+    if _AUTH_VARIABLE in reason:
+        return _unauthenticated(address)
     message = " ".join(reason.split()) or "Ray does not say why"
     return ClusterError(f"Cannot ask the cluster at `{address}`: {message}", f"run the doctor {_AS_A_JOB}")
+
+
+def _unauthenticated(address: str) -> ClusterError:
+    """The error of a cluster that refused us: where Ray looked for a token, in its order, and how to give it one."""
+    path = os.environ.get(f"{_AUTH_VARIABLE}_PATH") or os.path.expanduser("~/.ray/auth_token")
+    place = _AUTH_VARIABLE if os.environ.get(_AUTH_VARIABLE) else f"`{path}`"
+    if place != _AUTH_VARIABLE and not os.path.exists(path):
+        cause = f"there is none at {place}"
+    elif os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        cause = f"RAY_AUTH_MODE is not `token`, so it does not send the one of {place}"
+    else:
+        cause = f"the one of {place} is not the cluster's"
+    return ClusterError(
+        f"Ray has no token for the cluster at `{address}`: {cause}",
+        "copy ~/.ray/auth_token from the user that started the cluster, or name a copy of it with "
+        f"{_AUTH_VARIABLE}_PATH; and set RAY_AUTH_MODE=token",
+    )
 
 
 def _facts_task() -> Any:

@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from ray_envcache.build.planning import require_buildable
 from ray_envcache.doctor import variables
 from ray_envcache.doctor.findings import ERROR, OK, WARN, Finding, finding_of
+from ray_envcache.doctor.unheld import INTERPRETER, users_without_hold
 from ray_envcache.errors import EnvCacheError, StoreError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.policy import Limits
@@ -30,6 +31,8 @@ from ray_envcache.system.units import format_size
 from ray_envcache.version import __version__
 
 T = TypeVar("T")
+_NOEXEC = getattr(os, "ST_NOEXEC", 0)  # Linux only
+_NAMED_PROCESSES = 5
 _FEW_INODES = 10_000  # one environment may have as many files
 
 
@@ -54,7 +57,7 @@ def check_lockfile(path: str) -> Finding:
 def examine() -> Facts:
     """Check this host, with the environment variables of this process. Makes a missing store; raises nothing."""
     layout = Layout(default_root())
-    findings = [*_store(layout), *_tools(), *variables.settings(os.environ)]
+    findings = [*_store(layout), *_tools(), *variables.settings(os.environ), *variables.of_python(os.environ)]
     return Facts(
         plugin=__version__,
         store=os.fspath(layout.root),
@@ -71,6 +74,7 @@ def _store(layout: Layout) -> Iterator[Finding]:
     yield found
     if found.state != ERROR:
         yield finding_of("flocks", lambda: _flocks(layout))
+        yield finding_of("holds", lambda: _holds(layout))
         yield finding_of("space", lambda: _space(layout))
         yield finding_of("uv's cache", lambda: _cache(layout))
         if os.environ.get(readonly.VARIABLE):
@@ -82,10 +86,13 @@ def _root(layout: Layout) -> Finding:
     kind = disk.free_space(layout.root).kind
     mode = stat.S_IMODE(layout.root.stat().st_mode)
     text = f"{layout.root}: {kind or 'unknown file system'}, yours, mode {mode:o}"
+    if os.statvfs(layout.root).f_flag & _NOEXEC:
+        hint = "mount it without noexec, or choose another disk: RAY_ENVCACHE_DIR=/path/to/store"
+        return Finding("store", ERROR, f"{text}; mounted noexec: no program or library can run from there", hint)
     if not disk.is_network(kind):
         return Finding("store", OK, text)
-    hint = "flocks do not exclude across hosts: no other host may use this store"
-    return Finding("store", WARN, f"{text}; a network file system, allowed by RAY_ENVCACHE_ALLOW_NETWORK_FS", hint)
+    text += "; a file system between hosts or virtual machines, allowed by RAY_ENVCACHE_ALLOW_NETWORK_FS"
+    return Finding("store", WARN, text, "flocks may not exclude across it: let one host alone use this store")
 
 
 def _flocks(layout: Layout) -> Finding:
@@ -97,6 +104,17 @@ def _flocks(layout: Layout) -> Finding:
         f"Flocks do not exclude each other in `{layout.flocks}`: two builds could write one environment",
         "choose a local disk for the store: RAY_ENVCACHE_DIR=/path/to/store",
     )
+
+
+def _holds(layout: Layout) -> Finding:
+    unheld = users_without_hold(layout, [*layout.all_entries()]).values()
+    found = [user for users in unheld for user in users if user.kind == INTERPRETER]
+    if not found:
+        return Finding("holds", OK, "every interpreter that runs from the store has its hold")
+    named = ", ".join(f"{user.pid} ({user.command})" for user in found[:_NAMED_PROCESSES])
+    more = f" and {len(found) - _NAMED_PROCESSES} more" if len(found) > _NAMED_PROCESSES else ""
+    text = f"interpreters from the store that run without a hold: {named}{more}"
+    return Finding("holds", WARN, text, "start them again: gc spares them only while it sees them in /proc")
 
 
 def _space(layout: Layout) -> Finding:

@@ -29,6 +29,14 @@ def settings(environ: Mapping[str, str]) -> Iterator[Finding]:
         yield Finding("settings", OK, ", ".join(f"{name}={environ[name]}" for name in names) or "the defaults")
 
 
+def of_python(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """A warning for each variable that puts other packages before those of an environment, or instead of them."""
+    for name in ("PYTHONPATH", "PYTHONHOME"):
+        if environ.get(name):
+            text = f"{name}={environ[name]}: programs, nodes and workers inherit it, and may import other packages"
+            yield Finding(name, WARN, text, f"unset {name} before a program or a node starts")
+
+
 def registered(environ: Mapping[str, str]) -> Finding:
     """Whether `ray start` in a shell with these variables makes a node that knows the field."""
     name = "registration"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +33,7 @@ def test_healthy_host(store: Store) -> None:
     done = run("doctor")
     assert (done.returncode, done.stderr) == (0, "")
     states = re.findall(r"^(ok|warn|error) +([a-z' ]+?)  ", done.stdout, re.MULTILINE)
-    names = ["store", "flocks", "space", "uv's cache", "uv", "python", "ray", "settings", "registration"]
+    names = ["store", "flocks", "holds", "space", "uv's cache", "uv", "python", "ray", "settings", "registration"]
     assert [name for _, name in states] == names
     assert [name for state, name in states if state != "ok"] == ["registration"]
     assert done.stdout.count("hint: ") == 1
@@ -38,7 +41,7 @@ def test_healthy_host(store: Store) -> None:
 
 
 def test_json_of_a_broken_host(tmp_path: Path) -> None:
-    """The documented fields, whatever is wrong; and exit code 1."""
+    """A broken store and a missing project are errors in the documented fields, with exit code 1."""
     (tmp_path / "store").touch()
     done = run("doctor", "--json", tmp_path, RAY_ENVCACHE_DIR=str(tmp_path / "store"))
     assert (done.returncode, done.stderr) == (1, "")
@@ -92,6 +95,28 @@ def test_unusable_store(
     assert found["store"].hint
     assert found["uv"].state == found["ray"].state == "ok"
     assert "flocks" not in found
+
+
+def test_store_mounted_noexec(tmp_path: Path) -> None:
+    """A store on a mount that forbids to run programs is an error that says so, with exit code 1."""
+    script = f"mount -t tmpfs -o noexec tmpfs {tmp_path} && exec {sys.executable} -m ray_envcache doctor"
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*command, f"mount -t tmpfs tmpfs {tmp_path}"], capture_output=True, check=False).returncode:
+        pytest.skip("this system lets no test mount anything")
+    environ = {**os.environ, "RAY_ENVCACHE_DIR": str(tmp_path / "store")}
+    done = subprocess.run([*command, script], env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "; mounted noexec: no program or library can run from there\n       hint: mount it without" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["PYTHONPATH", "PYTHONHOME"])
+def test_inherited_variables_of_python(store: Store, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """PYTHONPATH and PYTHONHOME, which nodes and workers inherit, are a warning that names the value."""
+    assert name not in findings()
+    monkeypatch.setenv(name, "/modules/lib")
+    found = findings()[name]
+    assert found.state == "warn"
+    assert found.text.startswith(f"{name}=/modules/lib: ")
 
 
 def test_store_without_flocks(store: Store) -> None:
