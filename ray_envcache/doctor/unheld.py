@@ -69,12 +69,12 @@ def _started_by(process: psutil.Process) -> str:
 
     Ray's workers change their argv[0] ("ray::IDLE"). For them it is VIRTUAL_ENV, which the agent sets.
     """
-    first = process.cmdline()[0]
+    first = next(iter(process.cmdline()), "/")  # it ended
     if "/" in first:
         return os.path.join(process.cwd(), first)
     environ = process.environ()
     candidates = (os.path.join(folder, first) for folder in environ.get("PATH", "").split(":") if folder)
-    return next(filter(os.path.exists, candidates), f"{environ.get('VIRTUAL_ENV', '')}/bin/python")
+    return next(filter(os.path.isfile, candidates), f"{environ.get('VIRTUAL_ENV', '')}/bin/python")
 
 
 def _holders(layout: Layout, entries: list[Entry]) -> dict[str, set[int]]:
