@@ -30,7 +30,7 @@ def why(*, key: str, as_json: bool) -> None:
     """Show what keeps an environment: its users and its pin.
 
     KEY is the start of a key, as `list` shows it. Users are clusters, and processes that run from the environment.
-    An interpreter of the kind "without hold" holds no flock: `gc` spares it only while it sees it in /proc.
+    An interpreter of the kind "without hold" holds no flock, and `gc` may overlook it: start it again.
     """
     store = Store.open()
     entries = store.find(key)

@@ -114,7 +114,7 @@ def _holds(layout: Layout) -> Finding:
     named = ", ".join(f"{user.pid} ({user.command})" for user in found[:_NAMED_PROCESSES])
     more = f" and {len(found) - _NAMED_PROCESSES} more" if len(found) > _NAMED_PROCESSES else ""
     text = f"interpreters from the store that run without a hold: {named}{more}"
-    return Finding("holds", WARN, text, "start them again: gc spares them only while it sees them in /proc")
+    return Finding("holds", WARN, text, "start them again: gc may overlook them and remove the environment")
 
 
 def _space(layout: Layout) -> Finding:
