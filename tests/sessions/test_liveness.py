@@ -21,7 +21,7 @@ import pytest
 from ray_envcache.errors import TempDirError
 from ray_envcache.sessions import directories, liveness
 from ray_envcache.sessions.collector import collect_sessions
-from ray_envcache.system import disk, files
+from ray_envcache.system import disk, files, flock, processes
 from tests import support
 
 NOBODY = 65534
@@ -58,7 +58,7 @@ def rest(session: Path, age: float = 3600) -> None:
 
 
 def look(temp: Path) -> dict[str, tuple[str, str]]:
-    return {one.name: (one.state, one.why) for one in liveness.survey([temp])}
+    return {one.name: (one.state, one.why) for one in liveness.judge_sessions([temp])}
 
 
 def judge(session: Path) -> tuple[str, str]:
@@ -139,17 +139,18 @@ def test_a_longer_pid_is_another_session(temp: Path, children: list[subprocess.P
     assert (judge(short)[0], judge(long)[0]) == ("dead", "alive")
 
 
-def test_a_flock_of_ours_keeps_it(temp: Path, children: list[subprocess.Popen[str]]) -> None:
-    """Whoever holds a session keeps it, and frees it by dying; two may hold it at once."""
+def test_a_flock_keeps_it(temp: Path) -> None:
+    """A flock on a session keeps it until it is released; two processes may have one at once."""
     session = make(temp)
     # Through another name, as another container may have another path.
     alias = temp.parent / "alias"
     os.rename(session, alias)
-    held = [liveness.hold(alias), liveness.hold(alias)]
+    held = [flock.try_flock(alias, exclusive=False), flock.try_flock(alias, exclusive=False)]
     os.rename(alias, session)
     assert judge(session) == ("alive", "a process holds a flock on it")
     assert collect_sessions([temp]).removed == []
     for descriptor in held:
+        assert descriptor is not None
         os.close(descriptor)
     assert len(collect_sessions([temp]).removed) == 1
 
@@ -175,7 +176,7 @@ def test_a_cluster_of_another_container_keeps_it(temp: Path, children: list[subp
     assert (state, "other containers" in why) == ("in doubt", True)
     start(children, NAMING["a socket"], session)
     rest(session, 30 * 60)
-    assert seen_from_a_container() == ("alive", "somebody listens on its socket raylet")
+    assert seen_from_a_container() == ("alive", "a process listens on its socket raylet")
 
 
 def test_a_socket_file_says_nothing(temp: Path) -> None:
@@ -195,7 +196,7 @@ def test_a_starting_cluster_is_in_doubt(zone: float, temp: Path) -> None:
     rest(session, 4)
     assert judge(session) == ("in doubt", "it was made a moment ago, its cluster may be starting")
     assert collect_sessions([temp]).removed == []
-    assert [one.name for one in collect_sessions([temp], starting=0, only=[named]).removed] == [named]
+    assert [one.name for one in collect_sessions([temp], starting=0).removed] == [named]
 
 
 def test_a_session_that_has_just_ended_is_dead(temp: Path) -> None:
@@ -309,7 +310,7 @@ import _strptime, json, os, sys
 from ray_envcache import errors
 from ray_envcache.cli import tables
 from ray_envcache.sessions import directories, liveness
-from ray_envcache.system import mentions, processes
+from ray_envcache.system import processes
 from ray_envcache.sessions.collector import collect_sessions
 from pathlib import Path
 import psutil
@@ -359,7 +360,9 @@ def test_a_process_that_refuses_to_be_looked_at(temp: Path, children: list[subpr
     give_to_nobody(earlier)
     give_to_nobody(later)
     report = collect_as_nobody(temp)
-    assert report["in_doubt"] == [[earlier.name, f"process {pid} ({sys.executable[:60]}) refuses to be looked at"]]
+    assert report["in_doubt"] == [
+        [earlier.name, f"process {pid} ({os.path.basename(sys.executable)}) refuses to be looked at"]
+    ]
     assert [name for name, _ in report["removed"]] == [later.name]
 
 
@@ -413,7 +416,7 @@ def test_what_a_session_holds(temp: Path) -> None:
         venv.mkdir(parents=True)
         (venv / "pyvenv.cfg").write_text("home = /usr")
         (venv / "big").write_bytes(b"x" * 500_000)
-    (one,) = liveness.survey([temp])
+    (one,) = liveness.judge_sessions([temp])
     assert (one.venvs, one.exact) == (2, one.exact)
     assert 10_000 <= one.logs_bytes < 100_000
     assert 1_000_000 <= one.reclaimable_bytes <= one.size_bytes < 1_200_000
@@ -431,76 +434,25 @@ def latest(temp: Path) -> str | None:
     return os.readlink(link) if link.is_symlink() else None
 
 
-def test_latest_is_mended(temp: Path, children: list[subprocess.Popen[str]]) -> None:
-    """It leads to the newest session that is left; without any it is gone."""
-    alive, newest = make(temp, 1), make(temp, 2)
-    (temp / "session_latest").symlink_to(newest)
+def test_latest_goes_where_it_dangles(temp: Path, children: list[subprocess.Popen[str]]) -> None:
+    """A collection removes a link to what it removed, and leaves one that leads to a living session."""
+    alive, dead = make(temp, 1), make(temp, 2)
     start(children, "", alive)
+    (temp / "session_latest").symlink_to(alive)
+    make(temp, 3)
     collect_sessions([temp])
-    assert latest(temp) == alive.name
-    children[0].kill()
-    children[0].wait()
-    collect_sessions([temp])
-    assert list(temp.iterdir()) == []
-
-
-def test_latest_that_is_right_or_not_rays_is_left(temp: Path) -> None:
-    """A link that leads somewhere, and a directory of that name, stay as they are."""
-    session, other = make(temp, 1), make(temp, 2)
-    (temp / "session_latest").symlink_to(session)
-    directories.mend_latest(temp)
-    assert latest(temp) == str(session)
+    assert latest(temp) == str(alive)
     (temp / "session_latest").unlink()
+    (temp / "session_latest").symlink_to(dead)
+    collect_sessions([temp])
+    assert [path.name for path in temp.iterdir()] == [alive.name]
+
+
+def test_latest_that_is_not_rays_is_left(temp: Path) -> None:
+    """A directory of that name stays as it is."""
     (temp / "session_latest").mkdir()
-    shutil.rmtree(other)
-    directories.mend_latest(temp)
+    directories.remove_dangling_latest(temp)
     assert (temp / "session_latest").is_dir()
-
-
-def test_links_of_the_killed_are_swept(temp: Path) -> None:
-    """A link that was never renamed into place goes when it is old; others' files of such names stay."""
-    old, young, file = (temp / f".session_latest.{digit * 8}" for digit in "abc")
-    old.symlink_to("x")
-    young.symlink_to("x")
-    file.write_text("")
-    os.utime(old, (0, 0), follow_symlinks=False)
-    directories.mend_latest(temp)
-    assert not old.is_symlink()
-    assert young.is_symlink()
-    assert file.exists()
-
-
-# As ray._private.utils.try_to_symlink does it.
-RAY_STARTS = """
-import os, sys
-temp = sys.argv[1]
-link = os.path.join(temp, "session_latest")
-for number in range(1000, 3000):
-    session = os.path.join(temp, f"session_2026-01-02_03-04-05_{number:06}_77")
-    os.mkdir(session)
-    if os.path.exists(link):
-        try:
-            os.remove(link)
-        except OSError:
-            continue
-    try:
-        os.symlink(session, link)
-    except OSError:
-        pass
-    if number != 2999:
-        os.rmdir(session)
-"""
-
-
-def test_latest_in_a_race_with_clusters_that_start(temp: Path) -> None:
-    """Whoever comes first, the link of the last cluster leads to it in the end."""
-    with subprocess.Popen([sys.executable, "-c", RAY_STARTS, temp]) as child:
-        while child.poll() is None:
-            directories.mend_latest(temp)
-    directories.mend_latest(temp)
-    assert child.returncode == 0
-    assert os.path.basename(latest(temp) or "") == "session_2026-01-02_03-04-05_002999_77"
-    assert sorted(path.name for path in temp.iterdir() if path.name.startswith(".")) == []
 
 
 # Collectors that meet others, and death in between
@@ -552,10 +504,10 @@ import os, signal, sys
 from pathlib import Path
 from ray_envcache import errors
 from ray_envcache.sessions import directories, liveness
-from ray_envcache.system import mentions, processes
+from ray_envcache.system import processes
 from ray_envcache.sessions.collector import collect_sessions
 
-CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.chmod", "os.symlink", "fcntl.flock"}
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.chmod", "fcntl.flock"}
 remaining = int(sys.argv[1])
 
 def count(event, arguments):
@@ -584,9 +536,7 @@ def test_sigkill_at_every_step(temp: Path, children: list[subprocess.Popen[str]]
         report = collect_sessions([temp])
         assert report.failed == []
         assert not any(session.exists() for session in dead)
-        assert latest(temp) == alive.name
-        left = {path.name for path in temp.iterdir() if not path.name.startswith(".session_latest.")}
-        assert left == {alive.name, "session_latest"}
+        assert [path.name for path in temp.iterdir()] == [alive.name]
         if done.returncode == 0:
             break
         assert done.returncode == -signal.SIGKILL
@@ -752,15 +702,15 @@ def test_a_temp_directory_that_may_not_be_looked_into(temp: Path) -> None:
 
 
 @needs_root
-def test_links_that_may_not_be_looked_at_are_not_mended(temp: Path) -> None:
-    """Where Ray's directory belongs to somebody else, nothing is mended, and that is no error."""
+def test_links_that_may_not_be_looked_at_stay(temp: Path) -> None:
+    """Where Ray's directory is closed to this user, nothing is removed, and that is no error."""
     temp.chmod(0o700)
     code = """
     import os, sys
     from pathlib import Path
     from ray_envcache.sessions import directories
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
-    directories.mend_latest(Path(sys.argv[1]))
+    directories.remove_dangling_latest(Path(sys.argv[1]))
     """
     support.run_python(code, str(temp))
 
@@ -825,13 +775,11 @@ def test_mentions_without_proc(
     temp: Path, children: list[subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where there is no /proc, command lines, working directories and open files are seen as well."""
-    from ray_envcache.system import mentions
-
     named, opened, neither = make(temp, 1), make(temp, 2), make(temp, 3)
     start(children, "", f"--session-name={named.name}")
     # In two parts, or the command line would name it.
     start(children, f"file = open({str(opened)[:-1]!r} + '{opened.name[-1]}/logs/raylet.out')")
-    monkeypatch.setattr(mentions, "_has_proc", lambda: False)
-    found = mentions.find_mentions(liveness.NAMED).by_name
+    monkeypatch.setattr(processes, "_has_proc", lambda: False)
+    found = processes.find_mentions(liveness.NAMED).by_name
     assert {named.name, opened.name} <= found.keys()
     assert neither.name not in found

@@ -266,7 +266,7 @@ def test_a_failed_run_on_a_small_disk(tmp_path: Path) -> None:
         assert [path.name for path in place.folder.rglob("*")] == ["logs", SESSION, "raylet.out"]
 
 
-@pytest.mark.parametrize("failing", ["collect_sessions", "survey"])
+@pytest.mark.parametrize("failing", ["collect_sessions", "judge_sessions"])
 def test_cleaning_up_raises_nothing(place: RunTmpdir, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     """Whatever fails is one message, nothing is removed unseen, and the link goes."""
 

@@ -210,18 +210,17 @@ def test_foreign_things_are_not_swept(long: Path, place: Path) -> None:
     assert [path.name[3] for path in links(place)] == ["a", "b", "c", "d"]
 
 
-def test_rays_link_is_mended(long: Path) -> None:
-    """Ray's link to the latest session leads through ours; it is right without it, and before the next cluster."""
+def test_rays_link_through_ours_goes(long: Path) -> None:
+    """Ray's link to the latest session leads through ours; it goes with that, or before the next cluster."""
     session = long / "ray" / "session_2026-01-02_03-04-05_123456_77"
     session.mkdir(parents=True)
     latest = session.with_name("session_latest")
     with ray_envcache.short_tmpdir(long) as short:
         latest.symlink_to(f"{short}/ray/{session.name}")
-    assert os.readlink(latest) == session.name
-    latest.unlink()
+    assert not latest.is_symlink()
     latest.symlink_to("/tmp/re-deadbeef/t/ray/session_2026-01-02_03-04-05_000000_66")
     with ray_envcache.short_tmpdir(long):
-        assert os.readlink(latest) == session.name
+        assert not latest.is_symlink()
 
 
 # Bad input
@@ -249,7 +248,7 @@ def test_unwritable(tmp_path: Path) -> None:
         import os, random, sys, tempfile
         from ray_envcache import errors
         from ray_envcache.sessions import directories, short_path
-        from ray_envcache.system import mentions, processes
+        from ray_envcache.system import processes
         os.setgroups([]); os.setgid(65534); os.setuid(65534)
         try:
             short_path.short_tmpdir(sys.argv[1])
