@@ -97,7 +97,7 @@ def _top(chosen: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> P
     if chosen is not None:
         if not os.path.isdir(chosen):
             raise TempDirError(f"No directory: `{os.fspath(chosen)}`", "name the temp directory of Ray clusters")
-        return Path(chosen).resolve()
+        return Path(absolute(chosen)).resolve()
     # As in ray._common.utils.get_default_system_temp_dir.
     default = environ.get("TMPDIR") if sys.platform.startswith("linux") else None
     return Path(absolute(environ.get("RAY_TMPDIR") or default or "/tmp")).resolve()  # noqa: S108  # where Ray puts them

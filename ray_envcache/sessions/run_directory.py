@@ -1,4 +1,4 @@
-"""A temp directory for the clusters of one run, which goes with them."""
+"""A temp directory for the clusters of one run; at its end goes what Ray left there, and nothing else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from ray_envcache.sessions import directories
 from ray_envcache.sessions.collector import collect_sessions
 from ray_envcache.sessions.liveness import STARTING_SECONDS, judge_sessions
 from ray_envcache.sessions.short_path import ShortTmpdir, require_usable, short_tmpdir
-from ray_envcache.system import files, flock
+from ray_envcache.system import flock
+from ray_envcache.system.units import printable
 
 _logger = logging.getLogger(__name__)
 PATIENCE_SECONDS = 10.0
@@ -26,16 +27,22 @@ LENT_SECONDS = 1.0
 """How long other processes of the program may take to end after it."""
 
 _NAME = re.compile(rf"{directories.RUN_PREFIX}[a-z0-9_]{{8}}")
+_OF_RAY = {
+    "ray": re.compile(r"session_latest|ray_current_cluster|(?:tmp_)?prom_metrics_service_discovery\.json"),
+    "_ray_lockfiles": re.compile(r"[0-9a-f]{64}\.lock"),
+}
+"""What Ray makes below $RAY_TMPDIR beside its sessions: folders, and the names of files in each."""
+_SHOWN = 5
 
 
 @contextmanager
 def clean_sessions(tmpdir: str | os.PathLike[str] | None = None, *, keep: bool = False) -> Iterator[None]:
     """Remove the sessions of clusters that start in this context: around `ray.init()` and `ray.shutdown()`.
 
-    They go into a directory of their own below `tmpdir` (however long its path is), else below Ray's usual one. After
-    an exception the logs stay, and a message names them. With `keep` all stays. What this process still has of a
-    cluster is shut down at the end; another one that lives on keeps its session. Raises TempDirError, before Ray
-    starts, where Ray could not work in the directory.
+    They go into a directory of their own below `tmpdir` (however long its path is), else below Ray's usual one. Only
+    what Ray made is removed. After an exception the logs stay, and a message names them. With `keep` all stays. What
+    this process still has of a cluster is shut down at the end; another one that lives on keeps its session. Raises
+    TempDirError, before Ray starts, where Ray could not work in the directory.
     """
     place = RunTmpdir.make(os.fspath(tmpdir) if tmpdir is not None else None, os.environ)
     before, failed = os.environ.get("RAY_TMPDIR"), True
@@ -60,19 +67,18 @@ def _shut_down() -> None:
 
 
 def sweep(runs: Iterable[Path]) -> None:
-    """Remove what killed runs left of their directories, once no process holds them and no session is in them.
+    """Remove what Ray left in the directories of killed runs, once no process holds them and no session is in them.
 
-    Saved logs stay, and directories that are not as a run leaves them.
+    Saved logs stay, and so does everything that Ray did not make.
     """
     for folder in runs:
-        with suppress(OSError, RecursionError):
+        with suppress(OSError):
             # The flock comes a moment after the directory.
             is_old = _NAME.fullmatch(folder.name) and _age(folder) > STARTING_SECONDS
-            held = directories.try_flock(folder) if is_old else None
+            held = directories.try_flock(folder) if is_old and directories.is_own(folder, private=True) else None
             if held is not None:
                 try:
-                    if _is_left(folder):
-                        _remove(folder, folder / "ray")
+                    _remove(folder)
                 finally:
                     os.close(held)
 
@@ -83,18 +89,27 @@ def _age(folder: Path) -> float:
     return time.time() - max(made, default=time.time())
 
 
-def _is_left(folder: Path) -> bool:
-    """Whether this is a directory that a run made, with nothing in it but what dead clusters leave, and saved logs."""
-    is_empty = set(os.listdir(folder)) <= {"ray", "logs"} and not directories.session_paths(folder / "ray")
-    return is_empty and directories.is_own(folder, private=True)
+def _remove(folder: Path) -> list[str]:
+    """Remove a run's directory with what Ray made there. Return what else is in it, which stays.
+
+    While a session is in it nothing is removed. Saved logs stay, too.
+    """
+    if directories.session_paths(folder / "ray"):
+        return []
+    for name, of_ray in _OF_RAY.items():
+        if directories.is_own(folder / name):
+            for file in (folder / name).iterdir():
+                if of_ray.fullmatch(file.name) and (file.is_symlink() or file.is_file()):
+                    file.unlink()
+            _remove_empty(folder / name)
+    _remove_empty(folder)
+    left = [f"{name}/{file}" for name in _OF_RAY for file in directories.names_in(folder / name)]
+    return sorted([*left, *(name for name in directories.names_in(folder) if name not in {*_OF_RAY, "logs"})])
 
 
-def _remove(folder: Path, temp: Path) -> None:
-    """Remove the directory of a run, but for saved logs. What else Ray left in it is about clusters that are gone."""
-    if not (folder / "logs").exists():
-        files.remove_tree(folder)
-    elif temp.exists():
-        files.remove_tree(temp)
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # something is in it
+        folder.rmdir()
 
 
 @dataclass(frozen=True)
@@ -178,8 +193,9 @@ class RunTmpdir:
             say(f"kept: {self.folder} (the program left a process that has it; `gc --sessions` removes it later)")
             return
         self.short.release(patience=0)
-        if not directories.session_paths(self.temp):
-            _remove(self.folder, self.temp)
+        if left := _remove(self.folder):
+            names = ", ".join(left[:_SHOWN]) + (", ..." if len(left) > _SHOWN else "")
+            say(printable(f"kept: {self.folder} (what Ray did not make: {names})"))
 
     def _others_hold(self) -> bool:
         """Whether another process has the flock, and keeps it for longer than a collector does."""

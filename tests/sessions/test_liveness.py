@@ -399,6 +399,20 @@ def test_a_mount_in_it_keeps_it(kind: str, temp: Path, tmp_path: Path) -> None:
     assert (precious / "thesis").exists()
 
 
+@needs_root
+def test_a_mount_behind_a_link_keeps_it(temp: Path, tmp_path: Path) -> None:
+    """What is mounted in a session is seen also where the temp directory is named by a link to it."""
+    session, precious = make(temp), tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis").write_text("irreplaceable")
+    link = temp.parent / "link"
+    link.symlink_to(temp.parent)
+    with mounted(session / "runtime_resources" / "pip", "--bind", precious):
+        rest(session)
+        assert [one.why[:24] for one in collect_sessions([link / "ray"]).in_doubt] == ["a file system is mounted"]
+        assert (precious / "thesis").exists()
+
+
 def test_on_a_network_file_system_it_stays(temp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where other hosts have the directory too, its cluster may be on any of them."""
     session, real = make(temp), disk.free_space
@@ -629,6 +643,38 @@ def test_temp_directories_are_rays(tmp_path: Path) -> None:
     assert directories.temp_dirs(tmp_path / "link", environ) == [tmpdir / "ray"]
     with pytest.raises(TempDirError, match="No directory"):
         directories.temp_dirs(tmp_path / "missing", environ)
+
+
+def test_a_working_directory_that_is_gone(tmp_path: Path) -> None:
+    """A relative temp directory is an error that names it, and says what to do; an absolute one will do."""
+    (tmp_path / "t" / "ray").mkdir(parents=True)
+    code = """
+    import os, sys, tempfile
+    from ray_envcache import clean_sessions, short_tmpdir
+    from ray_envcache.errors import TempDirError
+    from ray_envcache.sessions import directories
+    gone = tempfile.mkdtemp()
+    os.chdir(gone)
+    os.rmdir(gone)
+    def clean(path):
+        with clean_sessions(path):
+            assert os.environ["RAY_TMPDIR"]
+    def find(path):
+        directories.temp_dirs(path, {})
+    def find_default(path):
+        directories.temp_dirs(None, {"RAY_TMPDIR": path})
+    for use in (find, find_default, short_tmpdir, clean):
+        use(sys.argv[1])
+        try:
+            use(".")
+        except TempDirError as error:
+            print(error)
+    """
+    said = support.run_python(code, str(tmp_path / "t"))
+    assert said == 4 * (
+        "Cannot find the temp directory `.`: the working directory is gone\n"
+        "hint: name it by an absolute path, or change to a directory that exists\n"
+    )
 
 
 CLI_AS_NOBODY = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
 import shutil
@@ -129,7 +130,8 @@ def test_what_is_not_as_a_run_leaves_it_stays(top: Path) -> None:
         (folder / "ray").mkdir(parents=True)
         folder.chmod(0o700)
     (logs / "logs").mkdir()
-    (mixed / "thesis").touch()
+    (mixed / "ray" / "thesis").touch()
+    (mixed / "ray" / "session_latest").symlink_to("nowhere")
     public.chmod(0o755)
     (results / "ray").rmdir()
     (results / "model").touch()
@@ -138,9 +140,65 @@ def test_what_is_not_as_a_run_leaves_it_stays(top: Path) -> None:
     collect(top)
     left = {str(path.relative_to(top))[len(directories.RUN_PREFIX) :] for path in top.rglob("*")}
     assert left == {
-        "aaaaaaaa", "aaaaaaaa/logs", "bbbbbbbb", "bbbbbbbb/ray", "bbbbbbbb/thesis", "cccccccc", "cccccccc/ray",
+        "aaaaaaaa", "aaaaaaaa/logs", "bbbbbbbb", "bbbbbbbb/ray", "bbbbbbbb/ray/thesis", "cccccccc", "cccccccc/ray",
         "results1", "results1/model", "mine", "mine/ray",
     }  # fmt: skip
+
+
+def test_what_the_program_wrote_stays(top: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Files of the program below $RAY_TMPDIR, and in the folder of Ray's sessions, stay at the end and are named."""
+    with clean_sessions(top):
+        place = Path(os.environ["RAY_TMPDIR"])
+        leave_session(place / "ray")
+        for name in ("results", "ray/prom_metrics_service_discovery.json"):
+            (place / name).mkdir()
+            (place / name / "model").write_text("hours of work")
+        (place / "ray" / "checkpoint\n").write_text("hours of work")
+    (folder,) = top.iterdir()
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) == [
+        "ray", "ray/checkpoint\n", "ray/prom_metrics_service_discovery.json",
+        "ray/prom_metrics_service_discovery.json/model", "results", "results/model",
+    ]  # fmt: skip
+    names = "ray/checkpoint?, ray/prom_metrics_service_discovery.json, results"
+    assert caplog.messages == [f"kept: {folder} (what Ray did not make: {names})"]
+
+
+def test_what_the_program_wrote_survives_a_killed_run(top: Path, place: RunTmpdir) -> None:
+    """A sweep removes what Ray made in the directory of a killed run, and leaves the rest, run or no run."""
+    place.temp.mkdir()
+    (place.temp / "session_latest").symlink_to("nowhere")
+    (place.temp / "checkpoint").write_text("hours of work")
+    forget(place)
+    for _ in range(2):
+        age(place.folder)
+        collect(top)
+        assert [path.name for path in place.folder.rglob("*")] == ["ray", "checkpoint"]
+
+
+# In the words of Ray itself, whose names may change.
+MAKE_WHAT_RAY_MAKES = """
+import os, runpy, sys
+import ray
+os.environ["RAY_TMPDIR"] = sys.argv[1]
+from ray._common.utils import get_default_ray_temp_dir, get_ray_address_file
+from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE, SESSION_LATEST
+temp = get_default_ray_temp_dir()
+os.makedirs(temp)
+os.symlink("nowhere", os.path.join(temp, SESSION_LATEST))
+for name in (get_ray_address_file(temp), PROMETHEUS_SERVICE_DISCOVERY_FILE, "tmp_" + PROMETHEUS_SERVICE_DISCOVERY_FILE):
+    open(os.path.join(temp, name), "w").close()
+# By its path: its package needs pyarrow.
+with runpy.run_path(os.path.join(os.path.dirname(ray.__file__), "air/_internal/filelock.py"))["TempFileLock"]("data"):
+    print(sorted(name for _, folders, files in os.walk(sys.argv[1]) for name in folders + files))
+"""
+
+
+def test_what_ray_makes_beside_its_sessions_goes(top: Path, place: RunTmpdir) -> None:
+    """All that Ray makes below $RAY_TMPDIR beside sessions is removed at the end of a run, with the directory."""
+    made = ast.literal_eval(support.run_python(MAKE_WHAT_RAY_MAKES, str(place.folder)))
+    assert len(made) == 7
+    place.close(pytest.fail, failed=False, keep=False, lent=True)
+    assert list(top.iterdir()) == []
 
 
 def test_what_the_program_leaves_keeps_the_directory(
@@ -251,13 +309,13 @@ def test_logs_that_cannot_be_saved_stay(place: RunTmpdir, monkeypatch: pytest.Mo
 
 @needs_root
 def test_a_failed_run_on_a_small_disk(tmp_path: Path) -> None:
-    """On a disk without an inode left the logs are saved as well, and the rest goes."""
+    """On a disk without an inode left the logs are saved as well, and the rest of the session goes."""
     disk = tmp_path / "disk"
     with support.small_disk(disk):
         place = RunTmpdir.make(str(disk), {})
         leave_session(place.temp)
         for number in range(os.statvfs(disk).f_favail):
-            (place.temp / f"ballast-{number}").touch()
+            (disk / f"ballast-{number}").touch()
         with pytest.raises(OSError, match="No space left"):
             (place.folder / "logs").mkdir()
         said: list[str] = []

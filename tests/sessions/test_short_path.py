@@ -205,9 +205,12 @@ def test_foreign_things_are_not_swept(long: Path, place: Path) -> None:
     (place / "re-bbbbbbbb" / "thesis").touch()
     (place / "re-cccccccc").symlink_to(long)
     (place / "re-dddddddd").touch()
-    (place / "re-eeeeeeee").mkdir(mode=0o700)  # of one who died before the link was made
+    (place / "re-training").mkdir(mode=0o700)
+    (place / "re-training" / "t").write_text("hours of work")
+    (place / "re-eeeeeeee").mkdir(mode=0o700)  # its process died before the link was made
     short_path.sweep_links([place])
-    assert [path.name[3] for path in links(place)] == ["a", "b", "c", "d"]
+    assert [path.name[3] for path in links(place)] == ["a", "b", "c", "d", "t"]
+    assert (place / "re-training" / "t").read_text() == "hours of work"
 
 
 def test_rays_link_through_ours_goes(long: Path) -> None:
