@@ -206,7 +206,7 @@ def test_a_cluster_in_a_long_temp_directory(host: Host, tmp_path: Path, how: str
     assert not os.path.lexists(os.path.dirname(short))
     real = scratch / os.path.relpath(session, short)
     assert (real / "logs" / "raylet.out").exists()
-    assert (real.parent / "session_latest").resolve() == real
+    assert not (real.parent / "session_latest").is_symlink()  # it led through the link
     age(real)
     assert gc(host, "--tmpdir", str(scratch))["removed"] == [real.name]
 
