@@ -52,13 +52,12 @@ def collect_sessions(
     older_than: float = 0.0,
     dry_run: bool = False,
     starting: float = STARTING_SECONDS,
-    logs_to: Path | None = None,
+    keep_logs: bool = False,
 ) -> SessionReport:
     """Remove the sessions of dead clusters into which nothing was written for `older_than` seconds.
 
-    Callers that know that no cluster is starting there set `starting` to 0. With `logs_to` the logs of each session are
-    moved there first, under its name; a session whose logs cannot be moved stays. What cannot be removed raises
-    nothing: it is in the report.
+    Callers that know that no cluster is starting there set `starting` to 0. With `keep_logs` the logs stay where they
+    are, and all else in a session goes. What cannot be removed raises nothing: it is in the report.
     """
     report = SessionReport()
     going: list[Session] = []
@@ -71,7 +70,7 @@ def collect_sessions(
         report.removed.extend(going)
         return report
     for first in range(0, len(going), _BATCH):
-        _remove(going[first : first + _BATCH], report, logs_to)
+        _remove(going[first : first + _BATCH], report, keep_logs=keep_logs)
     for temp in temps:
         directories.remove_dangling_latest(temp)
     return report
@@ -92,7 +91,7 @@ class _Claim:
             _rename(self.temp, self.name, os.path.basename(self.session.path))
 
 
-def _remove(batch: list[Session], report: SessionReport, logs_to: Path | None) -> None:
+def _remove(batch: list[Session], report: SessionReport, *, keep_logs: bool) -> None:
     with ExitStack() as stack:
         claims = [claim for one in batch if (claim := _claim(one, report, stack))]
         testpoints.reach("sessions-renamed")
@@ -102,8 +101,8 @@ def _remove(batch: list[Session], report: SessionReport, logs_to: Path | None) -
             if why := named.get(claim.session.name):
                 claim.give_back()
                 report.stays(claim.session, why)
-            elif logs_to is None or _save_logs(claim, logs_to, report):
-                _delete(claim, report)
+            else:
+                _delete(claim, report, keep_logs=keep_logs)
 
 
 def _claim(one: Session, report: SessionReport, stack: ExitStack) -> _Claim | None:
@@ -145,35 +144,13 @@ def _rename(temp: int, old: str, new: str) -> None:
     os.rename(old, new, src_dir_fd=temp, dst_dir_fd=temp)
 
 
-def _save_logs(claim: _Claim, logs_to: Path, report: SessionReport) -> bool:
-    """Move the logs out of a session, or give it back with them. Return whether the rest of it may go."""
+def _delete(claim: _Claim, report: SessionReport, *, keep_logs: bool) -> None:
     try:
-        try:
-            _move_logs(claim, logs_to)
-        except OSError as error:
-            if error.errno not in files.FULL_DISK:
-                raise
-            # A folder for the logs needs room, which the rest of the session takes.
-            files.empty_directory(claim.descriptor, but="logs")
-            _move_logs(claim, logs_to)
-    except (OSError, RecursionError) as error:
-        claim.give_back()
-        report.fails(claim.session, error)
-        return False
-    return True
-
-
-def _move_logs(claim: _Claim, logs_to: Path) -> None:
-    with suppress(FileNotFoundError):
-        os.stat("logs", dir_fd=claim.descriptor, follow_symlinks=False)  # no folder for logs that are not there
-        logs_to.mkdir(exist_ok=True)
-        os.rename("logs", logs_to / claim.session.name, src_dir_fd=claim.descriptor)
-
-
-def _delete(claim: _Claim, report: SessionReport) -> None:
-    try:
-        files.empty_directory(claim.descriptor)
-        os.rmdir(claim.name, dir_fd=claim.temp)
+        files.empty_directory(claim.descriptor, but=directories.LOGS if keep_logs else "")
+        if keep_logs and os.listdir(claim.descriptor):
+            claim.give_back()
+        else:
+            os.rmdir(claim.name, dir_fd=claim.temp)
     except FileNotFoundError:
         pass  # another process deleted it with us
     except (OSError, RecursionError) as error:

@@ -21,7 +21,7 @@ from typing import Literal
 from ray_envcache.errors import TempDirError
 from ray_envcache.system import disk, files, flock
 
-LATEST = "session_latest"
+LATEST, LOGS = "session_latest", "logs"
 RUN_PREFIX = "ray-run-"
 """Begins the name of a directory that `ray-envcache run` makes for the clusters of one run."""
 NAME = r"session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}_\d{1,10}"
@@ -190,7 +190,7 @@ def measure_session(path: Path) -> Session:
         size_bytes=use.size,
         reclaimable_bytes=use.reclaimable,
         exact=use.exact,
-        logs_bytes=disk.measure(path / "logs").size,
+        logs_bytes=disk.measure(path / LOGS).size,
         venvs=venvs,
         last_written=newest,
         changed=found.st_mtime,
@@ -221,8 +221,9 @@ def _complaint(session: Session, path: Path) -> str:
         return "its name has a date to come"
     if session.user != os.geteuid():
         return f"it belongs to user {session.user}"
-    if not session.going and not all(_is_directory(path / name) for name in ("logs", "sockets")):
-        return "it does not have the folders of a session"
+    folders = [name for name in (LOGS, "sockets") if _is_directory(path / name)]
+    if folders != [LOGS, "sockets"] and not session.going:
+        return "only its logs are left" if folders else "it does not have the folders of a session"
     kind = disk.free_space(path).kind
     if disk.is_network(kind):
         return f"it is on a network file system ({kind}): its cluster may be on another host"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ray_envcache.sessions import directories
 from ray_envcache.sessions.collector import collect_sessions
-from ray_envcache.sessions.liveness import STARTING_SECONDS, judge_sessions
+from ray_envcache.sessions.liveness import judge_sessions
 from ray_envcache.sessions.short_path import ShortTmpdir, require_usable, short_tmpdir
 from ray_envcache.system import flock
 from ray_envcache.system.units import printable
@@ -69,13 +69,12 @@ def _shut_down() -> None:
 def sweep(runs: Iterable[Path]) -> None:
     """Remove what Ray left in the directories of killed runs, once no process holds them and no session is in them.
 
-    Saved logs stay, and so does everything that Ray did not make.
+    Everything that Ray did not make stays.
     """
     for folder in runs:
         with suppress(OSError):
-            # The flock comes a moment after the directory.
-            is_old = _NAME.fullmatch(folder.name) and _age(folder) > STARTING_SECONDS
-            held = directories.try_flock(folder) if is_old and directories.is_own(folder, private=True) else None
+            is_run = _NAME.fullmatch(folder.name) and directories.is_own(folder, private=True)
+            held = directories.try_flock(folder) if is_run else None
             if held is not None:
                 try:
                     _remove(folder)
@@ -83,16 +82,10 @@ def sweep(runs: Iterable[Path]) -> None:
                     os.close(held)
 
 
-def _age(folder: Path) -> float:
-    """Return the seconds since a name was made in the directory of a run, or in that of its clusters."""
-    made = [path.lstat().st_mtime for path in (folder, folder / "ray") if os.path.lexists(path)]
-    return time.time() - max(made, default=time.time())
-
-
 def _remove(folder: Path) -> list[str]:
     """Remove a run's directory with what Ray made there. Return what else is in it, which stays.
 
-    While a session is in it nothing is removed. Saved logs stay, too.
+    While a session, or its saved logs, is in it, nothing is removed.
     """
     if directories.session_paths(folder / "ray"):
         return []
@@ -104,7 +97,7 @@ def _remove(folder: Path) -> list[str]:
             _remove_empty(folder / name)
     _remove_empty(folder)
     left = [f"{name}/{file}" for name in _OF_RAY for file in directories.names_in(folder / name)]
-    return sorted([*left, *(name for name in directories.names_in(folder) if name not in {*_OF_RAY, "logs"})])
+    return sorted([*left, *(name for name in directories.names_in(folder) if name not in _OF_RAY)])
 
 
 def _remove_empty(folder: Path) -> None:
@@ -169,13 +162,12 @@ class RunTmpdir:
     def _collect(self, say: Callable[[str], None], *, failed: bool) -> None:
         """Remove the sessions of dead clusters, and say which stay, and where saved logs are."""
         self._wait()
-        logs = self.folder / "logs"
-        report = collect_sessions([self.temp], starting=0, logs_to=logs if failed else None)
+        report = collect_sessions([self.temp], starting=0, keep_logs=failed)
         for one in (*report.alive, *report.in_doubt, *report.failed):
             say(f"{one.state}: {one.path} ({one.why})")
-        for one in (*report.removed, *report.failed):
-            if (logs / one.name).is_dir():
-                say(f"logs of the failed run: {logs / one.name}")
+        for one in report.removed:
+            if failed and os.path.isdir(logs := os.path.join(one.path, directories.LOGS)):
+                say(f"logs of the failed run: {logs}")
 
     def _wait(self) -> None:
         """Wait until all clusters are dead, or for as long as that usually takes."""

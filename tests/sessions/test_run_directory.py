@@ -34,13 +34,6 @@ def place(top: Path) -> RunTmpdir:
     return RunTmpdir.make(str(top), {})
 
 
-def age(folder: Path) -> None:
-    """Make it look old, with the directory for clusters in it."""
-    for path in (folder / "ray", folder):
-        if path.exists():
-            os.utime(path, (1, 1))
-
-
 def leave_session(temp: Path, name: str = SESSION) -> Path:
     """A session directory as a dead cluster leaves it."""
     session = temp / name
@@ -82,7 +75,6 @@ def test_a_living_run_keeps_its_directory(top: Path, place: RunTmpdir, children:
     """It stays between two clusters, with and without `run` itself, for as long as the program lives; the link too."""
     program = inherit(children, place)
     place.temp.mkdir()
-    age(place.folder)
     collect(top)
     assert place.temp.is_dir()
     forget(place)
@@ -95,10 +87,9 @@ def test_a_living_run_keeps_its_directory(top: Path, place: RunTmpdir, children:
 
 @pytest.mark.parametrize("ray", [True, False])
 def test_what_a_killed_run_left_goes(top: Path, place: RunTmpdir, ray: bool) -> None:  # noqa: FBT001
-    """Whether or not a cluster was ever started in it; but not a moment after it was made, nor with a session in it."""
+    """The directory of a killed run goes, whether or not a cluster was started in it; not while a session is in it."""
     if ray:
         session = leave_session(place.temp)
-        age(place.folder)
         forget(place)
         collect(top)
         assert session.is_dir()
@@ -106,17 +97,13 @@ def test_what_a_killed_run_left_goes(top: Path, place: RunTmpdir, ray: bool) -> 
     else:
         forget(place)
     collect(top)
-    assert place.folder.is_dir()
-    age(place.folder)
-    collect(top)
     assert list(top.iterdir()) == []
 
 
 def test_gc_of_the_directory_itself(top: Path, place: RunTmpdir) -> None:
-    """Who names the directory of a killed run, or that of its clusters, has it removed as well."""
+    """A killed run is also found by its own directory, and by that of its clusters, as temp directory."""
     place.temp.mkdir()
     forget(place)
-    age(place.folder)
     assert directories.run_dirs(place.temp, {}) == directories.run_dirs(place.folder, {}) == [place.folder]
     sweep(directories.run_dirs(place.temp, {}))
     assert list(top.iterdir()) == []
@@ -135,8 +122,6 @@ def test_what_is_not_as_a_run_leaves_it_stays(top: Path) -> None:
     public.chmod(0o755)
     (results / "ray").rmdir()
     (results / "model").touch()
-    for folder in (logs, mixed, public, results, mine):
-        age(folder)
     collect(top)
     left = {str(path.relative_to(top))[len(directories.RUN_PREFIX) :] for path in top.rglob("*")}
     assert left == {
@@ -170,7 +155,6 @@ def test_what_the_program_wrote_survives_a_killed_run(top: Path, place: RunTmpdi
     (place.temp / "checkpoint").write_text("hours of work")
     forget(place)
     for _ in range(2):
-        age(place.folder)
         collect(top)
         assert [path.name for path in place.folder.rglob("*")] == ["ray", "checkpoint"]
 
@@ -210,7 +194,6 @@ def test_what_the_program_leaves_keeps_the_directory(
     said: list[str] = []
     place.close(said.append, failed=False, keep=False, lent=True)
     assert [str(place.folder) in text and "gc --sessions" in text for text in said] == [True]
-    age(place.folder)
     collect(top)
     assert os.path.samefile(place.short, place.folder)
     end(background)
@@ -263,7 +246,6 @@ def test_without_flocks(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(flock, "try_flock", refused)
     place = RunTmpdir.make(str(top), {})
-    age(place.folder)
     collect(top)
     assert place.folder.is_dir()
     place.close(pytest.fail, failed=False, keep=False, lent=True)
@@ -273,38 +255,22 @@ def test_without_flocks(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # Full disks, and others that refuse
 
 
-def fail_with(number: int, monkeypatch: pytest.MonkeyPatch, path: Path, while_there: Path) -> None:
-    """Let `mkdir` of this path fail for as long as something else is there."""
-    real = Path.mkdir
-
-    def mkdir(self: Path, *arguments: Any, **options: Any) -> None:
-        if self == path and any(while_there.parent.rglob(while_there.name)):
-            raise OSError(number, os.strerror(number))
-        real(self, *arguments, **options)
-
-    monkeypatch.setattr(Path, "mkdir", mkdir)
-
-
-@pytest.mark.parametrize("number", sorted(files.FULL_DISK))
-def test_logs_of_a_failed_run_on_a_full_disk(place: RunTmpdir, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Without room for a folder the rest of the session goes first; then the logs are saved."""
-    leave_session(place.temp)
-    fail_with(number, monkeypatch, place.folder / "logs", place.temp / "runtime_resources")
-    said: list[str] = []
-    place.close(said.append, failed=True, keep=False, lent=True)
-    assert said == [f"logs of the failed run: {place.folder / 'logs' / SESSION}"]
-    assert [path.name for path in place.folder.rglob("*")] == ["logs", SESSION, "raylet.out"]
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_logs_that_cannot_be_saved_stay(place: RunTmpdir, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """They stay in the session, which keeps its name, and one message says where and why."""
+def test_logs_of_a_failed_run_stay(top: Path, place: RunTmpdir) -> None:
+    """They stay where they are, their place is said, all else of the session goes; a sweep leaves them."""
     session = leave_session(place.temp)
-    fail_with(number, monkeypatch, place.folder / "logs", place.temp / "raylet.out")
     said: list[str] = []
     place.close(said.append, failed=True, keep=False, lent=True)
-    assert [text.partition(": ")[2] for text in said] == [f"{session} ({os.strerror(number)})"]
-    assert (session / "logs" / "raylet.out").read_text() == "why it failed"
+    assert said == [f"logs of the failed run: {session / 'logs'}"]
+    collect(top)
+    assert [one.why for one in collector.collect_sessions([place.temp]).in_doubt] == ["only its logs are left"]
+    assert [path.name for path in place.folder.rglob("*")] == ["ray", SESSION, "logs", "raylet.out"]
+
+
+def test_a_session_without_logs_goes_whole(tmp_path: Path) -> None:
+    """Where a killed collector has deleted the logs already, none are kept."""
+    (tmp_path / directories.going_name(SESSION) / "sockets").mkdir(parents=True)
+    assert [one.name for one in collector.collect_sessions([tmp_path], keep_logs=True).removed] == [SESSION]
+    assert list(tmp_path.iterdir()) == []
 
 
 @needs_root
@@ -317,11 +283,11 @@ def test_a_failed_run_on_a_small_disk(tmp_path: Path) -> None:
         for number in range(os.statvfs(disk).f_favail):
             (disk / f"ballast-{number}").touch()
         with pytest.raises(OSError, match="No space left"):
-            (place.folder / "logs").mkdir()
+            (place.folder / "x").mkdir()
         said: list[str] = []
         place.close(said.append, failed=True, keep=False, lent=True)
-        assert said == [f"logs of the failed run: {place.folder / 'logs' / SESSION}"]
-        assert [path.name for path in place.folder.rglob("*")] == ["logs", SESSION, "raylet.out"]
+        assert said == [f"logs of the failed run: {place.temp / SESSION / 'logs'}"]
+        assert [path.name for path in place.folder.rglob("*")] == ["ray", SESSION, "logs", "raylet.out"]
 
 
 @pytest.mark.parametrize("failing", ["collect_sessions", "judge_sessions"])
@@ -355,7 +321,7 @@ def test_an_exception_of_the_program_is_not_replaced(top: Path, monkeypatch: pyt
 def test_nothing_takes_a_session_that_somebody_joined(
     place: RunTmpdir, monkeypatch: pytest.MonkeyPatch, children: list[subprocess.Popen[str]]
 ) -> None:
-    """Logs are moved only after the last look: a process that came in between has its session with logs."""
+    """A process that joins between the judgement and the deleting keeps its session."""
     session = leave_session(place.temp)
     real = flock.try_flock
 
@@ -366,8 +332,7 @@ def test_nothing_takes_a_session_that_somebody_joined(
         return held
 
     monkeypatch.setattr(flock, "try_flock", join)
-    collector.collect_sessions([place.temp], starting=0, logs_to=place.folder / "logs")
-    assert (session / "logs" / "raylet.out").exists()
-    assert not (place.folder / "logs").exists()
+    collector.collect_sessions([place.temp], starting=0, keep_logs=True)
+    assert (session / "runtime_resources").exists()
     end(children[0])
     place.close(lambda _: None, failed=False, keep=False)
