@@ -1,4 +1,4 @@
-"""The temp directory of one run: who keeps it, what is left of it, on full disks too; without clusters."""
+"""The temp directory of one run: what keeps it, what is left of it, on full disks too; without clusters."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def collect(top: Path) -> None:
     sweep(directories.run_dirs(top, {}))
 
 
-# Who keeps it
+# What keeps it
 
 
 def test_a_living_run_keeps_its_directory(top: Path, place: RunTmpdir, children: list[subprocess.Popen[str]]) -> None:
@@ -236,7 +236,7 @@ def test_a_sweep_at_the_beginning(top: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_without_flocks(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the file system has none a run works as well; nobody sweeps there."""
+    """On a file system without flocks a run works as well, and no sweep takes its directory."""
     real = flock.try_flock
 
     def refused(path: Path, **options: Any) -> int | None:
@@ -292,7 +292,7 @@ def test_a_failed_run_on_a_small_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("failing", ["collect_sessions", "judge_sessions"])
 def test_cleaning_up_raises_nothing(place: RunTmpdir, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
-    """Whatever fails is one message, nothing is removed unseen, and the link goes."""
+    """Each failure is one message, nothing is removed unseen, and the link goes."""
 
     def fail(*_: Any, **__: Any) -> Any:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -318,7 +318,7 @@ def test_an_exception_of_the_program_is_not_replaced(top: Path, monkeypatch: pyt
         raise ZeroDivisionError
 
 
-def test_nothing_takes_a_session_that_somebody_joined(
+def test_nothing_takes_a_session_that_a_process_joined(
     place: RunTmpdir, monkeypatch: pytest.MonkeyPatch, children: list[subprocess.Popen[str]]
 ) -> None:
     """A process that joins between the judgement and the deleting keeps its session."""

@@ -1,4 +1,4 @@
-"""Short links to long temp directories, and who removes them."""
+"""Short links to long temp directories, and what removes them."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_short_path_is_returned_itself() -> None:
 
 
 def test_each_call_has_a_link_of_its_own(long: Path) -> None:
-    """Nobody loses a link because somebody else released his; twice is once."""
+    """A release removes the link of its own call only; a second one does nothing."""
     first, second = ray_envcache.short_tmpdir(long), ray_envcache.short_tmpdir(long)
     assert first != second
     assert first.release()
@@ -156,7 +156,7 @@ def test_links_of_the_dead_are_swept(long: Path, place: Path) -> None:
 
 
 def test_a_cluster_keeps_the_link_of_its_dead_driver(long: Path, place: Path) -> None:
-    """Nobody sweeps a link that a living process names, whoever made it."""
+    """No sweep takes a link that a living process names, even if another process made it."""
     driver = hold_in_a_child(long, place)
     short = first_line(driver)
     cluster = subprocess.Popen(
@@ -308,7 +308,7 @@ def test_no_place_for_a_link(long: Path, tmp_path: Path) -> None:
 
 @needs_root
 def test_a_place_of_another_user_is_refused(long: Path, place: Path) -> None:
-    """Whoever owns a place could replace the link: only root and the user himself may."""
+    """The owner of a place could replace the link, so that must be root or the user."""
     os.chown(place, 65534, 65534)
     with pytest.raises(TempDirError, match="it belongs to user 65534"):
         short_path.make_link(str(long), [place])
@@ -318,7 +318,7 @@ def test_a_place_of_another_user_is_refused(long: Path, place: Path) -> None:
 
 
 def test_racing_with_sweeps(long: Path, place: Path) -> None:
-    """Whoever makes a link has it, although others sweep all the time."""
+    """A link stays with the process that made it, although others sweep all the time."""
     sweeper = "import sys\nfrom pathlib import Path\nfrom ray_envcache.sessions import short_path\nwhile True: short_path.sweep_links([Path(sys.argv[1])])"
     with subprocess.Popen([sys.executable, "-c", sweeper, place]) as child:
         for _ in range(100):

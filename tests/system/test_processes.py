@@ -125,7 +125,7 @@ def test_an_open_file_is_no_flock(root: Path, spawn: Spawn) -> None:
 
 
 def test_fork_keeps_the_flock_of_a_dead_parent(root: Path, spawn: Spawn) -> None:
-    """A forked child is named after its parent, who took the flock, was killed."""
+    """A forked child is a holder, even when its parent, which took the flock, was killed."""
     fork = FLOCK + "\npid = os.fork()\nif pid == 0:\n    import signal\n    signal.pause()\nsaid = pid"
     parent = spawn(fork, root / "one" / "in-use", "LOCK_SH")
     forked = int(said(parent))
@@ -265,7 +265,7 @@ def test_processes_of_others_are_no_error(spawn: Spawn) -> None:
     code = """
     import re
     from pathlib import Path
-    # Imported before the user changes, who may not read this checkout.
+    # Imported before the user changes: the other one may not read this checkout.
     from ray_envcache.system import processes
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
     found = [processes.processes_using(Path("/tmp/x"), {"one"}), processes.flock_holders({}, Path("/tmp/x"))]
