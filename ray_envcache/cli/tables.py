@@ -16,8 +16,8 @@ from ray_envcache.system.units import format_duration, format_size, printable, u
 
 if TYPE_CHECKING:
     from ray_envcache.gc.collector import Report
-    from ray_envcache.sessions.collector import Report as SessionReport
-    from ray_envcache.sessions.liveness import Session
+    from ray_envcache.sessions.collector import SessionReport
+    from ray_envcache.sessions.directories import Session
     from ray_envcache.store.inventory import Status, User
 
 JSON_SCHEMA = 1

@@ -122,9 +122,8 @@ def _require_no_process(layout: Layout, entry: Entry) -> None:
     raylet and gcs_server are no Pythons and hold nothing; some daemons close all their descriptors. It may only say
     "in use", never "free".
     """
-    usage = processes.processes_using(layout.entries, [entry.path.name])
-    if uses := usage.by_name.get(entry.path.name):
-        raise refusal(entry, f"in use by process {uses[0].pid} ({uses[0].reason})")
+    if why := processes.processes_using(layout.entries, [entry.path.name]).get(entry.path.name):
+        raise refusal(entry, f"in use: {why}")
 
 
 def _users(layout: Layout, entry: Entry) -> str:

@@ -168,7 +168,7 @@ def _processes(layout: Layout, held: Mapping[str, os.stat_result]) -> dict[str, 
     if not held:
         return {}
     inodes = {(found.st_dev, found.st_ino): name for name, found in held.items()}
-    return processes.flock_holders(inodes, layout.entries).by_name
+    return processes.flock_holders(inodes, layout.entries)
 
 
 def _state(layout: Layout, entry: Entry, record: ReadyRecord | None) -> str:

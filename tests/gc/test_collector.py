@@ -96,7 +96,7 @@ def test_user_that_ends_while_it_is_looked_for(store: Store, make: Make, monkeyp
     assert lease is not None
     look = processes.flock_holders
 
-    def late(inodes: Mapping[tuple[int, int], str], root: Path) -> processes.FlockHolders:
+    def late(inodes: Mapping[tuple[int, int], str], root: Path) -> dict[str, list[processes.Process]]:
         lease.release()
         return look(inodes, root)
 
@@ -321,7 +321,7 @@ def test_process_without_a_hold_is_a_veto(store: Store, make: Make, children: li
     child = subprocess.Popen([program, "600"], text=True)
     children.append(child)
     support.wait_until(lambda: os.readlink(f"/proc/{child.pid}/exe") == str(program), "it runs")
-    with pytest.raises(InUseError, match=f"in use by process {child.pid} .exe"):
+    with pytest.raises(InUseError, match=f"in use: process {child.pid} .* its executable"):
         evict(store.layout, entry)
     child.kill()
     child.wait()
