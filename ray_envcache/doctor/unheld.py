@@ -88,7 +88,7 @@ def _holders(layout: Layout, entries: list[Entry]) -> set[tuple[int, str]]:
         with suppress(OSError):  # a collector removed it meanwhile
             found = entry.in_use.stat()
             inodes[found.st_dev, found.st_ino] = entry.path.name
-    held = processes.flock_holders(inodes, layout.entries).by_name
+    held = processes.flock_holders(inodes, layout.entries)
     return {(process.pid, name) for name, found in held.items() for process in found}
 
 
