@@ -26,7 +26,7 @@ from ray_envcache.system.units import format_size, is_off, parse_duration, parse
 
 if TYPE_CHECKING:
     from ray_envcache.acquire import Store
-    from ray_envcache.gc.collector import Report
+    from ray_envcache.gc.collector import Collected
 
 SCHEMA_VERSION = 1
 _SWITCHED_OFF = object()
@@ -242,7 +242,7 @@ def _print_json(data: dict[str, Any]) -> None:
     click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **data}, indent=2))
 
 
-def _finish_collection(report: Report, *, as_json: bool, dry_run: bool) -> None:
+def _finish_collection(report: Collected, *, as_json: bool, dry_run: bool) -> None:
     if as_json:
         _print_json({"dry_run": dry_run, **asdict(report), "freed_bytes": report.freed_bytes})
     else:

@@ -9,10 +9,9 @@ the flocks are free again, and only then begins what takes time.
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +19,6 @@ from ray_envcache.errors import InUseError, ReadOnlyError, UnknownKeyError
 from ray_envcache.store import leases, pins, shared_bytecode
 from ray_envcache.store.layout import Entry, Layout, layout_of
 from ray_envcache.system import disk, files, flock, processes, testpoints
-
-YIELD_SECONDS = 2.0
-"""How long a background compiler may take to step aside."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,6 @@ def evict(layout: Layout, entry: Entry, *, still_due: Callable[[], bool] = lambd
 
 
 def _evict(layout: Layout, entry: Entry, still_due: Callable[[], bool]) -> Evicted:
-    _ask_compiler_to_stop(layout, entry)
     _require_no_process(layout, entry)
     testpoints.reach("evict-chosen")
     with ExitStack() as flocks:
@@ -134,26 +129,3 @@ def _users(layout: Layout, entry: Entry) -> str:
         if holder.get("entry") == entry.path.name
     ]
     return f"in use by {', '.join(known)}" if known else "a process runs from it"
-
-
-def _ask_compiler_to_stop(layout: Layout, entry: Entry) -> None:
-    """The process that compiles bytecode gives way to everybody.
-
-    Its flock comes first and its lease last, and both are free in this order too: until then it is there.
-    """
-    deadline = time.monotonic() + YIELD_SECONDS
-    while _stop_compilers(layout, entry) or flock.is_held(layout.finishing_flock(entry)):
-        if time.monotonic() > deadline:
-            return
-        time.sleep(0.01)
-
-
-def _stop_compilers(layout: Layout, entry: Entry) -> bool:
-    """Ask those that have told their lease; False where there are none, or only some in other containers."""
-    mine = {"kind": "bytecode", "entry": entry.path.name, "pids": processes.pid_namespace()}
-    compilers = [holder for holder in leases.live_leases(layout, entry.key) if mine.items() <= holder.items()]
-    for holder in compilers:
-        # Its lease is live, so this is still the process that wrote it.
-        with suppress(ProcessLookupError, PermissionError):
-            os.kill(int(holder["pid"]), signal.SIGTERM)
-    return bool(compilers)

@@ -149,11 +149,6 @@ class Layout:
         return self.flocks / "doctor"
 
     @cached_property
-    def clock(self) -> Path:
-        """What the clocks said when the collector last looked."""
-        return self.top / "clock.json"
-
-    @cached_property
     def last_collection(self) -> Path:
         """Its mtime is when the collector last ran by itself."""
         return self.top / "last-collection"

@@ -7,7 +7,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -44,13 +44,6 @@ class DiskUse(NamedTuple):
     exact: bool
 
 
-class DiskUses(NamedTuple):
-    """The use of each of several trees, and of all together, where inodes they have in common count once."""
-
-    each: dict[Path, DiskUse]
-    total: DiskUse
-
-
 class FileSystem(NamedTuple):
     """Bytes in all and free for this user, inodes free for this user (None: no fixed number), and the type's name.
 
@@ -72,17 +65,6 @@ def measure(top: Path, linked: Collection[tuple[int, int]] = ()) -> DiskUse:
     `exact`); and space kept by a process that has a deleted file open counts as freed.
     """
     return _tally(top, linked).use()
-
-
-def measure_all(tops: Iterable[Path]) -> DiskUses:
-    """Measure several trees as `measure` does; none may lie within another."""
-    each: dict[Path, DiskUse] = {}
-    total = _Tally()
-    for top in tops:
-        tally = _tally(top)
-        each[top] = tally.use()
-        total.merge(tally)
-    return DiskUses(each, total.use())
 
 
 def free_space(path: Path) -> FileSystem:
@@ -184,17 +166,6 @@ class _Tally:
         except OSError as error:
             self.exact &= isinstance(error, _VANISHED)
         return directories
-
-    def merge(self, other: _Tally) -> None:
-        """Add another tree. Links to one inode from both may together be all that there are."""
-        self.size += other.size
-        self.reclaimable += other.reclaimable
-        self.files += other.files
-        self.exact &= other.exact and not _overlap(self.shared + other.shared)
-        # Inexact once is inexact for good: then the places, perhaps a million of them, would only take memory.
-        self.shared = self.shared + other.shared if self.exact else []
-        for key, inode in other.linked.items():
-            self._add_link(key, inode)
 
     def use(self) -> DiskUse:
         size = self.size + sum(inode.occupied for inode in self.linked.values())

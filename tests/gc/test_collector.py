@@ -19,7 +19,6 @@ import pytest
 from ray_envcache.acquire import Store
 from ray_envcache.errors import InUseError, UnknownKeyError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.gc import clock
 from ray_envcache.gc.collector import collect, make_room
 from ray_envcache.gc.evict import evict
 from ray_envcache.gc.policy import Limits
@@ -28,7 +27,7 @@ from ray_envcache.store import leases, pins
 from ray_envcache.store.inventory import status, survey
 from ray_envcache.store.layout import Entry
 from ray_envcache.store.leases import Holder
-from ray_envcache.store.sizes import sizes
+from ray_envcache.store.sizes import FRESH_SECONDS, MeasuredRecord, Sizes, record_sizes
 from ray_envcache.system import disk, processes
 from ray_envcache.system.units import Space
 from tests import support
@@ -118,7 +117,7 @@ def test_least_recently_used_goes_first_when_space_is_needed(store: Store, make:
 def test_freed_bytes_are_those_of_the_disk(store: Store, make: Make, tmp_path: Path) -> None:
     """What uv's cache has too frees nothing; once that cache is gone, all of it is freed. Measured, not summed."""
     entry = make("aa")
-    linked = sizes(store.layout, entry)
+    linked = record_sizes(store.layout, entry)
     assert linked.reclaimable_bytes < linked.size_bytes
     # Another hard link somewhere else, as uv's cache has them, makes even less reclaimable.
     for path in entry.site_packages.rglob("*.py"):
@@ -129,47 +128,54 @@ def test_freed_bytes_are_those_of_the_disk(store: Store, make: Make, tmp_path: P
     assert gone.freed < gone.logical
 
 
-def test_reclaimable_follows_the_cache_of_uv(
+def outdate(entry: Entry) -> None:
+    """Pretend that the entry was measured so long ago that its record is not believed any more."""
+    then = time.time() - FRESH_SECONDS - 1
+    os.utime(entry.measured, (then, then))
+
+
+def test_reclaimable_is_an_hour_old_at_most(
     store: Store, tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After `uv cache clean` the recorded figure no longer holds, and is measured anew."""
+    """After `uv cache clean` the record of an entry holds for an hour, then the entry is measured again."""
     monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv-cache"))
     support.make_wheel(wheels, "aa", modules={"aa.py": "x = '" + "a" * 500_000 + "'\n"})
     project = support.make_project(tmp_path / "project", wheels, ["ray", "aa"])
     entry = support.build_finished(store, project)
-    before = sizes(store.layout, entry).reclaimable_bytes
+    sizes = Sizes(store.layout)
+    before = sizes.of(entry).reclaimable_bytes
     support.run_uv("cache", "clean", cwd=tmp_path)
-    assert sizes(store.layout, entry).reclaimable_bytes >= before + 500_000
+    assert sizes.of(entry).reclaimable_bytes == before
+    outdate(entry)
+    assert sizes.of(entry).reclaimable_bytes >= before + 500_000
+    assert MeasuredRecord.read(entry) == sizes.of(entry)
     assert support.run_python("import aa", python=entry.python) == "", "nothing breaks"
 
 
-def test_sizes_are_measured_again_only_where_they_changed(store: Store, wheels: Path, tmp_path: Path) -> None:
-    """The first other environment with the same packages, and the last one's end, change what is freed; others do not.
-
-    Else each build would have all environments of a host walked through by the next `list` or `gc`.
-    """
-    for name in ("aa", "bb", "cc"):
+def test_reclaimable_counts_what_other_entries_have_too(store: Store, wheels: Path, tmp_path: Path) -> None:
+    """What an entry shares with another is freed by neither; once the other is gone it is freed by the one left."""
+    for name in ("aa", "bb"):
         support.make_wheel(wheels, name, modules={f"{name}.py": f"DATA = '{name * 100_000}'\n"})
 
     def build(*packages: str) -> Entry:
         project = support.make_project(tmp_path / f"project-{packages[-1]}", wheels, ["ray", *packages])
         return support.build_finished(store, project)
 
-    def measured(entry: Entry) -> tuple[int, int]:
-        """What it would free, and the file that says so: each record is a new one."""
-        return sizes(store.layout, entry).reclaimable_bytes, entry.measured.stat().st_mtime_ns
-
     first = build("aa")
-    alone, _ = measured(first)
-    others = [build("aa", "bb")]
-    shared = measured(first)
-    assert shared[0] <= alone - 200_000, "the bytecode of aa is another's too"
-    others.append(build("aa", "cc"))
-    assert measured(first) == shared
-    evict(store.layout, others.pop())
-    assert measured(first) == shared
-    evict(store.layout, others.pop())
-    assert measured(first)[0] == alone
+    alone = record_sizes(store.layout, first).reclaimable_bytes
+    other = build("aa", "bb")
+    assert record_sizes(store.layout, first).reclaimable_bytes <= alone - 200_000, "the bytecode of aa is shared"
+    evict(store.layout, other)
+    assert record_sizes(store.layout, first).reclaimable_bytes == alone
+
+
+def test_clock_that_went_back_makes_a_record_old(store: Store, make: Make) -> None:
+    """A record of the future is not believed: the entry is measured again."""
+    entry = make("aa")
+    ahead = time.time() + DAY
+    os.utime(entry.measured, (ahead, ahead))
+    Sizes(store.layout).of(entry)
+    assert entry.measured.stat().st_mtime < ahead
 
 
 def test_never_follows_a_link_out_of_the_store(store: Store, make: Make, tmp_path: Path) -> None:
@@ -212,7 +218,7 @@ def test_rubbish_of_the_dead_is_swept(store: Store, make: Make) -> None:
     report = collect(store.layout, AGE_ONLY)
     assert [one.name for one in report.removed] == [half.name]
     left = [str(path.relative_to(store.layout.top)) for path in store.layout.top.rglob("*") if path.is_file()]
-    assert [name for name in left if not name.startswith("flocks/") and name != "clock.json"] == []
+    assert [name for name in left if not name.startswith("flocks/")] == []
 
 
 def test_temporary_file_of_a_living_writer_stays(store: Store) -> None:
@@ -349,30 +355,6 @@ def test_user_in_another_container_is_seen(store: Store, make: Make, children: l
     assert (one["in_use"], one["holders"]) == (True, [])
     with pytest.raises(InUseError):
         evict(store.layout, entry)
-
-
-def test_clock_that_jumps_ahead_removes_nothing_used_today(
-    store: Store, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Weeks that passed on the wall clock alone make nothing old; weeks that really pass do."""
-    entry = make("aa")
-    assert collect(store.layout, AGE_ONLY).removed == []
-    real_time, real_uptime = time.time, clock.uptime
-    wall, steady = [0.0], [0.0]
-
-    def shifted(layout: object) -> tuple[float, float]:
-        return clock.note_clock(store.layout, lambda: real_time() + wall[0], lambda: real_uptime() + steady[0])
-
-    monkeypatch.setattr("ray_envcache.gc.collector.note_clock", shifted)
-    wall[0] = 30 * DAY
-    assert collect(store.layout, AGE_ONLY).removed == []
-    wall[0] = steady[0] = 0
-    wall[0] = -30 * DAY
-    assert collect(store.layout, AGE_ONLY).removed == []
-    wall[0], steady[0] = 0, 0
-    assert collect(store.layout, AGE_ONLY).removed == []
-    wall[0] = steady[0] = 15 * DAY
-    assert [one.name for one in collect(store.layout, AGE_ONLY).removed] == [entry.path.name]
 
 
 def test_make_room_takes_what_frees_something(store: Store, make: Make) -> None:

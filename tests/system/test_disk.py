@@ -135,29 +135,6 @@ def test_a_link_outside_frees_nothing(tmp_path: Path) -> None:
     assert disk.measure(tmp_path / "entry").reclaimable == empty + 64 * KIB
 
 
-def test_links_between_trees_count_once_in_the_total(tmp_path: Path) -> None:
-    """Two entries that share their files free nothing each, but everything together."""
-    shared = write(tmp_path / "one" / "shared")
-    (tmp_path / "two").mkdir()
-    (tmp_path / "two" / "shared").hardlink_to(shared)
-    one, two = tmp_path / "one", tmp_path / "two"
-    directories = sum(path.stat().st_blocks * 512 for path in (one, two))
-    uses = disk.measure_all([one, two])
-    assert sum(use.reclaimable for use in uses.each.values()) == directories
-    assert sum(use.size for use in uses.each.values()) == directories + 2 * 64 * KIB
-    assert uses.total == disk.DiskUse(directories + 64 * KIB, directories + 64 * KIB, 1, exact=True)
-
-
-def test_links_between_trees_and_outside_stay(tmp_path: Path) -> None:
-    """What several entries share with uv's cache is freed by none of them, nor by all."""
-    cached = write(tmp_path / "cache")
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x").hardlink_to(cached)
-    total = disk.measure_all([tmp_path / "one", tmp_path / "two"]).total
-    assert total.size - total.reclaimable == 64 * KIB
-
-
 def test_symlinks_are_not_followed(tmp_path: Path) -> None:
     """What a symlink points to does not count, be it a file, a directory, a circle or nothing."""
     write(tmp_path / "outside" / "big", 1 << 20)
@@ -283,17 +260,6 @@ def test_reflinks_within_are_a_lower_bound(reflinking: Path) -> None:
     use = disk.measure(reflinking / "entry")
     assert not use.exact
     assert use.reclaimable < 64 * KIB
-
-
-def test_reflinks_between_trees_make_the_total_a_lower_bound(reflinking: Path) -> None:
-    """Two clones of one file are exact each; what both together free is not known."""
-    cached = write(reflinking / "cache", 1 << 20)
-    tops = [reflinking / "one", reflinking / "two"]
-    for top in tops:
-        clone(cached, top / "cloned")
-    uses = disk.measure_all(tops)
-    assert [uses.each[top].exact for top in tops] == [True, True]
-    assert not uses.total.exact
 
 
 def test_many_extents_are_all_seen(reflinking: Path) -> None:
