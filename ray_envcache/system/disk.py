@@ -7,20 +7,25 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-_NETWORK = frozenset(
+import psutil
+
+# Shared between hosts, or between a virtual machine and its host.
+_SHARED = frozenset(
     """
-    9p acfs afs auristorfs beegfs ceph cifs coda curlftpfs davfs davfs2 fhgfs gcsfuse gfs gfs2 glusterfs gpfs juicefs
-    lustre mfs moosefs ncpfs nfs nfs4 ocfs2 orangefs panfs prl_fs pvfs2 quobyte rclone s3fs seaweedfs smb2 smb3 smbfs
-    sshfs vboxsf vmhgfs vmhgfs-fuse wekafs
-    """.split()  # noqa: SIM905  # forty names read better as words than as forty lines
+    9p acfs afpfs afs auristorfs beegfs ceph cifs coda davfs davfs2 drvfs fakeowner fhgfs gcsfuse gfs gfs2 glusterfs
+    gpfs grpcfuse juicefs lustre macfuse mfs moosefs ncpfs nfs nfs4 ocfs2 orangefs osxfs osxfuse panfs prl_fs pvfs2
+    quobyte seaweedfs smb2 smb3 smbfs vboxsf virtiofs vmhgfs webdav wekafs
+    """.split()  # noqa: SIM905  # so many names read better as words than as lines
 )
+# Of the others that reach the kernel through FUSE nearly all are object stores and remote hosts: new ones each year.
+_LOCAL_FUSE = frozenset({"bindfs", "encfs", "fuse-overlayfs", "fuse2fs", "gocryptfs", "mergerfs", "ntfs-3g", "unionfs"})
 # Others are asked file by file. A type that can share extents must not get in here: we would promise too many bytes.
 _NEVER_SHARES = frozenset({"ext2", "ext3", "ext4", "f2fs", "jfs", "ramfs", "reiserfs", "tmpfs"})
 
@@ -47,7 +52,7 @@ class DiskUse(NamedTuple):
 class FileSystem(NamedTuple):
     """Bytes in all and free for this user, inodes free for this user (None: no fixed number), and the type's name.
 
-    `kind` is the name of the kernel, such as "ext4" or "fuse.sshfs"; "" where there is no /proc to tell it.
+    `kind` is the kernel's name, such as "ext4" or "fuse.sshfs"; "" where the system does not say it.
     """
 
     total: int
@@ -65,6 +70,15 @@ def measure(top: Path, linked: Collection[tuple[int, int]] = ()) -> DiskUse:
     `exact`); and space kept by a process that has a deleted file open counts as freed.
     """
     return _tally(top, linked).use()
+
+
+def occupied_in_turn(tops: Iterable[Path]) -> list[int]:
+    """Of each tree, the bytes that become unoccupied when the trees go in this order: what no later one links to.
+
+    All together they are what the trees occupy, each inode once.
+    """
+    taken: dict[int, set[int]] = {}
+    return [_occupied_beside(top, taken) for top in reversed([*tops])][::-1]
 
 
 def free_space(path: Path) -> FileSystem:
@@ -86,8 +100,13 @@ def room_left(path: Path) -> str:
 
 
 def is_network(kind: str) -> bool:
-    """Whether a file system type is shared between hosts, so that flocks need not exclude and caches may be stale."""
-    return kind.removeprefix("fuse.") in _NETWORK
+    """Whether other hosts, or the host of this virtual machine, may use a file system of this type at the same time.
+
+    There flocks need not exclude, and caches may be stale. A type of FUSE that we do not know counts as one.
+    """
+    if kind == "fuse" or kind.startswith("fuse."):
+        return kind.removeprefix("fuse.") not in _LOCAL_FUSE
+    return kind in _SHARED
 
 
 def _kind(path: Path) -> str:
@@ -96,11 +115,19 @@ def _kind(path: Path) -> str:
     Not by device number: a btrfs subvolume and an overlay have other ones in stat(2) than in mountinfo. Not by path:
     mounts may hide each other. Both files are described in proc(5).
     """
-    with suppress(OSError):
+    try:
         mounts = Path("/proc/self/mountinfo").read_bytes()
-        if found := re.search(rb"^%s .*? - (\S+)" % _mount_id(path), mounts, re.MULTILINE):
-            return os.fsdecode(found[1])
-    return ""
+        found = re.search(rb"^%s .*? - (\S+)" % _mount_id(path), mounts, re.MULTILINE)
+    except OSError:
+        return _kind_by_mount_point(path)
+    return os.fsdecode(found[1]) if found else ""
+
+
+def _kind_by_mount_point(path: Path) -> str:
+    """The type of the file system of `path` where there is no /proc, as on macOS; "" where that is not known."""
+    real = Path(os.path.realpath(path))
+    mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
+    return next((mounts[place] for place in (real, *real.parents) if place in mounts), "")
 
 
 def _mount_id(path: Path) -> bytes:
@@ -113,21 +140,11 @@ def _mount_id(path: Path) -> bytes:
 
 
 @dataclass
-class _Inode:
-    path: str
-    device: int
-    occupied: int
-    may_share: bool
-    links: int
-    seen: int = 1
-
-
-@dataclass
 class _Tally:
     """What was seen so far.
 
-    `linked`: inodes of which not every link was seen, so that they would free nothing. `shared`: where extents lie
-    that more than one file refers to. `besides`: inodes with one more link that goes with the tree.
+    `linked`: inodes of which not every link was seen, so that they would free nothing: links seen, bytes. `shared`:
+    where extents lie that more than one file refers to. `besides`: inodes with one more link that goes with the tree.
     """
 
     shares: bool = False
@@ -136,7 +153,7 @@ class _Tally:
     size: int = 0
     reclaimable: int = 0
     files: int = 0
-    linked: dict[tuple[int, int], _Inode] = field(default_factory=dict)
+    linked: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     shared: list[_Place] = field(default_factory=list)
 
     def add(self, path: str, found: os.stat_result) -> None:
@@ -146,10 +163,15 @@ class _Tally:
             self.size += occupied
             self.reclaimable += occupied
             return
-        may_share = self.shares and occupied > 0 and stat.S_ISREG(found.st_mode)
         key = (found.st_dev, found.st_ino)
-        links = found.st_nlink - (key in self.besides)
-        self._add_link(key, _Inode(path, found.st_dev, occupied, may_share, links))
+        seen = self.linked.pop(key, (0, 0))[0] + 1
+        if seen < found.st_nlink - (key in self.besides):
+            self.linked[key] = (seen, occupied)
+            return
+        self.size += occupied
+        self.files += 1
+        may_share = self.shares and occupied > 0 and stat.S_ISREG(found.st_mode)
+        self.reclaimable += self._own_bytes(path, found.st_dev, occupied) if may_share else occupied
 
     def add_children(self, directory: str, device: int) -> list[str]:
         """Add what lies in a directory, and return the directories among it."""
@@ -168,36 +190,23 @@ class _Tally:
         return directories
 
     def use(self) -> DiskUse:
-        size = self.size + sum(inode.occupied for inode in self.linked.values())
+        size = self.size + sum(occupied for _, occupied in self.linked.values())
         exact = self.exact and not _overlap(self.shared)
         return DiskUse(size, self.reclaimable, self.files + len(self.linked), exact)
 
-    def _add_link(self, key: tuple[int, int], inode: _Inode) -> None:
-        if known := self.linked.pop(key, None):
-            inode.seen += known.seen
-        if inode.seen < inode.links:
-            self.linked[key] = inode
-        else:
-            self._add_owned(inode)
-
-    def _add_owned(self, inode: _Inode) -> None:
-        self.size += inode.occupied
-        self.files += 1
-        self.reclaimable += self._own_bytes(inode) if inode.may_share else inode.occupied
-
-    def _own_bytes(self, inode: _Inode) -> int:
+    def _own_bytes(self, path: str, device: int, occupied: int) -> int:
         own = 0
         try:
-            for _, start, length, flags in _extents(inode.path):
-                if flags & _SHARED:
-                    self.shared.append((inode.device, start, start + length))
+            for _, start, length, flags in _extents(path):
+                if flags & _SHARED_EXTENT:
+                    self.shared.append((device, start, start + length))
                 elif flags & _ENCODED:
                     self.exact = False  # compressed: the length is the logical one
                 elif not flags & _INLINE:
                     own += length
         except OSError as error:
             self.exact &= isinstance(error, _VANISHED)
-        return min(own, inode.occupied)
+        return min(own, occupied)
 
 
 def _tally(top: Path, besides: Collection[tuple[int, int]] = ()) -> _Tally:
@@ -214,6 +223,31 @@ def _tally(top: Path, besides: Collection[tuple[int, int]] = ()) -> _Tally:
     return tally
 
 
+def _occupied_beside(top: Path, taken: dict[int, set[int]]) -> int:
+    """The bytes of a tree without the inodes in `taken`, by device, to which its own are added."""
+    occupied = 0
+    for found in _inodes(top):
+        known = taken.setdefault(found.st_dev, set())
+        if found.st_ino not in known:
+            occupied += found.st_blocks * 512
+        if found.st_nlink > 1:
+            known.add(found.st_ino)
+    return occupied
+
+
+def _inodes(top: Path) -> Iterator[os.stat_result]:
+    """The inodes below `top`, once for each link, and its own. What cannot be read is left out."""
+    with suppress(OSError):
+        yield os.lstat(top)
+    pending = [os.fspath(top)]
+    while pending:
+        with suppress(OSError):
+            for path, found in _children(pending.pop()):
+                yield found
+                if stat.S_ISDIR(found.st_mode):
+                    pending.append(path)
+
+
 def _children(directory: str) -> Iterator[tuple[str, os.stat_result]]:
     with os.scandir(directory) as items:
         for item in items:
@@ -223,7 +257,7 @@ def _children(directory: str) -> Iterator[tuple[str, os.stat_result]]:
 
 # FIEMAP, as in linux/fiemap.h. An extent is its place in the file and on the disk, its length (bytes), and flags.
 _Extent: TypeAlias = tuple[int, int, int, int]
-_LAST, _ENCODED, _INLINE, _SHARED = 0x1, 0x8, 0x200, 0x2000
+_LAST, _ENCODED, _INLINE, _SHARED_EXTENT = 0x1, 0x8, 0x200, 0x2000
 _FS_IOC_FIEMAP = 0xC020660B
 _HEADER = struct.Struct("=QQIIII")  # start, length, flags, extents mapped, room for extents, reserved
 _EXTENT = struct.Struct("=QQQ16xI12x")
@@ -258,5 +292,5 @@ def _parse(answer: bytes) -> list[_Extent]:
 
 
 def _overlap(ranges: list[_Place]) -> bool:
-    """Whether what others share is also shared within: nobody tells whether these "others" are all within."""
+    """Whether two files of the tree share an extent: then FIEMAP cannot say whether others have it too."""
     return any(a[0] == b[0] and b[1] < a[2] for a, b in pairwise(sorted(ranges)))

@@ -135,6 +135,20 @@ def test_a_link_outside_frees_nothing(tmp_path: Path) -> None:
     assert disk.measure(tmp_path / "entry").reclaimable == empty + 64 * KIB
 
 
+def test_trees_that_go_one_after_the_other(tmp_path: Path) -> None:
+    """A file that several trees link to becomes unoccupied with the last of them; together each inode counts once."""
+    shared, pair = write(tmp_path / "one" / "shared"), write(tmp_path / "two" / "pair", 8 * KIB)
+    for name, source in (("two/shared", shared), ("three/shared", shared), ("three/pair", pair), ("two/again", pair)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).hardlink_to(source)
+    write(tmp_path / "two" / "own", 4 * KIB)
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    folder = one.stat().st_blocks * 512
+    assert disk.occupied_in_turn([one, two, three]) == [folder, folder + 4 * KIB, folder + 72 * KIB]
+    assert disk.occupied_in_turn([three, one, two]) == [folder, folder, folder + 76 * KIB]
+    assert disk.occupied_in_turn([tmp_path / "missing", one]) == [0, folder + 64 * KIB]
+
+
 def test_symlinks_are_not_followed(tmp_path: Path) -> None:
     """What a symlink points to does not count, be it a file, a directory, a circle or nothing."""
     write(tmp_path / "outside" / "big", 1 << 20)
@@ -280,7 +294,7 @@ def test_many_extents_are_all_seen(reflinking: Path) -> None:
 def test_a_recorded_answer_is_understood() -> None:
     """The answer btrfs gave for a clone of which the last 4 KiB were then overwritten."""
     assert disk._parse(RECORDED) == [
-        (0, 63_963_136, 126_976, disk._SHARED),
+        (0, 63_963_136, 126_976, disk._SHARED_EXTENT),
         (126_976, 64_094_208, 4096, disk._LAST),
     ]
 
@@ -363,17 +377,33 @@ def test_free_space_of_a_missing_path_is_an_error(tmp_path: Path) -> None:
         disk.free_space(tmp_path / "missing")
 
 
-@pytest.mark.parametrize(
-    "kind", ["nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "lustre", "fuse.sshfs", "fuse.glusterfs"]
-)
-def test_network_file_systems(kind: str) -> None:
-    """File systems that several hosts share are known by name, through FUSE or not."""
+NETWORK = """
+nfs nfs4 cifs smb3 9p ceph lustre fuse.sshfs fuse.glusterfs virtiofs fuse.ceph-fuse fuse.goofys fuse.blobfuse2
+fuse.mountpoint-s3 fuse.dfuse fuse.hdfs fuse.cvmfs2 fuse.grpcfuse grpcfuse osxfs fuse.osxfs fakeowner drvfs fuse
+fuse.brand-new macfuse smbfs webdav
+"""
+
+
+@pytest.mark.parametrize("kind", NETWORK.split())
+def test_file_systems_that_other_machines_may_use(kind: str) -> None:
+    """Those of networks, those that a virtual machine has from its host, and all of FUSE that we do not know."""
     assert disk.is_network(kind)
 
 
-@pytest.mark.parametrize(
-    "kind", ["", "ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs", "fuseblk", "fuse.fuse-overlayfs"]
-)
+LOCAL = "ext4 xfs btrfs tmpfs overlay zfs apfs hfs fuseblk fuse.fuse-overlayfs fuse.ntfs-3g fuse.mergerfs"
+
+
+@pytest.mark.parametrize("kind", ["", *LOCAL.split()])
 def test_local_file_systems(kind: str) -> None:
-    """Local file systems and unknown ones are not refused."""
+    """Local file systems, those of FUSE among them, are not refused; nor is one of which the system says nothing."""
     assert not disk.is_network(kind)
+
+
+def test_kind_where_there_is_no_proc(mount: Mount) -> None:
+    """Without /proc, as on macOS, the mount point above a path says which file system it is on, links resolved."""
+    place = mount("tmpfs")
+    (place / "folder").mkdir()
+    link = place.parent / "link"
+    link.symlink_to(place / "folder")
+    assert disk._kind_by_mount_point(link) == "tmpfs"
+    assert disk._kind_by_mount_point(Path("/proc/self")) == "proc"
