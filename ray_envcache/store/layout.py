@@ -160,6 +160,12 @@ class Layout:
 
     @cached_property
     def cachedir_tag(self) -> Path:
+        """Tells backups to leave out what is ours: the root may be a folder that holds other data too."""
+        return self.top / "CACHEDIR.TAG"
+
+    @cached_property
+    def former_cachedir_tag(self) -> Path:
+        """Where earlier versions wrote it."""
         return self.root / "CACHEDIR.TAG"
 
     def directories(self) -> tuple[Path, ...]:
