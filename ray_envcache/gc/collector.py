@@ -6,7 +6,9 @@ on the disk.
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,13 +16,17 @@ from pathlib import Path
 
 from ray_envcache.errors import InUseError, UnknownKeyError
 from ray_envcache.gc import choosing, rubbish
-from ray_envcache.gc.evict import evict
+from ray_envcache.gc.evict import evict_idle
 from ray_envcache.gc.policy import Limits, Victim
-from ray_envcache.store import shared_bytecode
+from ray_envcache.store import shared_bytecode, uv_cache
 from ray_envcache.store.inventory import Status, last_used
 from ray_envcache.store.layout import Layout
-from ray_envcache.system import flock
+from ray_envcache.store.sizes import going_too
+from ray_envcache.system import disk, flock
 from ray_envcache.system.units import Space
+
+PATIENCE_SECONDS = 60.0
+"""How long a build on a full disk waits for another collector: to delete 60 GB takes about 10 s."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,10 @@ class Removed:
 
 @dataclass
 class Collected:
-    """What a run did. `skipped` says why it did nothing at all; `swept_bytes` is rubbish of dead processes."""
+    """What a run did. `skipped` says why it did nothing at all.
+
+    `swept_bytes`: what dead processes left, and what uv's cache in the store had for entries that are gone.
+    """
 
     removed: list[Removed] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
@@ -54,7 +63,7 @@ class Collected:
 
     @property
     def logical_bytes(self) -> int:
-        """What the removed files count, whoever else has them."""
+        """What the removed files count, with those that something else has too."""
         return sum(one.logical_bytes for one in self.removed) + self.swept_bytes
 
     def add_failure(self, name: str, error: OSError) -> None:
@@ -62,41 +71,65 @@ class Collected:
         self.failed.append((name, error.strerror or str(error)))
 
 
-def collect(layout: Layout, limits: Limits, *, dry_run: bool = False) -> Collected:
+def collect(layout: Layout, limits: Limits, *, dry_run: bool = False, patience: float = 0.0) -> Collected:
     """Remove what the limits say, and all rubbish; with `dry_run` only say what would go.
 
-    An entry that cannot be removed is no exception: the result has it.
+    For another collector at work it waits `patience` seconds at most. An entry that cannot be removed is no exception:
+    the result has it.
     """
-    with _alone(layout) as alone:
+    with _alone(layout, patience) as alone:
         if not alone:
             return Collected(skipped="another collector is at work")
         return _would_collect(layout, limits) if dry_run else _collect(layout, limits)
 
 
 def make_room(layout: Layout, wanted: int) -> None:
-    """Remove idle environments, least recently used first, until `wanted` bytes are free or none is left."""
-    collect(layout, Limits(unused_for=None, min_free_space=Space(size=wanted)))
+    """Remove idle environments, least recently used first, until `wanted` bytes are free or none is left.
+
+    Never shrinks the store below $RAY_ENVCACHE_RESERVED_SPACE. What another collector frees at this moment is waited
+    for. Raises FieldValueError where a variable with a limit makes no sense.
+    """
+    floor = Limits.from_environ(os.environ).reserved_space
+    limits = Limits(unused_for=None, min_free_space=Space(size=wanted), reserved_space=floor)
+    collect(layout, limits, patience=PATIENCE_SECONDS)
 
 
 def _collect(layout: Layout, limits: Limits) -> Collected:
-    collected = Collected()
-    collected.swept_bytes += rubbish.sweep(layout, collected.add_failure)
-    collected.swept_bytes += shared_bytecode.sweep(layout)
+    collected, began = Collected(), time.time()
+    uv_cache.retire(layout, collected.add_failure, before=_unused_since(layout, limits))
+    _sweep(layout, collected)
     for victim, status in _chosen(layout, limits, collected):
         _remove(layout, victim, status, collected)
+    if limits.everything:
+        uv_cache.retire_all(layout, collected.add_failure)
+    elif collected.removed:
+        # A second earlier: the kernel's clock for files runs a little behind.
+        uv_cache.retire(layout, collected.add_failure, since=began - 1)
     rubbish.sweep_records(layout)
-    collected.swept_bytes += shared_bytecode.sweep(layout)
+    _sweep(layout, collected)
     return collected
+
+
+def _sweep(layout: Layout, collected: Collected) -> None:
+    collected.swept_bytes += rubbish.sweep(layout, collected.add_failure) + shared_bytecode.sweep(layout)
+
+
+def _unused_since(layout: Layout, limits: Limits) -> float:
+    """Since when a package in uv's cache must be without links to go: like an environment, or now if space is short."""
+    space = disk.free_space(layout.root)
+    if limits.lacks_space(space.total, space.free):
+        return math.inf
+    return -math.inf if limits.unused_for is None else time.time() - limits.unused_for
 
 
 def _would_collect(layout: Layout, limits: Limits) -> Collected:
     """What a run would say. What several entries share is freed with the last of them."""
     collected = Collected()
     chosen = _chosen(layout, limits, collected)
-    more = shared_bytecode.freed_in_turn(layout, (Path(status.path) for _, status in chosen))
+    freed = disk.freed_in_turn((Path(status.path) for _, status in chosen), going_too(layout))
     collected.removed = [
-        _removed(victim, status, status.reclaimable_bytes + shared, status.size_bytes, exact=status.exact)
-        for (victim, status), shared in zip(chosen, more, strict=True)
+        _removed(victim, status, size, status.size_bytes, exact=exact)
+        for (victim, status), (size, exact) in zip(chosen, freed, strict=True)
     ]
     return collected
 
@@ -117,7 +150,7 @@ def _remove(layout: Layout, victim: Victim, status: Status, collected: Collected
         return status.state != "ready" or last_used(entry) == status.last_used
 
     try:
-        gone = evict(layout, entry, still_due=unused_since)
+        gone = evict_idle(layout, entry, still_due=unused_since)
     except InUseError:
         # A user came since the choice: as it should be.
         collected.in_use += 1
@@ -136,10 +169,16 @@ def _removed(victim: Victim, status: Status, freed: int, logical: int, *, exact:
 
 
 @contextmanager
-def _alone(layout: Layout) -> Iterator[bool]:
-    descriptor = flock.try_flock(layout.collector_flock, exclusive=True, flags=os.O_RDWR | os.O_CREAT)
+def _alone(layout: Layout, patience: float) -> Iterator[bool]:
+    deadline = time.monotonic() + patience
+    while (descriptor := _try_flock(layout)) is None and time.monotonic() < deadline:
+        time.sleep(0.1)
     try:
         yield descriptor is not None
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _try_flock(layout: Layout) -> int | None:
+    return flock.try_flock(layout.collector_flock, exclusive=True, flags=os.O_RDWR | os.O_CREAT)

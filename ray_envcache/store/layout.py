@@ -172,7 +172,10 @@ class Layout:
         return (self.entries, self.leases, self.pins, self.memo, self.trash, self.flocks)
 
     def builder_flock(self, key: str) -> Path:
-        """The flock of whoever builds `key`. Never unlinked: waiters would end up on different inodes."""
+        """The flock of the one builder of `key`. Only a collector unlinks it, while it holds the flock itself.
+
+        A process whose flock comes right after has to see that its file has no name any more, and to begin again.
+        """
         return self.flocks / f"{key}.build"
 
     def finishing_flock(self, entry: Entry) -> Path:

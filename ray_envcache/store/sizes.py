@@ -2,7 +2,7 @@
 
 Both are measured when the entry is finished, and kept in a record beside it. SIZE stays true from then on. RECLAIMABLE
 changes without the entry: when uv's cache is cleaned, or when another entry with the same files comes or goes. So
-`list` shows a figure that is at most an hour old, and the collector measures an entry again before it chooses it.
+`list` shows a figure that is at most an hour old. The collector measures anew where bytes decide what goes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from ray_envcache.store import shared_bytecode
+from ray_envcache.store import shared_bytecode, uv_cache
 from ray_envcache.store.layout import MEASURED, Entry, Layout
 from ray_envcache.store.record import SCHEMA_VERSION, recorded
 from ray_envcache.store.shared_bytecode import Inode
@@ -49,7 +49,7 @@ class Sizes:
     max_age: float = FRESH_SECONDS
 
     def of(self, entry: Entry) -> MeasuredRecord:
-        """The sizes of an entry. In a read-only store its record holds for ever: only its owner measures there."""
+        """The sizes of an entry. Those of a read-only store are believed at any age: only its owner measures there."""
         record = MeasuredRecord.read(entry)
         if record is not None and (entry.readonly or self._is_fresh(entry)):
             return record
@@ -71,10 +71,15 @@ class Sizes:
 
     @cached_property
     def _going_too(self) -> frozenset[Inode]:
-        """Files whose one link outside of entries goes with the last entry that has them."""
-        return shared_bytecode.inodes(self.layout)
+        # Once for all entries: a store of fifty has 100,000 such files.
+        return going_too(self.layout)
 
 
 def record_sizes(layout: Layout, entry: Entry) -> MeasuredRecord:
     """Measure a finished entry, and keep the result."""
     return Sizes(layout, max_age=0).of(entry)
+
+
+def going_too(layout: Layout) -> frozenset[Inode]:
+    """The files of the store outside of entries of which one link goes with the last entry that has them."""
+    return shared_bytecode.inodes(layout) | uv_cache.inodes(layout)

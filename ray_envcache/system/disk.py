@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import stat
-import struct
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,6 +13,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import psutil
+
+from ray_envcache.system import extents
 
 # Shared between hosts, or between a virtual machine and its host.
 _SHARED = frozenset(
@@ -26,7 +26,7 @@ _SHARED = frozenset(
 )
 # Of the others that reach the kernel through FUSE nearly all are object stores and remote hosts: new ones each year.
 _LOCAL_FUSE = frozenset({"bindfs", "encfs", "fuse-overlayfs", "fuse2fs", "gocryptfs", "mergerfs", "ntfs-3g", "unionfs"})
-# Others are asked file by file. A type that can share extents must not get in here: we would promise too many bytes.
+# Here files never share extents; elsewhere each file is asked. A wrong name in this list would promise too many bytes.
 _NEVER_SHARES = frozenset({"ext2", "ext3", "ext4", "f2fs", "jfs", "ramfs", "reiserfs", "tmpfs"})
 
 _FEW_INODES = 10_000  # an environment has so many files easily
@@ -36,7 +36,7 @@ _VANISHED = (FileNotFoundError, NotADirectoryError)
 
 
 class DiskUse(NamedTuple):
-    """Bytes and files of one tree, or of several together.
+    """Bytes and files of one tree.
 
     `size`: bytes the tree occupies, each inode once. `reclaimable`: bytes that deleting it would free now. What is
     kept by a hard link outside of it, or by a reflinked copy anywhere, does not count. `files`: inodes other than
@@ -69,7 +69,17 @@ def measure(top: Path, linked: Collection[tuple[int, int]] = ()) -> DiskUse:
     answer inexact. Two limits: on overlayfs the files of an image count as if deleting them freed something (never
     `exact`); and space kept by a process that has a deleted file open counts as freed.
     """
-    return _tally(top, linked).use()
+    return _tally(top, linked, {}).use()
+
+
+def freed_in_turn(tops: Iterable[Path], linked: Collection[tuple[int, int]] = ()) -> list[tuple[int, bool]]:
+    """Of each tree, the bytes that deleting it frees once the trees before it are gone, and whether that is exact.
+
+    `linked` and the limits are those of `measure`.
+    """
+    not_all_seen: dict[tuple[int, int], tuple[int, int]] = {}
+    tallies = [_tally(top, linked, not_all_seen) for top in tops]
+    return [(tally.reclaimable, tally.is_exact) for tally in tallies]
 
 
 def occupied_in_turn(tops: Iterable[Path]) -> list[int]:
@@ -79,6 +89,19 @@ def occupied_in_turn(tops: Iterable[Path]) -> list[int]:
     """
     taken: dict[int, set[int]] = {}
     return [_occupied_beside(top, taken) for top in reversed([*tops])][::-1]
+
+
+def inodes(top: Path) -> Iterator[os.stat_result]:
+    """The inodes below `top`, once for each link, and its own. What cannot be read is left out."""
+    with suppress(OSError):
+        yield os.lstat(top)
+    pending = [os.fspath(top)]
+    while pending:
+        with suppress(OSError):
+            for path, found in _children(pending.pop()):
+                yield found
+                if stat.S_ISDIR(found.st_mode):
+                    pending.append(path)
 
 
 def free_space(path: Path) -> FileSystem:
@@ -191,31 +214,34 @@ class _Tally:
 
     def use(self) -> DiskUse:
         size = self.size + sum(occupied for _, occupied in self.linked.values())
-        exact = self.exact and not _overlap(self.shared)
-        return DiskUse(size, self.reclaimable, self.files + len(self.linked), exact)
+        return DiskUse(size, self.reclaimable, self.files + len(self.linked), self.is_exact)
+
+    @property
+    def is_exact(self) -> bool:
+        return self.exact and not _overlap(self.shared)
 
     def _own_bytes(self, path: str, device: int, occupied: int) -> int:
         own = 0
         try:
-            for _, start, length, flags in _extents(path):
-                if flags & _SHARED_EXTENT:
+            for _, start, length, flags in extents.extents_of(path):
+                if flags & extents.SHARED:
                     self.shared.append((device, start, start + length))
-                elif flags & _ENCODED:
+                elif flags & extents.ENCODED:
                     self.exact = False  # compressed: the length is the logical one
-                elif not flags & _INLINE:
+                elif not flags & extents.INLINE:
                     own += length
         except OSError as error:
             self.exact &= isinstance(error, _VANISHED)
         return min(own, occupied)
 
 
-def _tally(top: Path, besides: Collection[tuple[int, int]] = ()) -> _Tally:
+def _tally(top: Path, besides: Collection[tuple[int, int]], linked: dict[tuple[int, int], tuple[int, int]]) -> _Tally:
     try:
         found = os.lstat(top)
     except OSError as error:
-        return _Tally(exact=isinstance(error, _VANISHED))
+        return _Tally(exact=isinstance(error, _VANISHED), linked={})
     kind = _kind(top)
-    tally = _Tally(shares=kind not in _NEVER_SHARES, exact=kind != "overlay", besides=besides)
+    tally = _Tally(kind not in _NEVER_SHARES, kind != "overlay", besides, linked=linked)
     tally.add(os.fspath(top), found)
     pending = [os.fspath(top)] if stat.S_ISDIR(found.st_mode) else []
     while pending:
@@ -226,7 +252,7 @@ def _tally(top: Path, besides: Collection[tuple[int, int]] = ()) -> _Tally:
 def _occupied_beside(top: Path, taken: dict[int, set[int]]) -> int:
     """The bytes of a tree without the inodes in `taken`, by device, to which its own are added."""
     occupied = 0
-    for found in _inodes(top):
+    for found in inodes(top):
         known = taken.setdefault(found.st_dev, set())
         if found.st_ino not in known:
             occupied += found.st_blocks * 512
@@ -235,60 +261,11 @@ def _occupied_beside(top: Path, taken: dict[int, set[int]]) -> int:
     return occupied
 
 
-def _inodes(top: Path) -> Iterator[os.stat_result]:
-    """The inodes below `top`, once for each link, and its own. What cannot be read is left out."""
-    with suppress(OSError):
-        yield os.lstat(top)
-    pending = [os.fspath(top)]
-    while pending:
-        with suppress(OSError):
-            for path, found in _children(pending.pop()):
-                yield found
-                if stat.S_ISDIR(found.st_mode):
-                    pending.append(path)
-
-
 def _children(directory: str) -> Iterator[tuple[str, os.stat_result]]:
     with os.scandir(directory) as items:
         for item in items:
             with suppress(*_VANISHED):
                 yield item.path, item.stat(follow_symlinks=False)
-
-
-# FIEMAP, as in linux/fiemap.h. An extent is its place in the file and on the disk, its length (bytes), and flags.
-_Extent: TypeAlias = tuple[int, int, int, int]
-_LAST, _ENCODED, _INLINE, _SHARED_EXTENT = 0x1, 0x8, 0x200, 0x2000
-_FS_IOC_FIEMAP = 0xC020660B
-_HEADER = struct.Struct("=QQIIII")  # start, length, flags, extents mapped, room for extents, reserved
-_EXTENT = struct.Struct("=QQQ16xI12x")
-_ROOM = 64
-
-
-def _extents(path: str) -> Iterator[_Extent]:
-    """Iterate over the extents of a file. Raises OSError, also where the file system does not tell."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        start = 0
-        while found := _parse(_ask(descriptor, start)):
-            yield from found
-            place, _, length, flags = found[-1]
-            if flags & _LAST:
-                return
-            start = place + length
-    finally:
-        os.close(descriptor)
-
-
-def _ask(descriptor: int, start: int) -> bytes:
-    answer = bytearray(_HEADER.size + _ROOM * _EXTENT.size)
-    _HEADER.pack_into(answer, 0, start, 2**64 - 1 - start, 0, 0, _ROOM, 0)
-    fcntl.ioctl(descriptor, _FS_IOC_FIEMAP, answer, True)
-    return bytes(answer)
-
-
-def _parse(answer: bytes) -> list[_Extent]:
-    mapped = _HEADER.unpack_from(answer)[3]
-    return list(_EXTENT.iter_unpack(answer[_HEADER.size : _HEADER.size + mapped * _EXTENT.size]))
 
 
 def _overlap(ranges: list[_Place]) -> bool:

@@ -255,6 +255,33 @@ def test_no_room_to_ask_what_is_cached(disk: Disk, project: Path) -> None:
             build(place, project)
 
 
+@pytest.mark.parametrize("disk", ["uv elsewhere"], indirect=True)
+def test_another_collector_makes_room(disk: Disk, project: Path, children: list[subprocess.Popen[str]]) -> None:
+    """A build on a full disk waits for the collector that is at work, such as the one of its own cluster's start."""
+    lock = project.with_name("uv.lock")
+    lock.write_text(lock.read_text().replace('.whl" }', '.whl", size = 9000000 }'))
+    code = """
+import shutil, threading
+from pathlib import Path
+from ray_envcache.store.layout import Layout
+from ray_envcache.system import flock
+disk = Path(sys.argv[1])
+held = flock.try_flock(Layout(disk / "store").collector_flock, exclusive=True)
+def finish():
+    shutil.rmtree(disk / "deleted slowly")
+    os.close(held)
+threading.Timer(2, finish).start()
+"""
+    with disk() as place:
+        Store.open(place / "store")
+        ballasted = place / "deleted slowly"
+        ballasted.mkdir()
+        with (ballasted / "file").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, Free.of(place).bytes - 5_000_000)
+        support.start_python(children, f"import os\n{code}", place)
+        assert build(place, project).ready.exists()
+
+
 def test_compiled_is_what_all_helpers_compiled(tmp_path: Path) -> None:
     """A helper that finds no room fails the whole, and what it cut off is not there."""
     program = """if True:

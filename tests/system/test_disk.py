@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_envcache.system import disk
+from ray_envcache.system import disk, extents
 
 KIB = 1024
 FICLONE = 0x40049409  # linux/fs.h
@@ -135,6 +135,21 @@ def test_a_link_outside_frees_nothing(tmp_path: Path) -> None:
     assert disk.measure(tmp_path / "entry").reclaimable == empty + 64 * KIB
 
 
+def test_what_trees_free_one_after_the_other(tmp_path: Path) -> None:
+    """A file that several trees link to is freed with the last of them, unless something else links to it."""
+    shared, kept = write(tmp_path / "one" / "shared"), write(tmp_path / "kept", 8 * KIB)
+    for name, source in (("two/shared", shared), ("one/kept", kept), ("two/kept", kept), ("two/again", shared)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).hardlink_to(source)
+    one, two = tmp_path / "one", tmp_path / "two"
+    folder = one.stat().st_blocks * 512
+    assert disk.freed_in_turn([one, two]) == [(folder, True), (folder + 64 * KIB, True)]
+    assert disk.freed_in_turn([two]) == [(folder, True)]
+    found = kept.stat()
+    ours = [(found.st_dev, found.st_ino)]
+    assert disk.freed_in_turn([two, one], ours) == [(folder, True), (folder + 72 * KIB, True)]
+
+
 def test_trees_that_go_one_after_the_other(tmp_path: Path) -> None:
     """A file that several trees link to becomes unoccupied with the last of them; together each inode counts once."""
     shared, pair = write(tmp_path / "one" / "shared"), write(tmp_path / "two" / "pair", 8 * KIB)
@@ -200,7 +215,7 @@ def test_what_cannot_be_read_is_not_exact(tmp_path: Path) -> None:
     # Root may read everything: look as somebody else, who must be able to get here.
     code = """
 import os, pathlib, sys
-from ray_envcache.system import disk
+from ray_envcache.system import disk, extents
 os.chdir(sys.argv[1])
 if os.geteuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)
 print(disk.measure(pathlib.Path("tree")).exact)
@@ -285,7 +300,7 @@ def test_many_extents_are_all_seen(reflinking: Path) -> None:
             file.seek(n * 64 * KIB)
             file.write(os.urandom(16 * KIB))
         os.fsync(file.fileno())
-    assert len(list(disk._extents(os.fspath(path)))) > disk._ROOM
+    assert len(list(extents.extents_of(os.fspath(path)))) > extents._ROOM
     use = disk.measure(path.parent)
     # xfs allocates ahead of who writes: what it has is told by the blocks, not by what was written.
     assert use.reclaimable == pytest.approx(path.stat().st_blocks * 512, abs=64 * KIB)
@@ -293,9 +308,9 @@ def test_many_extents_are_all_seen(reflinking: Path) -> None:
 
 def test_a_recorded_answer_is_understood() -> None:
     """The answer btrfs gave for a clone of which the last 4 KiB were then overwritten."""
-    assert disk._parse(RECORDED) == [
-        (0, 63_963_136, 126_976, disk._SHARED_EXTENT),
-        (126_976, 64_094_208, 4096, disk._LAST),
+    assert extents._parse(RECORDED) == [
+        (0, 63_963_136, 126_976, extents.SHARED),
+        (126_976, 64_094_208, 4096, extents.LAST),
     ]
 
 
@@ -308,7 +323,7 @@ def test_where_nobody_tells_it_is_a_lower_bound(tmp_path: Path, monkeypatch: pyt
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(disk, "_kind", lambda _: "zfs")
-    monkeypatch.setattr(disk, "_ask", refuse)
+    monkeypatch.setattr(extents, "_ask", refuse)
     assert disk.measure(tmp_path) == disk.DiskUse(directory + 64 * KIB, directory, 1, exact=False)
 
 
@@ -316,7 +331,7 @@ def test_compressed_extents_are_a_lower_bound(tmp_path: Path, monkeypatch: pytes
     """Of a compressed extent only the logical length is told, which promises too much."""
     write(tmp_path / "file")
     monkeypatch.setattr(disk, "_kind", lambda _: "btrfs")
-    monkeypatch.setattr(disk, "_extents", lambda _: iter([(0, 4096, 64 * KIB, disk._ENCODED | disk._LAST)]))
+    monkeypatch.setattr(extents, "extents_of", lambda _: iter([(0, 4096, 64 * KIB, extents.ENCODED | extents.LAST)]))
     use = disk.measure(tmp_path / "file")
     assert (use.reclaimable, use.exact) == (0, False)
 
