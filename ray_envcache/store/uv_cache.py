@@ -135,9 +135,19 @@ def _retire(path: Path, layout: Layout, on_error: OnError) -> None:
 
 @contextmanager
 def _alone(layout: Layout) -> Iterator[bool]:
-    descriptor = flock.try_flock(layout.uv_cache / _FLOCK, exclusive=True, flags=os.O_RDWR | os.O_CREAT)
+    descriptor = _try_flock(layout.uv_cache / _FLOCK)
     try:
         yield descriptor is not None
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _try_flock(path: Path) -> int | None:
+    try:
+        return flock.try_flock(path, exclusive=True, flags=os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        # uv makes the file. Where it is missing, and the disk has no room for it, the cache stays as it is.
+        if error.errno not in files.FULL_DISK:
+            raise
+        return None

@@ -133,6 +133,21 @@ def test_a_cache_that_is_mounted_there(tmp_path: Path) -> None:
         assert (archive.exists(), report.failed) == (False, [])
 
 
+@pytest.mark.parametrize("has_flock", [True, False])
+def test_disk_without_inodes(tmp_path: Path, *, has_flock: bool) -> None:
+    """Where no file can be made the cache is collected all the same, or stays where not even its flock has a file."""
+    with support.small_disk(tmp_path / "disk") as place:
+        layout = make_layout(place / "store")
+        archive = add_package(layout, None, size=100_000)
+        if has_flock:
+            (layout.uv_cache / ".lock").touch()
+        (place / "ballast").mkdir()
+        for number in range(disk.free_space(place).inodes_free or 0):
+            (place / "ballast" / str(number)).touch()
+        assert collect(layout, Limits(everything=True)).failed == []
+        assert archive.exists() != has_flock
+
+
 @pytest.mark.host
 def test_uv_itself(store: Store, tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """uv waits for the flock that the collector takes, links again what is there, and unpacks again what is not."""
