@@ -118,22 +118,22 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
             del self._creating[uri]
         lease = self._leases.pop(uri, None)
         if lease is not None:
-            if not self._leases:
-                self._tell_companion()
             self._threads.submit(_give_back, lease, logger)
+            if not self._leases:
+                self._threads.submit(self._collect_soon)
         return 1.0
 
     def _start_companion(self) -> None:
         from ray_envcache.gc import companion  # in a thread, not while the node waits for us
 
-        # Kept open as long as we live, and closed by nobody but our end.
+        # Open as long as the agent lives: the kernel closes it, whatever ends the agent.
         self._companion = companion.start(Layout(default_root()), os.environ)
 
-    def _tell_companion(self) -> None:
-        if self._companion is not None:
-            from ray_envcache.gc import companion  # it is there already
+    @staticmethod
+    def _collect_soon() -> None:
+        from ray_envcache.gc import companion  # in a thread, not while the node waits for us
 
-            companion.tell(self._companion, "released")
+        companion.collect_soon(Layout(default_root()), os.environ)
 
     async def _lease(self, uri: str, runtime_env: Any, context: Any, logger: logging.Logger) -> Lease:
         try:

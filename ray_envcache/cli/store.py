@@ -15,7 +15,7 @@ from ray_envcache.cli.arguments import SWITCHED_OFF, limit, parsed, refuse_witho
 from ray_envcache.cli.sessions import collect as collect_sessions
 from ray_envcache.cli.timer import timer
 from ray_envcache.doctor.unheld import users_without_hold
-from ray_envcache.gc.collector import Report, collect
+from ray_envcache.gc.collector import Collected, collect
 from ray_envcache.gc.evict import evict
 from ray_envcache.gc.policy import Limits
 from ray_envcache.store import inventory, pins, readonly
@@ -152,7 +152,7 @@ def _removable(found: list[Entry]) -> list[Entry]:
     return [entry for entry in found if not entry.readonly] or found
 
 
-def _finish_collection(report: Report, *, as_json: bool, dry_run: bool) -> None:
+def _finish_collection(report: Collected, *, as_json: bool, dry_run: bool) -> None:
     if as_json:
         tables.print_json({"dry_run": dry_run, **asdict(report), "freed_bytes": report.freed_bytes})
     else:

@@ -15,7 +15,7 @@ from ray_envcache.store.layout import SHOWN_DIGITS
 from ray_envcache.system.units import format_duration, format_size, printable, utc
 
 if TYPE_CHECKING:
-    from ray_envcache.gc.collector import Report
+    from ray_envcache.gc.collector import Collected
     from ray_envcache.sessions.collector import SessionReport
     from ray_envcache.sessions.directories import Session
     from ray_envcache.store.inventory import Status, User
@@ -98,7 +98,7 @@ def _user(user: User) -> Sequence[str]:
     return (str(user.pid), user.kind, user.command, cluster, user.job or "-", _ago(_seconds(user.since)))
 
 
-def print_report(report: Report, stream: TextIO, *, dry_run: bool) -> None:
+def print_report(report: Collected, stream: TextIO, *, dry_run: bool) -> None:
     """Print what a collection did, or would do: a line for each environment, and a line of totals."""
     if report.skipped:
         _say(f"Nothing done: {report.skipped}", stream)

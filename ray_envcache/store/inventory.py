@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ray_envcache.store import leases, pins, readonly
 from ray_envcache.store.layout import Entry, Layout, layout_of
 from ray_envcache.store.record import ReadyRecord
-from ray_envcache.store.sizes import MeasuredRecord, sizes
+from ray_envcache.store.sizes import FRESH_SECONDS, MeasuredRecord, Sizes
 from ray_envcache.system import flock, processes
 from ray_envcache.system.processes import ray_session
 from ray_envcache.system.units import utc
@@ -64,14 +64,17 @@ class Status(NamedTuple):
     base_path: str | None = None
 
 
-def survey(layout: Layout, below: Iterable[Layout] = ()) -> list[Status]:
-    """All entries of the store, the least recently used first; then those of the stores below it."""
-    return [status for store in (layout, *below) for status in _survey(layout, store)]
+def survey(layout: Layout, below: Iterable[Layout] = (), *, max_age: float = FRESH_SECONDS) -> list[Status]:
+    """All entries of the store, the least recently used first; then those of the stores below it.
+
+    Sizes that were measured more than `max_age` seconds ago are measured again.
+    """
+    return [status for store in (layout, *below) for status in _survey(layout, store, max_age)]
 
 
-def _survey(layout: Layout, store: Layout) -> list[Status]:
+def _survey(layout: Layout, store: Layout, max_age: float) -> list[Status]:
     try:
-        found = _statuses(layout, store, list(store.all_entries()))
+        found = _statuses(layout, store, list(store.all_entries()), max_age)
     except PermissionError as error:
         if store.readonly:
             raise readonly.unreadable(store, error) from error
@@ -81,24 +84,24 @@ def _survey(layout: Layout, store: Layout) -> list[Status]:
 
 def status(layout: Layout, entry: Entry) -> Status:
     """What is known about one entry, of the store `layout` or of one below it, at this moment."""
-    (found,) = _statuses(layout, layout_of(entry), [entry])
+    (found,) = _statuses(layout, layout_of(entry), [entry], FRESH_SECONDS)
     return found
 
 
-def _statuses(layout: Layout, store: Layout, entries: list[Entry]) -> list[Status]:
+def _statuses(layout: Layout, store: Layout, entries: list[Entry], max_age: float) -> list[Status]:
     """The status of these entries. What can be asked once for all is: a store may have thousands."""
     seen = {entry.path.name: found for entry in entries if (found := _stat(entry.in_use))}
     leases_of = {key: leases.live_leases(layout, key) for key in layout.leased_keys() & {one.key for one in entries}}
     held = {entry.path.name for entry in entries if leases_of.get(entry.key) or _is_held(entry)}
     running = _processes(store, {name: seen[name] for name in held & seen.keys()})
     pinned = set() if store.readonly else pins.pinned_keys(store)
-    statuses = []
+    sizes, statuses = Sizes(layout, max_age), []
     for entry in entries:
         name = entry.path.name
         users = _users(layout, entry, running.get(name, []), leases_of.get(entry.key, []))
         # Asked again where no user has a name: the process that held the flock may have ended, or only looked, like us.
         in_use = bool(users) or (name in held and not entry.readonly and not flock.is_free(entry.in_use))
-        size, used = sizes(layout, entry), _mtime(seen.get(name))
+        size, used = sizes.of(entry), _mtime(seen.get(name))
         statuses.append(_status(layout, entry, users, size, used, in_use=in_use, pinned=entry.key in pinned))
     return statuses
 

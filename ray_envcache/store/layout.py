@@ -158,11 +158,6 @@ class Layout:
         return self.flocks / "doctor"
 
     @property
-    def clock(self) -> Path:
-        """What the clocks said when the collector last looked."""
-        return self.top / "clock.json"
-
-    @property
     def last_collection(self) -> Path:
         """Its mtime is when the collector last ran by itself."""
         return self.top / "last-collection"
@@ -174,6 +169,12 @@ class Layout:
 
     @property
     def cachedir_tag(self) -> Path:
+        """Tells backups to leave out what is ours: the root may be a folder that holds other data too."""
+        return self.top / "CACHEDIR.TAG"
+
+    @property
+    def former_cachedir_tag(self) -> Path:
+        """Where earlier versions wrote it."""
         return self.root / "CACHEDIR.TAG"
 
     def directories(self) -> tuple[Path, ...]:
@@ -181,7 +182,10 @@ class Layout:
         return (self.entries, self.leases, self.pins, self.memo, self.trash, self.flocks)
 
     def builder_flock(self, key: str) -> Path:
-        """The flock of the process that builds `key`."""
+        """The flock of the one builder of `key`. Only a collector unlinks it, while it holds the flock itself.
+
+        A process whose flock comes right after has to see that its file has no name any more, and to begin again.
+        """
         return self.flocks / f"{key}.build"
 
     def finishing_flock(self, entry: Entry) -> Path:

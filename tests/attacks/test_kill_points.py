@@ -141,7 +141,7 @@ def examine(root: Path, project: Path, operation: str) -> None:
     report = collect(layout, Limits(everything=True))
     assert report.failed == []
     left = sorted(str(path.relative_to(layout.top)) for path in layout.top.rglob("*") if not path.is_dir())
-    assert [name for name in left if not name.startswith("flocks/") and name != "clock.json"] == []
+    assert [name for name in left if not name.startswith("flocks/") and name != "CACHEDIR.TAG"] == []
     assert list(layout.entries.iterdir()) == list(layout.trash.iterdir()) == list(layout.leases.iterdir()) == []
 
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +19,7 @@ import pytest
 
 from ray_envcache.acquire import Store
 from ray_envcache.errors import BusyError, InUseError
-from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.evict import evict
-from ray_envcache.resolve.cluster_ray import installed_ray
 from ray_envcache.store import leases
 from ray_envcache.store.layout import Entry
 from ray_envcache.store.leases import Holder
@@ -248,34 +245,6 @@ def test_bytecode_is_complete_and_imported(entry: Entry) -> None:
     record = MeasuredRecord.read(entry)
     assert record is not None
     assert record.size_bytes >= record.reclaimable_bytes > 0
-
-
-@pytest.mark.parametrize("late", [False, True])
-def test_background_compiler_gives_way(
-    tmp_path: Path, wheels: Path, store: Store, monkeypatch: pytest.MonkeyPatch, *, late: bool
-) -> None:
-    """Removing an entry does not wait for its bytecode: the compiler is told to stop, also one that only begins."""
-    begins, works = (tmp_path / f"stop-finishing-{point}" for point in ("claimed", "leased"))
-    works.touch()  # forever
-    if late:
-        begins.touch()
-    monkeypatch.setenv("RAY_ENVCACHE_TEST_POINTS", str(tmp_path))
-    project = support.make_project(tmp_path / "project", wheels, ["ray"])
-    with store.acquire(EnvSpec.parse(project), installed_ray(), Holder("test")) as lease:
-        entry = lease.entry
-
-    def kinds() -> list[str]:
-        return [holder["kind"] for holder in leases.live_leases(store.layout, entry.key)]
-
-    if late:
-        support.wait_until((tmp_path / "reached-finishing-claimed").exists, "the compiler has its flock")
-        assert kinds() == []
-        threading.Timer(0.2, begins.unlink).start()
-    else:
-        support.wait_until(lambda: kinds() == ["bytecode"], "the compiler is at work")
-    evict(store.layout, entry)
-    assert not entry.path.exists()
-    assert list(store.layout.trash.iterdir()) == []
 
 
 def run_as_mere_owner(*command: str | Path) -> subprocess.CompletedProcess[str]:
