@@ -155,8 +155,8 @@ def _require_no_process(entry: Entry, place: Path) -> None:
     raylet and gcs_server are no Pythons and hold nothing; some daemons close all their descriptors. It may only say
     "in use", never "free".
     """
-    if why := processes.processes_using(place.parent, [place.name]).get(place.name):
-        raise refusal(entry, f"in use: {why}")
+    for pid, how in processes.processes_using(place.parent, [place.name]).get(place.name, {}).items():
+        raise refusal(entry, f"in use by process {pid} ({how})")
 
 
 def _users(layout: Layout, entry: Entry) -> str:

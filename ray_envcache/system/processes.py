@@ -21,6 +21,7 @@ from ray_envcache.system.units import printable
 
 _INITIAL_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO, linux/proc_ns.h
 _COMMAND_LINE, _OPEN_FILE, _MAPPED_FILE = "its command line", "an open file", "a mapped file"
+_INTERPRETER = "its interpreter"
 _LINKS = {"cwd": "its working directory", "exe": "its executable", "root": "its root"}
 
 _Texts = Iterator[tuple[str, bytes]]
@@ -80,26 +81,24 @@ def find_mentions(pattern: re.Pattern[bytes]) -> Mentions:
     return found
 
 
-def processes_using(root: Path, names: Collection[str]) -> dict[str, str]:
-    """Find which of the directories `root/<name>` a process runs from, is in, or has a file of; with a sentence each.
+def processes_using(root: Path, names: Collection[str]) -> dict[str, dict[int, str]]:
+    """Find the processes that run from one of the directories `root/<name>`, are in it, or have a file of it.
 
-    A name in a command line is no use. Neither is an open file of the calling process: a collector has the flock file
-    of its victim open.
+    Returns for each such name the pids, with how each uses it. A name in a command line is no use. Neither is an open
+    file of the calling process: a collector has the flock file of its victim open.
     """
     prefix = re.escape(os.fsencode(root.resolve())) + b"/"
     known = b"|".join(re.escape(os.fsencode(name)) for name in names)
     # The look-behind refuses longer paths that end in ours. It comes second: a pattern that begins with plain text is
     # searched a hundred times faster, and a worker has 100 kB of mapped files.
     pattern = re.compile(rb"%b(?<!\S%b)(%b)(?=/| \(deleted\)$|$)" % (prefix, prefix, known), re.MULTILINE)
-    found = Mentions()
+    users: dict[str, dict[int, str]] = {}
     for pid in psutil.pids():
-        uses = (
-            (how, text)
-            for how, text in _texts(pid)
-            if how != _COMMAND_LINE and not (how == _OPEN_FILE and pid == os.getpid())
-        )
-        _search(pid, uses, pattern, found)
-    return found.by_name
+        with suppress(OSError):  # it has ended, or may not be read
+            for how, text in _uses(pid):
+                for name in map(os.fsdecode, pattern.findall(text)):
+                    users.setdefault(name, {}).setdefault(pid, how)
+    return users
 
 
 def flock_holders(inodes: Mapping[tuple[int, int], str], root: Path) -> dict[str, list[Process]]:
@@ -150,6 +149,38 @@ def _texts(pid: int) -> _Texts:
     for _, path in _open_files(pid):
         yield _OPEN_FILE, path
     yield _MAPPED_FILE, Path(f"/proc/{pid}/maps").read_bytes()
+
+
+def _uses(pid: int) -> _Texts:
+    """Yield everything by which a process uses files. Raises OSError."""
+    for how, text in _texts(pid):
+        if how != _COMMAND_LINE and not (how == _OPEN_FILE and pid == os.getpid()):
+            yield how, text
+        if how == _LINKS["exe"] and is_python(text):
+            yield _INTERPRETER, os.fsencode(_started_by(pid))
+
+
+def is_python(executable: bytes) -> bool:
+    """Whether a program of this name is a Python."""
+    return os.path.basename(executable).startswith((b"python", b"pypy"))
+
+
+def _started_by(pid: int) -> str:
+    """The path by which a Python was started, found as Python itself finds it: by argv[0] and PATH; "" if unknown.
+
+    In a venv it is a link, and `exe` shows the base Python. Ray's workers change their argv[0] ("ray::IDLE"): there it
+    is VIRTUAL_ENV, which the agent sets.
+    """
+    try:
+        process = psutil.Process(pid)
+        first = next(iter(process.cmdline()), "/")  # it ended
+        environ = {} if "/" in first else process.environ()
+        candidates = [os.path.join(folder, first) for folder in environ.get("PATH", "").split(":") if folder]
+        by_name = next(filter(os.path.isfile, candidates), f"{environ.get('VIRTUAL_ENV', '')}/bin/python")
+        started = os.path.join(process.cwd(), first) if "/" in first else by_name
+    except psutil.Error:
+        return ""
+    return os.path.join(os.path.realpath(os.path.dirname(started)), os.path.basename(started))
 
 
 def _texts_of_psutil(pid: int) -> _Texts:
