@@ -119,7 +119,7 @@ def look(packages: Iterable[LocalPackage]) -> tuple[Content, ...]:
     """The content of the packages, in the order of their folders. Raises LockfileError where one is not here."""
     for package in packages:
         content.require_folder(package.path)
-    return tuple(content.look(path) for path in sorted({package.path for package in packages}))
+    return tuple(content.scan(path) for path in sorted({package.path for package in packages}))
 
 
 def digest_of(contents: Iterable[Content]) -> str:

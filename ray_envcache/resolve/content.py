@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_envcache.errors import ChangedError, LockfileError
-from ray_envcache.resolve.project import read_toml
+from ray_envcache.resolve import toml
 from ray_envcache.system import children
 from ray_envcache.system.children import clean_environ
 
@@ -116,7 +116,7 @@ def _copy_link(folder: Path, name: str, copy: Path) -> None:
     copy.symlink_to(os.readlink(folder / name) if is_inside(Path(target), folder) else target)
 
 
-def look(folder: Path) -> Content:
+def scan(folder: Path) -> Content:
     """Look at the package in `folder`. Raises LockfileError where that is no package, or has too many files.
 
     Seen is what git tracks or does not ignore; without git, everything but caches and environments. Added is what
@@ -213,7 +213,7 @@ def _cache_keys(folder: Path) -> list[dict[str, Any]]:
     pyproject = folder / "pyproject.toml"
     if not pyproject.exists():
         return []  # a package of setup.py alone
-    tool = read_toml(pyproject, "repair it").get("tool", {})
+    tool = toml.read(pyproject, "repair it").get("tool", {})
     keys = tool.get("uv", {}).get("cache-keys", [])
     if not isinstance(keys, list):
         raise LockfileError(

@@ -12,9 +12,9 @@ from packaging.utils import canonicalize_name
 
 from ray_envcache.errors import LockfileError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve import requirements, uv
+from ray_envcache.resolve import requirements, toml, uv
 from ray_envcache.resolve.interpreter import Interpreter
-from ray_envcache.resolve.project import Kind, Project, parse_toml, read_toml
+from ray_envcache.resolve.project import Kind, Project
 from ray_envcache.system import children
 
 
@@ -58,7 +58,7 @@ def require_current(project: Project, executable: str) -> Iterator[None]:
 
 def local_sources(lock: Path) -> list[str]:
     """The folders of all local packages that this lockfile of uv, if it is there, knows: from its own place."""
-    data = read_toml(lock, "run `uv lock`") if lock.is_file() else {}
+    data = toml.read(lock, "run `uv lock`") if lock.is_file() else {}
     sources = [package.get("source", {}) for package in data.get("package", [])]
     kinds = ("editable", "virtual", "directory")
     return sorted({source[kind] for source in sources for kind in kinds if kind in source})
@@ -107,7 +107,7 @@ def _exported(project: Project, interpreter: Interpreter, selection: list[str]) 
     arguments = ["export", "--frozen", "--no-header", "--format=pylock.toml", f"--python={interpreter.executable}"]
     done = uv.run([*arguments, *selection], cwd=project.folder)
     uv.expect_success(done, LockfileError, f"Cannot read the lockfile in `{project.folder}`", _hint(done.stderr))
-    data, tags = parse_toml(done.stdout), frozenset(interpreter.tags)
+    data, tags = toml.parse(done.stdout), frozenset(interpreter.tags)
     # Of ten wheels nine are for others: to have packaging read those too takes as long as uv took.
     return {**data, "packages": [without_foreign(tags, package) for package in data.get("packages", [])]}
 
@@ -137,14 +137,14 @@ def _hint(stderr: str) -> str:
 
 
 def _from_pylock(_spec: EnvSpec, project: Project, _interpreter: Interpreter) -> dict[str, Any]:
-    return read_toml(project.file, "write it again with the tool that made it")
+    return toml.read(project.file, "write it again with the tool that made it")
 
 
 def _from_requirements(spec: EnvSpec, project: Project, interpreter: Interpreter) -> dict[str, Any]:
-    found = requirements.entries(project.file)
+    found = requirements.read(project.file)
     done = _compile(project, interpreter, "--no-deps", *(["--no-build"] if spec.no_build else []))
     uv.expect_success(done, LockfileError, f"Cannot resolve `{project.file}`", _hint_of_compile(done.stderr))
-    data = parse_toml(done.stdout)
+    data = toml.parse(done.stdout)
     # uv writes down the Python at hand; the file asks for none.
     data.pop("requires-python", None)
     data["packages"] = requirements.restrict(data["packages"], found, interpreter.markers)
@@ -158,7 +158,7 @@ def _require_complete(project: Project, interpreter: Interpreter, listed: set[st
     if done.returncode != 0:
         # Versions that do not go together may be meant so, and what a source package needs only its build knows.
         return
-    missing = {package["name"] for package in parse_toml(done.stdout)["packages"]} - listed
+    missing = {package["name"] for package in toml.parse(done.stdout)["packages"]} - listed
     # What needs ray may leave it to the cluster.
     if missing and "ray" not in missing:
         raise LockfileError(

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +61,12 @@ def base_executable(python: str | None) -> str:
             "start the cluster with that Python: Ray's workers must have the same version as the cluster",
         )
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+
+
+def packages_folder() -> str:
+    """The site-packages that has the cluster's ray, found without importing it; "" where there is none."""
+    found = find_spec("ray")
+    return os.path.dirname(os.path.dirname(found.origin)) if found and found.origin else ""
 
 
 def base_of(executable: str) -> str:

@@ -18,12 +18,11 @@ from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import export
 from ray_envcache.resolve.interpreter import Interpreter
 from ray_envcache.resolve.project import Kind, Project
-from ray_envcache.resolve.requirements import path_of
+from ray_envcache.resolve.urls import path_of
 from ray_envcache.system import secrets
 
 if TYPE_CHECKING:
     from packaging.markers import Environment
-    from packaging.pylock import Pylock
 
 _BUILD_SETTINGS = (
     "build-constraint-dependencies",

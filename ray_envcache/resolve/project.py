@@ -16,10 +16,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tomli
-
 from ray_envcache.errors import DigestError, LockfileError
-from ray_envcache.resolve import requirements
+from ray_envcache.resolve import requirement_files, toml
+from ray_envcache.resolve.toml import table_in
 from ray_envcache.system import files
 
 _SCRIPT_BLOCK = re.compile(rb"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$")  # from PEP 723
@@ -87,26 +86,26 @@ class Project(NamedTuple):
     def lock_files(self) -> list[Path]:
         """The files that say which versions and hashes."""
         if self.kind is Kind.REQUIREMENTS:
-            return requirements.files(self.file)
+            return requirement_files.files(self.file)
         return [self.file, _lock_of(self.file)] if self.kind is Kind.SCRIPT else [self.file]
 
     def name(self) -> str:
         """What people call it: the name in pyproject.toml, or that of the script, else that of the folder."""
         if self.kind is Kind.SCRIPT:
             return self.file.name
-        name = _inner(self.table(), "project").get("name") if self.kind is Kind.UV else None
+        name = table_in(self.table(), "project").get("name") if self.kind is Kind.UV else None
         return name if isinstance(name, str) and name.isprintable() else self.folder.name
 
     def table(self) -> dict[str, Any]:
         """The content of the member's pyproject.toml. Raises LockfileError."""
-        return read_toml(self.folder / self.member / "pyproject.toml", "see what `uv lock` says of it")
+        return toml.read(self.folder / self.member / "pyproject.toml", "see what `uv lock` says of it")
 
     def settings(self) -> dict[str, Any]:
         """What uv is told in the files of `folder`."""
         # As uv has it: a uv.toml replaces the settings in pyproject.toml.
         for name, keys in (("uv.toml", ()), ("pyproject.toml", ("tool", "uv"))):
             if (self.folder / name).is_file():
-                return _inner(read_toml(self.folder / name, "repair it"), *keys)
+                return table_in(toml.read(self.folder / name, "repair it"), *keys)
         return {}
 
     def _relative(self, path: str) -> str:
@@ -119,22 +118,6 @@ class Project(NamedTuple):
             # What the rest of a script does decides nothing, and changes all the time.
             content = _script_block(self.file, content)
         return hashlib.sha256(content).hexdigest()
-
-
-def read_toml(path: Path, hint: str) -> dict[str, Any]:
-    """The content of a TOML file. Raises LockfileError."""
-    try:
-        return parse_toml(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise LockfileError(f"Cannot read `{path}`: {error}", hint) from error
-
-
-def parse_toml(text: str) -> dict[str, Any]:
-    """The content of a TOML text. Raises ValueError."""
-    try:
-        return tomli.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested deeper than anybody writes") from error
 
 
 def _is_folder(path: Path) -> bool:
@@ -217,7 +200,7 @@ def _member(lock: Path, package: str) -> str:
 
 
 def _members(lock: Path) -> list[str]:
-    manifest = _inner(read_toml(lock, "run `uv lock`"), "manifest")
+    manifest = table_in(toml.read(lock, "run `uv lock`"), "manifest")
     return [str(name) for name in manifest.get("members", [])]
 
 
@@ -227,12 +210,12 @@ def _workspace_root(folder: Path) -> Path:
     above = [(parent, text) for parent in _parents(real) if (text := _pyproject(parent))]
     if not any(b"workspace" in text for _, text in above):
         return folder
-    if _is_root(read_toml(folder / "pyproject.toml", "repair it")):
+    if _is_root(toml.read(folder / "pyproject.toml", "repair it")):
         return folder
     for parent, _ in above:
-        table = read_toml(Path(parent, "pyproject.toml"), "repair it, or move the project out of there")
+        table = toml.read(Path(parent, "pyproject.toml"), "repair it, or move the project out of there")
         if _is_root(table):
-            workspace = _inner(table, "tool", "uv", "workspace")
+            workspace = table_in(table, "tool", "uv", "workspace")
             return Path(parent) if _includes(workspace, os.path.relpath(real, parent)) else folder
         if "project" in table:
             break
@@ -253,15 +236,7 @@ def _pyproject(folder: str) -> bytes:
 
 
 def _is_root(table: dict[str, Any]) -> bool:
-    return "workspace" in _inner(table, "tool", "uv")
-
-
-def _inner(table: dict[str, Any], *keys: str) -> dict[str, Any]:
-    """The table within tables, {} where there is none."""
-    for key in keys:
-        found = table.get(key)
-        table = found if isinstance(found, dict) else {}
-    return table
+    return "workspace" in table_in(table, "tool", "uv")
 
 
 def _includes(workspace: dict[str, Any], name: str) -> bool:
