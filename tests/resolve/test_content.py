@@ -14,11 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ray_envcache.acquire import Store
 from ray_envcache.build import layers
 from ray_envcache.errors import LockfileError
+from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import content
+from ray_envcache.resolve.cluster_ray import installed_ray
 from ray_envcache.resolve.content import scan
 from ray_envcache.store import key
+from ray_envcache.store.leases import Holder
 from tests import support
 
 NAMES = st.from_regex(r"[a-z]{1,6}(/[a-z]{1,6}){0,2}\.(py|txt|c)", fullmatch=True)
@@ -115,6 +119,52 @@ def test_cache_keys_that_are_no_patterns(tmp_path: Path, pattern: str) -> None:
     assert (str(tmp_path / "pyproject.toml") in caught.value.message, "**/*" in caught.value.hint) == (True, True)
 
 
+_COMPILING_BACKEND = """\
+import pathlib, zipfile
+
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+    here, info = pathlib.Path.cwd(), "fast-1.0.dist-info"
+    (here / "fast.so").write_text((here / "fast.c").read_text())
+    with zipfile.ZipFile(pathlib.Path(wheel_directory) / "fast-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("fast.pth", f"{here}\\n")
+        wheel.writestr(info + "/METADATA", "Metadata-Version: 2.2\\nName: fast\\nVersion: 1.0\\n")
+        wheel.writestr(info + "/WHEEL", "Wheel-Version: 1.0\\nGenerator: tests\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr(info + "/RECORD", "")
+    return "fast-1.0-py3-none-any.whl"
+"""
+
+
+def test_editable_installation_of_compiled_code(tmp_path: Path, wheels: Path, store: Store) -> None:
+    """It is made again when a file of `cache-keys` was edited or its compiled module is gone, and not otherwise."""
+    folder = tmp_path / "fast"
+    folder.mkdir()
+    (folder / "backend.py").write_text(_COMPILING_BACKEND)
+    (folder / "fast.c").write_text("1")
+    (folder / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+        '[project]\nname = "fast"\nversion = "1.0"\nrequires-python = ">=3.10"\ndependencies = ["ray"]\n'
+        f'[tool.uv]\nno-index = true\nfind-links = ["{wheels}"]\n'
+        'cache-keys = [{ file = "pyproject.toml" }, { file = "*.c" }]\n'
+    )
+    support.run_uv("lock", cwd=folder)
+    built = folder / "fast.so"
+
+    def run() -> str:
+        with store.acquire(
+            EnvSpec.parse(folder), installed_ray(), Holder("test"), finish=False, editable=True
+        ) as lease:
+            return lease.entry.path.name
+
+    first = run()
+    assert (built.read_text(), run()) == ("1", first)
+    (folder / "fast.c").write_text("2")
+    second = run()
+    assert (built.read_text(), second != first) == ("2", True)
+    built.unlink()
+    assert run() != second
+    assert built.read_text() == "2"
+
+
 def test_cache_keys_that_are_no_list(tmp_path: Path) -> None:
     """The letters of a word are no patterns."""
     (tmp_path / "pyproject.toml").write_text('[tool.uv]\ncache-keys = "src/*.rs"\n')
@@ -158,13 +208,13 @@ def test_files_behind_links(tmp_path: Path) -> None:
 
 
 def test_a_commit_named_as_a_file(tmp_path: Path) -> None:
-    """`.git` of a copy is that of the package, whatever of it is hashed, and stays as it is."""
+    """What is hashed of `.git` may be in a copy, which has its own."""
     (tmp_path / "pyproject.toml").write_text('[tool.uv]\ncache-keys = [{ file = ".git/HEAD" }]\n')
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     seen = scan(tmp_path)
     seen.copy(tmp_path / "copy")
     assert ".git/HEAD" in seen.files
-    assert (tmp_path / "copy" / ".git").readlink() == tmp_path / ".git"
+    assert (tmp_path / "copy" / ".git" / "HEAD").read_bytes() == (tmp_path / ".git" / "HEAD").read_bytes()
 
 
 def test_a_package_in_another(tmp_path: Path) -> None:
