@@ -15,6 +15,7 @@ from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import requirements, toml, uv
 from ray_envcache.resolve.interpreter import Interpreter
 from ray_envcache.resolve.project import Kind, Project
+from ray_envcache.resolve.uv import Scope
 from ray_envcache.system import children
 
 
@@ -39,14 +40,11 @@ def require_current(project: Project, executable: str) -> Iterator[None]:
         return
     script = [f"--script={project.file.name}"] if project.kind is Kind.SCRIPT else []
     check = ["lock", "--check", *script, f"--python={executable}"]
-    with uv.running([*check, "--offline"], cwd=project.folder) as finish:
+    with uv.running([*check, "--offline"], cwd=project.folder, scope=Scope.USER) as finish:
         yield
         done = finish()
-    if done.returncode != 0 and "build" in done.stderr:
-        # A local package with dynamic metadata is built to know what it needs, and its build may need an index.
-        done = uv.run(check, cwd=project.folder)
     if done.returncode != 0:
-        _require_local_folders(project)
+        done = _checked_again(done, check, project)
     lock, source = project.lock_files()[-1].name, project.file.name if script else "pyproject.toml"
     what = f"{lock} in `{project.folder}` no longer matches {source}"
     hint = f"run `uv lock{' --script ' if script else ''}{source if script else ''}`"
@@ -54,6 +52,21 @@ def require_current(project: Project, executable: str) -> Iterator[None]:
         # A package was added. uv, which was to ask no index, calls that a conflict: there is none.
         raise LockfileError(what, hint)
     uv.expect_success(done, LockfileError, what, hint)
+
+
+def _checked_again(done: children.Completed, check: list[str], project: Project) -> children.Completed:
+    """What uv says of a lockfile that it refused, where that may be due to something else than the lockfile."""
+    if "build" in done.stderr:
+        # A local package with dynamic metadata is built to know what it needs, and its build may need an index.
+        done = uv.run(check, cwd=project.folder, scope=Scope.USER)
+    if done.returncode == 0:
+        return done
+    # The user may have locked with other settings than this node has: a mirror, or `exclude-newer`.
+    alone = uv.run([*check, "--offline"], cwd=project.folder, scope=Scope.PROJECT)
+    if alone.returncode == 0:
+        return alone
+    _require_local_folders(project)
+    return done
 
 
 def local_sources(lock: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 from ray_envcache.errors import InterpreterError, LockfileError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve import export
+from ray_envcache.resolve import export, settings
 from ray_envcache.resolve.interpreter import Interpreter
 from ray_envcache.resolve.project import Kind, Project
 from ray_envcache.resolve.urls import path_of
@@ -24,17 +25,7 @@ from ray_envcache.system import secrets
 if TYPE_CHECKING:
     from packaging.markers import Environment
 
-_BUILD_SETTINGS = (
-    "build-constraint-dependencies",
-    "config-settings",
-    "config-settings-package",
-    "extra-build-dependencies",
-    "extra-build-variables",
-    "no-binary",
-    "no-binary-package",
-    "no-build-isolation",
-    "no-build-isolation-package",
-)
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -128,7 +119,7 @@ def resolve(spec: EnvSpec, project: Project, interpreter: Interpreter) -> Resolv
     return ResolvedSet(
         packages=tuple(sorted(packages, key=lambda package: package.name)),
         local=tuple(_local(package, artifact, project.folder) for package, artifact in selected if _is_local(artifact)),
-        build_settings=_build_settings(project),
+        build_settings=_build_settings(project.folder),
     )
 
 
@@ -246,10 +237,13 @@ def _artifact_table(artifact: Any, folder: Path) -> dict[str, Any]:
     return table
 
 
-def _build_settings(project: Project) -> str:
+def _build_settings(folder: Path) -> str:
     """The settings that decide what a build from source gives, as canonical JSON."""
-    uv = project.settings()
-    return json.dumps({name: uv[name] for name in _BUILD_SETTINGS if name in uv}, sort_keys=True, default=str)
+    found = settings.of_project(folder)
+    for name in settings.unknown(found):
+        _logger.warning("`%s` in the settings of `%s` has no effect: it is of a later uv than we know", name, folder)
+    chosen = {name: value for name, value in found.items() if name in settings.BUILD}
+    return json.dumps(chosen, sort_keys=True, default=str)
 
 
 def _sha256(path: Path) -> str:

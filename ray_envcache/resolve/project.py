@@ -100,14 +100,6 @@ class Project(NamedTuple):
         """The content of the member's pyproject.toml. Raises LockfileError."""
         return toml.read(self.folder / self.member / "pyproject.toml", "see what `uv lock` says of it")
 
-    def settings(self) -> dict[str, Any]:
-        """What uv is told in the files of `folder`."""
-        # As uv has it: a uv.toml replaces the settings in pyproject.toml.
-        for name, keys in (("uv.toml", ()), ("pyproject.toml", ("tool", "uv"))):
-            if (self.folder / name).is_file():
-                return table_in(toml.read(self.folder / name, "repair it"), *keys)
-        return {}
-
     def _relative(self, path: str) -> str:
         top = os.path.join(self.folder, "")
         return path.removeprefix(top) if path.startswith(top) else os.path.relpath(path, self.folder)

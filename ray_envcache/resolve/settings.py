@@ -73,14 +73,14 @@ def unknown(found: Iterable[str]) -> list[str]:
     return sorted({*found} - REACH - RESOLVE - BUILD - UNUSED)
 
 
-def for_uv(folder: Path, *, with_node: bool) -> str:
-    """The one uv.toml for a call of uv in `folder`; `with_node` says whether the files of user and system count."""
+def for_uv(folder: Path, from_node: frozenset[str]) -> str:
+    """The one uv.toml for a call of uv in `folder`; `from_node` are the settings that count from user and system."""
     place = next((place for place in (folder, *folder.parents) if _at(place) is not None), folder)
     # A folder above is not in the digest of the project.
     decides = RESOLVE | BUILD if place == folder else RESOLVE
     found = _taken(of_project(place), place, REACH | decides)
-    for path in _node_files() if with_node else ():
-        found = _combined(found, _taken(toml.read(path, "repair it"), path.parent, REACH))
+    for path in _node_files() if from_node else ():
+        found = _combined(found, _taken(toml.read(path, "repair it"), path.parent, from_node))
     if found.get("link-mode") == "symlink":
         # Links into uv's cache would break every environment when that cache is cleaned.
         del found["link-mode"]
@@ -100,12 +100,18 @@ def _at(folder: Path) -> dict[str, Any] | None:
 def _node_files() -> list[Path]:
     """The user's uv.toml and the system's, where uv looks for them; or the one that $UV_CONFIG_FILE names instead."""
     given = os.environ.get("UV_CONFIG_FILE")
-    if os.environ.get("UV_NO_CONFIG") or given:
-        return [Path(given)] if given else []
+    if given:
+        return [Path(given)]
+    if _is_set("UV_NO_CONFIG"):
+        return []
     user = Path(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))
     system = [*map(Path, (os.environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(":")), Path("/etc")]
-    systems = [] if os.environ.get("UV_NO_SYSTEM_CONFIG") else _files(system)[:1]
+    systems = [] if _is_set("UV_NO_SYSTEM_CONFIG") else _files(system)[:1]
     return [*_files([user]), *systems]
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in {"1", "on", "t", "true", "y", "yes"}
 
 
 def _files(folders: list[Path]) -> list[Path]:
