@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ray_envcache.build.environment import EnvironmentPlan
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import export, inherit, interpreter, lockfile
-from ray_envcache.resolve.additions import additions
+from ray_envcache.resolve.additions import additions, located
 from ray_envcache.resolve.project import Project
 from ray_envcache.store.key import compute_key
 
@@ -31,8 +31,9 @@ def plan_of(spec: EnvSpec, project: Project, executable: str, ray: AnyRay, *, ch
     added = additions(ray, resolved, python)
     version = resolved.version_of("ray") or added["ray"]
     resolved, added, inherited = inherit.split(resolved, added, spec)
+    resolved = resolved.with_packages(located(added, python))
     return EnvironmentPlan(
-        key=compute_key(resolved, added, python, _outside(spec, inherited)),
+        key=compute_key(resolved, python, _outside(spec, inherited)),
         resolved=resolved,
         added=added,
         interpreter=python,

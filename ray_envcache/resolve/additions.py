@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 
+from packaging.pylock import Pylock
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from ray_envcache.errors import RayVersionError
+from ray_envcache.resolve import lockfile, toml, uv
 from ray_envcache.resolve.cluster_ray import AnyRay, LockedRay
 from ray_envcache.resolve.interpreter import Interpreter
-from ray_envcache.resolve.lockfile import ResolvedSet
+from ray_envcache.resolve.lockfile import ResolvedPackage, ResolvedSet
 
 
 def additions(ray: AnyRay, resolved: ResolvedSet, interpreter: Interpreter) -> dict[str, str]:
@@ -34,6 +38,28 @@ def additions(ray: AnyRay, resolved: ResolvedSet, interpreter: Interpreter) -> d
             f'run `uv add "ray=={ray.version}"`, or start the cluster with ray {locked}',
         )
     return {}
+
+
+def located(added: dict[str, str], interpreter: Interpreter) -> tuple[ResolvedPackage, ...]:
+    """These packages as the indexes of this node have them, with hashes: wheels alone, which are the same everywhere.
+
+    Settings of projects have no part in it: what the cluster's ray adds is shared by all. Raises RayVersionError where
+    an index does not have them, and IndexUnreachableError.
+    """
+    if not added:
+        return ()
+    lines = "".join(f"{name}=={version}\n" for name, version in sorted(added.items()))
+    with uv.file_of(lines) as file:
+        command = ["pip", "compile", "--no-deps", "--no-build", "--no-header", "--format=pylock.toml"]
+        arguments = [*command, f"--python={interpreter.executable}", f"/dev/fd/{file}"]
+        done = uv.run(arguments, cwd=Path("/"), pass_fds=[file])
+    hint = (
+        "lock ray with the project (uv add ray), set an index that has them (UV_INDEX, uv.toml), or use the cluster's "
+        f'own: {{"inherit": {json.dumps(sorted(added))}}}'
+    )
+    uv.expect_success(done, RayVersionError, "This node does not get the cluster's ray and what it needs", hint)
+    selected = lockfile.select(Pylock.from_dict(toml.parse(done.stdout)), interpreter)
+    return tuple(lockfile.resolved_package(package, artifact, Path("/"), "") for package, artifact in selected)
 
 
 def _with_needs(ray: str, resolved: ResolvedSet, interpreter: Interpreter) -> dict[str, str]:

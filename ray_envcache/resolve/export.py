@@ -187,10 +187,6 @@ def _compile(project: Project, interpreter: Interpreter, *options: str) -> child
 
 
 def _hint_of_compile(stderr: str) -> str:
-    if uv.is_unauthorized(stderr):
-        return "give this node the index's credentials as uv takes them: UV_INDEX_<NAME>_USERNAME, netrc or keyring"
-    if uv.is_unreachable(stderr):
-        return "see that this node reaches the index; proxies and mirrors are set as for uv"
     if "is disabled" in stderr:
         return "lock versions that have a wheel for this platform, or leave out `no_build`"
     return "`uv pip compile --no-deps` of it shows the same"

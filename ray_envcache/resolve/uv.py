@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 import uv
 
-from ray_envcache.errors import BuildError, DiskFullError, EnvCacheError
+from ray_envcache.errors import BuildError, DiskFullError, EnvCacheError, KilledError, UnreachableError
 from ray_envcache.resolve import git, settings
 from ray_envcache.system import children, disk, secrets
 
@@ -33,6 +33,10 @@ _NODE = re.compile(
     r"|MALWARE_CHECK|MALWARE_CHECK_URL|STACK_SIZE)"
 )
 _RESOLVE = re.compile(r"UV_(EXCLUDE_NEWER|FORK_STRATEGY|PRERELEASE|RESOLUTION)")
+CREDENTIALS_HINT = (
+    "give this node the index's credentials as uv takes them: UV_INDEX_<NAME>_USERNAME and _PASSWORD, netrc or keyring"
+)
+REACH_HINT = "see that this node reaches the index; proxies and mirrors are set as for uv"
 _GIVEN: ContextVar[Mapping[str, str]] = ContextVar("given", default=MappingProxyType({}))
 _FULL_PLACE = re.compile(r"`(/[^`\n]*)`: (?:No space left on device|Disk quota exceeded)")
 
@@ -83,7 +87,7 @@ def running(
     environ = _environ(scope)
     if cache is not None:
         environ["UV_CACHE_DIR"] = os.fspath(cache)
-    with _file(settings.for_uv(cwd, _FROM_NODE[scope])) as file:
+    with file_of(settings.for_uv(cwd, _FROM_NODE[scope])) as file:
         config, fds = f"/dev/fd/{file}", [*pass_fds, file]
         command = [find(), f"--config-file={config}", *arguments]
         with children.running(command, environ=environ, cwd=cwd, pass_fds=fds) as finish:
@@ -97,7 +101,7 @@ def running(
 
 
 @contextmanager
-def _file(text: str) -> Iterator[int]:
+def file_of(text: str) -> Iterator[int]:
     """A file with this text, by its descriptor: it needs no room on a disk, and a SIGKILL leaves nothing."""
     memory = sys.platform == "linux"
     with os.fdopen(os.memfd_create("uv.toml"), "w+b") if memory else tempfile.TemporaryFile() as file:
@@ -188,28 +192,33 @@ def is_disk_full(stderr: str) -> bool:
 
 
 def require_not_killed(done: children.Completed, who: str = "uv") -> None:
-    """Raise BuildError where a signal ended the child: then what it said so far is not the reason."""
+    """Raise KilledError where a signal ended the child: then what it said so far is not the reason."""
     if done.killed:
-        raise BuildError(
+        raise KilledError(
             f"{who} was {done.killed} before it was done",
-            "try again; if nobody killed it, the kernel did because this node has too little memory (dmesg says so)",
+            "try again; the kernel kills it where this node has too little memory (dmesg says so)",
         )
 
 
 def expect_success(done: children.Completed, kind: type[EnvCacheError], what: str, hint: str) -> None:
-    """Turn a failure of uv into an error of ours that quotes its reason."""
+    """Raise an error where uv failed: of `kind`, or one that says what this node lacks. It quotes uv's reason."""
     require_not_killed(done)
     if done.returncode == 0:
         return
+    reason = said(done.stderr) or f"uv ended with status {done.returncode}"
     if is_disk_full(done.stderr):
         # That says nothing about what was asked: uv keeps notes in its cache even where it only reads.
         found = _FULL_PLACE.search(done.stderr)
         place = Path(found[1] if found else tempfile.gettempdir())
         raise DiskFullError(
-            f"No space left for uv to work: {said(done.stderr)}; {disk.room_left(place)}",
+            f"No space left for uv to work: {reason}; {disk.room_left(place)}",
             "make room there, or move what uv writes there: UV_CACHE_DIR, TMPDIR",
         )
-    raise kind(f"{what}: {said(done.stderr) or f'uv ended with status {done.returncode}'}", hint)
+    if is_unauthorized(done.stderr):
+        raise kind(f"{what}: {reason}", CREDENTIALS_HINT)
+    if is_unreachable(done.stderr):
+        raise UnreachableError(f"{what}: {reason}", REACH_HINT)
+    raise kind(f"{what}: {reason}", hint)
 
 
 def _environ(scope: Scope) -> dict[str, str]:
