@@ -71,6 +71,14 @@ class BuildError(EnvCacheError):
     """uv failed to build the environment; the message ends with its last lines."""
 
 
+class UnreachableError(BuildError):
+    """An index did not answer this node."""
+
+
+class KilledError(BuildError):
+    """A signal ended uv, or the Python that checks an environment, before it was done."""
+
+
 class DiskFullError(BuildError):
     """Not enough space for the environment; the message has the figures."""
 

@@ -130,9 +130,12 @@ def test_changed_hash_is_another_environment(tmp_path: Path, wheels: Path, acqui
     assert support.run_python("import wanted; print(wanted.X)", python=second.python).strip() == "2"
 
 
-def test_ray_is_added_with_the_versions_the_cluster_has(tmp_path: Path, wheels: Path, store: Store) -> None:
+def test_ray_is_added_with_the_versions_the_cluster_has(
+    tmp_path: Path, wheels: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A lockfile without ray gets exactly the cluster's ray and what it needs, and the record says so."""
     project = support.make_project(tmp_path / "project", wheels)
+    support.set_index_of_node(tmp_path / "config", wheels, monkeypatch)
     installed = {line.split("==")[0]: line.split("==")[1] for line in support.run_python(LIST_INSTALLED).split()}
     for name, version in installed.items():
         if name != "ray":

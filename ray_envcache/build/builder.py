@@ -19,7 +19,7 @@ from ray_envcache.build import venv_files
 from ray_envcache.build.plan import BuildUv, Plan, disk_full
 from ray_envcache.errors import BuildError
 from ray_envcache.resolve import uv
-from ray_envcache.resolve.cluster_ray import packages_folder
+from ray_envcache.resolve.interpreter import packages_folder
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, Lease, claim, hold
 from ray_envcache.store.record import ReadyRecord

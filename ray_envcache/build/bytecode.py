@@ -22,7 +22,7 @@ from pathlib import Path
 from ray_envcache.build.donors import NOBODY, Donors, donors_for
 from ray_envcache.inside import pyc
 from ray_envcache.inside.pyc import Places
-from ray_envcache.resolve.cluster_ray import packages_folder
+from ray_envcache.resolve.interpreter import packages_folder
 from ray_envcache.store import shared_bytecode
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, claim

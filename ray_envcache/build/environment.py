@@ -16,7 +16,7 @@ from ray_envcache.system.units import format_size
 
 @dataclass(frozen=True)
 class EnvironmentPlan(Plan):
-    """A build of the resolved set. `added` are packages that the cluster's ray brings: {name: version}.
+    """A build of the resolved set. `added` are those of it that the cluster's ray brings: {name: version}.
 
     `inherited` are those used from the cluster's own Python.
     """
@@ -28,7 +28,7 @@ class EnvironmentPlan(Plan):
 
     @property
     def headline(self) -> str:
-        count, size = len(self.resolved.packages) + len(self.added), self.download_size
+        count, size = len(self.resolved.packages), self.download_size
         sized = f", {format_size(size)}" if size else ""
         return f"Building the environment of {self.project}: {count} packages{sized}"
 
@@ -46,10 +46,6 @@ class EnvironmentPlan(Plan):
         if self.resolved.packages:
             self._install_build_dependencies(entry, run_uv, common)
             run_uv("pip", "sync", *common, entry.pylock)
-        if self.added:
-            exact = [f"{name}=={version}" for name, version in sorted(self.added.items())]
-            # No lockfile says what they were built from: wheels alone are the same everywhere.
-            run_uv("pip", "install", "--no-deps", "--no-build", *common, *exact)
         # After uv, which would remove them as nobody's.
         inherit.link(self.inherited, entry.site_packages)
 
@@ -65,7 +61,7 @@ class EnvironmentPlan(Plan):
 
     def facts(self) -> dict[str, Any]:
         return {
-            "packages": len(self.resolved.packages) + len(self.added),
+            "packages": len(self.resolved.packages),
             "base": "",
             "content": "",
             "hashes": self._hashes(),
@@ -76,5 +72,5 @@ class EnvironmentPlan(Plan):
 
     def _hashes(self) -> str:
         """Of how many packages the lockfile has the hash. What the cluster's ray brings is not in it."""
-        pinned = {package.is_pinned for package in self.resolved.packages} | ({False} if self.added else set())
+        pinned = {package.is_pinned for package in self.resolved.packages}
         return "some" if len(pinned) == 2 else "none" if pinned == {False} else "all"

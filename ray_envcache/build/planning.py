@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ray_envcache.build.environment import EnvironmentPlan
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import export, inherit, interpreter, lockfile
+from ray_envcache.resolve.additions import additions, located
 from ray_envcache.resolve.project import Project
 from ray_envcache.store.key import compute_key
 
@@ -27,10 +28,12 @@ def plan_of(spec: EnvSpec, project: Project, executable: str, ray: AnyRay, *, ch
     With `check_current` the lockfile has to match the project. Raises LockfileError, InterpreterError, RayVersionError.
     """
     python, resolved = _resolve(spec, project, executable, ray, check_current=check_current)
-    version, added = ray.version_in(resolved), ray.additions(resolved, python)
+    added = additions(ray, resolved, python)
+    version = resolved.version_of("ray") or added["ray"]
     resolved, added, inherited = inherit.split(resolved, added, spec)
+    resolved = resolved.with_packages(located(added, python))
     return EnvironmentPlan(
-        key=compute_key(resolved, added, python, _outside(spec, inherited)),
+        key=compute_key(resolved, python, _outside(spec, inherited)),
         resolved=resolved,
         added=added,
         interpreter=python,
@@ -47,7 +50,7 @@ def require_buildable(spec: EnvSpec, ray: AnyRay) -> ResolvedSet:
     executable = interpreter.base_executable(spec.python)
     project = Project.locate(Path(spec.path), spec.package)
     python, resolved = _resolve(spec, project, executable, ray, check_current=True)
-    ray.additions(resolved, python)
+    additions(ray, resolved, python)
     return resolved
 
 
