@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 class EnvCacheError(Exception):
     """Base of all errors of this package.
 
-    `message` is one sentence (plus quoted output, if a tool said something); `hint` says what to do next.
+    `message` is one sentence, plus the last lines of a tool that failed; `hint` says what to do next.
     `exit_code` is what the command line exits with.
     """
 
@@ -38,17 +38,17 @@ class EnvCacheError(Exception):
 
 
 class FieldValueError(EnvCacheError, ValueError):
-    """What the user wrote in `runtime_env` (or on the command line) is not a valid field value."""
+    """A value in `runtime_env` or on the command line is not valid."""
 
     exit_code = 2
 
 
 class LockfileError(EnvCacheError):
-    """The lockfile is missing, broken, outdated, unreadable for this uv, or does not have what was asked for."""
+    """The lockfile is missing, broken, outdated, unreadable for this uv, or lacks a requested group or extra."""
 
 
 class ChangedError(LockfileError):
-    """Somebody wrote the files while they were looked at."""
+    """The files changed while they were read."""
 
 
 class DigestError(LockfileError):
@@ -102,11 +102,11 @@ class BusyError(EnvCacheError):
 
 
 class ReadOnlyError(EnvCacheError):
-    """What was asked for would change a lower store, where nothing is ever changed."""
+    """The command would change a read-only store."""
 
 
 class InUseError(EnvCacheError):
-    """An entry cannot be removed because somebody uses it; the message names who."""
+    """An entry cannot be removed because processes use it; the message names them."""
 
 
 class UnknownKeyError(EnvCacheError, LookupError):

@@ -1,9 +1,8 @@
 """Ray's side: the plugin in the runtime env agent of every node. Thin, asynchronous, and unable to fail at import.
 
 An exception while this module is imported, or in `__init__`, would take the whole node down. The agent's event loop
-serves all runtime environments of the node, so nothing here keeps it waiting: what takes long happens in a child
-process (`agent_build`), and what touches the disk in a thread, since any file operation may wait for seconds on a disk
-that is busy writing.
+serves all runtime environments of the node, so this module never blocks it. Builds run in a child process
+(`agent_build`). File operations run in a thread, because each may wait for seconds on a disk that is busy writing.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import logging
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -27,7 +25,7 @@ import ray
 from ray._private.runtime_env.plugin import RuntimeEnvPlugin
 
 from ray_envcache.acquire import Store
-from ray_envcache.cluster.agent_build import Build, discard_result
+from ray_envcache.cluster.agent_build import AgentBuild, discard_result
 from ray_envcache.errors import EnvCacheError, FieldValueError, StoreError
 from ray_envcache.field import guard, probe, registration
 from ray_envcache.field.spec import FIELD, EnvSpec, refuse_combinations
@@ -38,39 +36,35 @@ from ray_envcache.store.leases import Holder, Lease
 T = TypeVar("T")
 
 THREADS = 4
-"""How many of our operations may wait for the disk at the same time."""
+"""How many of the plugin's operations may wait for the disk at the same time."""
 
 FAILURE_SECONDS = 10.0
-"""How long a failure is repeated without another try: Ray asks three times, a second apart."""
+"""How long the plugin repeats a failure instead of trying again: Ray asks three times, a second apart."""
 
 
 class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no types there
     """Hands workers the interpreter of a shared environment, and holds a lease on it while this node refers to it."""
 
     name = FIELD
-    # Before Ray's own plugins (10), so that what cannot work is refused before they install anything, and so that we
-    # can take away what they must not see: the guard, and the interpreter that Ray's hook for `uv run` sets.
+    # Before Ray's own plugins (10): they would install `pip` before we refuse it, and fail at the guard.
     priority = 5
 
     def __init__(self) -> None:
-        # Ray reads it right after this constructor. A cap of zero makes `delete_uri` arrive exactly when the last
-        # reference of this node goes.
+        # Ray reads it right after this constructor. With a cap of zero Ray calls `delete_uri` at the moment when this
+        # node's last reference goes.
         os.environ[f"RAY_RUNTIME_ENV_{FIELD.upper()}_CACHE_SIZE_GB"] = "0"
         self._leases: dict[str, Lease] = {}
         self._creating: dict[str, asyncio.Lock] = {}
-        self._failures: dict[str, tuple[float, EnvCacheError]] = {}
-        # Our own: the loop's default ones may be busy with what is Ray's.
+        self._failures: dict[str, EnvCacheError] = {}
+        # Not the loop's default threads: Ray unpacks working_dirs there, for minutes.
         self._threads = ThreadPoolExecutor(THREADS, "envcache")
         self._companion: int | None = None
-        with suppress(RuntimeError):  # no thread can be started: whoever comes later collects
+        with suppress(RuntimeError):  # the node has no thread left: the next cluster's companion collects
             self._threads.submit(self._start_companion)
-            for _ in range(THREADS):
-                # All begin now: who starts a thread waits until it runs, which on a busy node is long for the loop.
-                self._threads.submit(time.sleep, 0.005)
 
     @staticmethod
     def validate(runtime_env_dict: dict[str, Any]) -> None:
-        """Raise FieldValueError for a field value, or a combination of fields, that can never work."""
+        """Raise FieldValueError for a field value, or a combination of fields, that cannot work."""
         if probe.is_probe(runtime_env_dict[FIELD]):
             return
         refuse_combinations(runtime_env_dict)
@@ -94,8 +88,9 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
             return 1.0
         # Per URI, not per serialized environment: Data, Train and Tune make many of one field value.
         async with self._creating.setdefault(uri, asyncio.Lock()):
+            if uri in self._failures:
+                raise _again(self._failures[uri])
             if uri not in self._leases:
-                self._repeat_failure(uri)
                 self._leases[uri] = await self._lease(uri, runtime_env, context, logger)
         return 1.0
 
@@ -104,7 +99,7 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         guard.disarm(runtime_env)
         if not uris:
             return
-        runtime_env.pop("py_executable", None)  # that of Ray's own hook for `uv run`; others were refused
+        runtime_env.pop("py_executable", None)  # the one of Ray's own hook for `uv run`; `validate` refused others
         entry = self._leases[uris[0]].entry
         context.py_executable = shlex.quote(os.fspath(entry.python))
         context.env_vars["VIRTUAL_ENV"] = os.fspath(entry.venv)
@@ -112,7 +107,7 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         context.command_prefix += registration.worker_prefix(os.environ)
 
     def delete_uri(self, uri: str, logger: logging.Logger) -> float:
-        """Release the lease: this node's last reference went. Deletes nothing."""
+        """Release the lease, since this node's last reference to it is gone. Deletes nothing."""
         creating = self._creating.get(uri)
         if creating is not None and not creating.locked():
             del self._creating[uri]
@@ -124,15 +119,15 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         return 1.0
 
     def _start_companion(self) -> None:
-        from ray_envcache.gc import companion  # in a thread, not while the node waits for us
+        from ray_envcache.gc import companion
 
-        # Kept open as long as we live, and closed by nobody but our end.
+        # A pipe that stays open while this agent lives: its end tells the companion that the cluster ended.
         self._companion = companion.start(Layout(default_root()), os.environ)
 
     def _tell_companion(self) -> None:
-        if self._companion is not None:
-            from ray_envcache.gc import companion  # it is there already
+        from ray_envcache.gc import companion
 
+        if self._companion is not None:
             companion.tell(self._companion, "released")
 
     async def _lease(self, uri: str, runtime_env: Any, context: Any, logger: logging.Logger) -> Lease:
@@ -145,11 +140,12 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
                 # What travelled in a working_dir is what Ray pinned; it need not have all files of the driver's folder.
                 wanted = spec if os.path.isabs(given.path) else spec.with_content(None)
                 env_vars = runtime_env.get("env_vars") or {}
-                lease = await self._build(partial(Build, store, wanted, cluster_ray, holder, logger, env_vars))
+                start = partial(AgentBuild, store, wanted, cluster_ray, holder, logger, env_vars)
+                lease = await self._build(start)
         except EnvCacheError as error:
             named = _on_this_node(error)
-            self._failures[uri] = (time.monotonic(), named)
-            # The driver gets this as text: what matters is not to be found below the tracebacks of our own insides.
+            self._remember_failure(uri, named)
+            # Ray sends the whole traceback to the driver as text: without our own frames the message comes first.
             raise named from None
         except OSError as error:
             trouble = StoreError(f"Cannot use the store: {error}", "ray-envcache dir shows where it is")
@@ -165,9 +161,9 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
             self._threads.submit(store.finish_all, lease)
         return store, lease
 
-    async def _build(self, start: Callable[[], Build]) -> Lease:
-        """Have it built, in another process. Who is cancelled meanwhile waits until nothing is left of that."""
-        build = await self._in_thread(start, Build.abandon)
+    async def _build(self, start: Callable[[], AgentBuild]) -> Lease:
+        """Wait for a build in another process. If cancelled, returns only after that process is gone."""
+        build = await self._in_thread(start, AgentBuild.abandon)
         over = asyncio.wrap_future(build.over)
         try:
             await asyncio.shield(over)
@@ -178,23 +174,25 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         return build.lease.result()
 
     async def _in_thread(self, work: Callable[[], T], discard: Callable[[T], None]) -> T:
-        """Do what touches the disk. Who is cancelled meanwhile has what comes of it discarded."""
+        """Do `work`, which touches the disk, in a thread. If cancelled, its result is discarded when it comes."""
         done = self._threads.submit(work)
         waited = asyncio.wrap_future(done)
         try:
             await asyncio.wait([waited])
         except asyncio.CancelledError:
             done.add_done_callback(partial(discard_result, discard))
-            waited.add_done_callback(asyncio.Future.exception)  # else asyncio complains that nobody asked for it
+            waited.add_done_callback(asyncio.Future.exception)  # else asyncio logs "exception was never retrieved"
             raise
         return waited.result()
 
-    def _repeat_failure(self, uri: str) -> None:
-        since, error = self._failures.pop(uri, (0.0, None))
-        if error is not None and time.monotonic() - since < FAILURE_SECONDS:
-            self._failures[uri] = (since, error)
-            # Another object each time: one that is raised again grows a longer traceback.
-            raise type(error)(error.message, error.hint)
+    def _remember_failure(self, uri: str, error: EnvCacheError) -> None:
+        self._failures[uri] = error
+        asyncio.get_running_loop().call_later(FAILURE_SECONDS, self._failures.pop, uri, None)
+
+
+def _again(error: EnvCacheError) -> EnvCacheError:
+    """Another object for the same error: one that is raised twice has the frames of both in its traceback."""
+    return type(error)(error.message, error.hint)
 
 
 def _give_back(lease: Lease, logger: logging.Logger) -> None:
@@ -202,7 +200,7 @@ def _give_back(lease: Lease, logger: logging.Logger) -> None:
         lease.release()
         logger.info("Released %s", lease.entry.path.name)
     except OSError as error:
-        # The claim itself went first; what people are told of it is swept by whoever collects.
+        # The claim itself was freed first; the next collection removes its file.
         logger.warning("The remains of the lease on %s stay: %s", lease.entry.path.name, error)
 
 
@@ -212,21 +210,21 @@ def _discard(found: tuple[Store, Lease | None]) -> None:
 
 
 async def _answer() -> str:
-    """What a probe asks for. In a thread: a look at a store, and at uv, takes too long for the loop."""
+    """The answer to a probe of `ray-envcache doctor`. In a thread, because it starts uv and writes to the store."""
 
-    def look() -> str:
+    def examined() -> str:
         from ray_envcache.doctor import host
 
         return probe.encode(asdict(host.examine()))
 
-    return await asyncio.get_running_loop().run_in_executor(None, look)
+    return await asyncio.to_thread(examined)
 
 
 def _located(spec: EnvSpec, context: Any) -> EnvSpec:
     """The spec with an absolute path: relative ones start in this setup's own unpacked working_dir.
 
-    Taken from the `cd` that Ray's working_dir plugin put in front of the worker's command. The variable
-    RAY_RUNTIME_ENV_CREATE_WORKING_DIR would be another setup's, where two go on at once.
+    Read from the `cd` that Ray's working_dir plugin put in front of the worker's command. The variable
+    RAY_RUNTIME_ENV_CREATE_WORKING_DIR may belong to another setup: the agent's loop runs several at once.
     """
     if os.path.isabs(spec.path):
         return spec
@@ -240,14 +238,14 @@ def _located(spec: EnvSpec, context: Any) -> EnvSpec:
 
 
 def _on_this_node(error: EnvCacheError) -> EnvCacheError:
-    """The error with the node's address in front: a cluster has many, and the driver sees only the text."""
+    """The error with this node's address in front: the driver sees only the text, and a cluster has many nodes."""
     address = _argument("node-ip-address")
     where = f"Node {address} ({os.uname().nodename})" if address else f"Host {os.uname().nodename}"
     return type(error)(f"{where}: {error.message}", error.hint)
 
 
 def _argument(name: str) -> str:
-    """An option of the command line by which the raylet started this agent; "" where it has none."""
+    """The value of an option with which the raylet started this agent, or ""."""
     option = f"--{name}="
     return next((arg.removeprefix(option) for arg in sys.argv if arg.startswith(option)), "")
 

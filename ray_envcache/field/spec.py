@@ -1,7 +1,4 @@
-"""The field value: what a user writes under `envcache`, and its validated form.
-
-Pure: reads no file, so that the runtime env agent can derive Ray's URI from the JSON alone.
-"""
+"""The field value: what a user writes under `envcache`, and its validated form. Pure: reads no file."""
 
 from __future__ import annotations
 
@@ -14,9 +11,8 @@ from typing import Any, NamedTuple
 
 from ray_envcache.errors import FieldValueError
 
-# Texts: `re` compiles each when it is first used, not in every agent that imports this.
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,254}[A-Za-z0-9])?"  # as PEP 508, and short enough for a file name
-_PATTERN = r"[A-Za-z0-9*](?:[A-Za-z0-9._*-]{0,254}[A-Za-z0-9*])?"  # the same, with stars
+_PATTERN = r"[A-Za-z0-9*](?:[A-Za-z0-9._*-]{0,254}[A-Za-z0-9*])?"  # a name with stars
 _VERSION = r"3(?:\.[0-9]{1,2}(?:\.[0-9]{1,2})?)?"
 _DIGEST = r"sha256:[0-9a-f]{64}"
 _UNUSABLE = "[\x00-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters, and bytes that are not text
@@ -32,7 +28,7 @@ class EnvSpec(NamedTuple):
     """A validated field value. `extras` and `groups` are normalized and sorted: their order means nothing.
 
     `python` is a version ("3.12", "3.12.4") the cluster's Python must have, or the absolute path of an interpreter
-    of the cluster's version. `package` is a member of the workspace, and `no_build` refuses whatever is not a wheel.
+    of the cluster's version. `package` is a member of the workspace. `no_build` refuses what has no wheel.
     `digest` pins the content of the project files: "sha256:...". Local packages are installed with `install_project`;
     `content` pins theirs. `inherit` are names, or patterns of names, of packages to use from the cluster's Python
     instead of installing them; with `system_site_packages` all that are there.
@@ -52,7 +48,7 @@ class EnvSpec(NamedTuple):
 
     @classmethod
     def parse(cls, value: Any) -> EnvSpec:
-        """Validate a field value. Raises FieldValueError, whatever `value` is."""
+        """The spec of a field value of any type. Raises FieldValueError where it is not valid."""
         if isinstance(value, str | os.PathLike):
             value = {"path": os.fspath(value)}
         if not isinstance(value, dict):

@@ -154,10 +154,19 @@ def test_import_is_light() -> None:
         f"import os, sys, ray_envcache; print(os.environ['{HOOK}']); {LOADED}", environ={HOOK: "their.hook"}
     ).splitlines()
     assert found[0] == HOOK_FUNCTION
-    assert set(found[1].split()) == {"ray_envcache", "ray_envcache.errors", "ray_envcache.field.registration"}
+    assert set(found[1].split()) == {
+        "ray_envcache",
+        "ray_envcache.errors",
+        "ray_envcache.field",
+        "ray_envcache.field.registration",
+        "ray_envcache.version",
+    }
 
 
-@pytest.mark.parametrize("module", ["store", "builder", "agent_client", "agent_build", "bytecode", "collector"])
+@pytest.mark.parametrize(
+    "module",
+    ["acquire", "build.builder", "cluster.agent_build", "cluster.build_process", "build.bytecode", "gc.collector"],
+)
 def test_runtime_imports_no_command_line(module: str) -> None:
     """What runs in a cluster loads neither click nor rich, nor ray by itself."""
     found = support.run_python(f"import sys, ray_envcache.{module}; {LOADED}").split()
