@@ -7,12 +7,13 @@ terminal, process group and descriptors, gets the signals that are sent to us, a
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ray_envcache.acquire import Store
@@ -28,6 +29,7 @@ from ray_envcache.store.leases import Holder, Lease
 # The terminal sends its signals to the whole process group, and so to the command; other senders reach only us.
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGQUIT)
 _FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
+_IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 def find_project(start: Path) -> Path:
@@ -80,11 +82,13 @@ def run(program: str, command: Sequence[str], environ: Mapping[str, str], held: 
     The command inherits the descriptors in `held`: if this process is killed, it goes on and still holds the
     environment. Raises CommandError where it cannot be started.
     """
-    with _signals_blocked() as before:
+    with _signals_blocked() as before, ExitStack() as inherited:
         for descriptor in held:
-            os.set_inheritable(descriptor, True)
+            # A copy above 2: where we were started with a closed stdin, the descriptor itself may be 0.
+            copy = fcntl.fcntl(descriptor, fcntl.F_DUPFD, 3)
+            inherited.callback(os.close, copy)
         try:
-            pid = os.posix_spawn(program, list(command), dict(environ), setsigmask=before)
+            pid = os.posix_spawn(program, list(command), dict(environ), setsigmask=before, setsigdef=_IGNORED_BY_PYTHON)
         except OSError as error:
             raise CommandError(
                 f"Cannot run `{program}`: {error.strerror}", "is it a program for this machine?"
@@ -106,17 +110,18 @@ def end_like(status: int) -> int:
 @contextmanager
 def _signals_blocked() -> Iterator[set[signal.Signals]]:
     """Block the signals before the command starts: one that comes now waits until `_wait` can pass it on."""
+    # Without a handler the kernel discards SIGCHLD, and where our parent ignored it also how the command ended.
+    ignored = signal.signal(signal.SIGCHLD, lambda *_: None)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*_FORWARDED, signal.SIGCHLD})
     try:
         yield {signal.Signals(number) for number in before}
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGCHLD, ignored)
 
 
 def _wait(pid: int) -> int:
     """Pass signals on to the command until it has ended, and return its status."""
-    # Without a handler the kernel discards SIGCHLD, and `_next_signal` would wait for ever.
-    signal.signal(signal.SIGCHLD, lambda *_: None)
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
