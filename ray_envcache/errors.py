@@ -13,10 +13,12 @@ class EnvCacheError(Exception):
     """Base of all errors of this package.
 
     `message` is one sentence, plus the last lines of a tool that failed; `hint` says what to do next.
-    `exit_code` is what the command line exits with.
+    The command line exits with `exit_code`. The cause of a `passing` error may be gone a second later: the plugin
+    tries again when Ray does, and repeats any other error for a while instead.
     """
 
     exit_code: ClassVar[int] = 1
+    passing: ClassVar[bool] = False
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message, hint)
@@ -50,6 +52,8 @@ class LockfileError(EnvCacheError):
 class ChangedError(LockfileError):
     """The files changed while they were read."""
 
+    passing = True
+
 
 class DigestError(LockfileError):
     """The files on this node are not the ones whose digest the field value pins."""
@@ -71,8 +75,16 @@ class BuildError(EnvCacheError):
     """uv failed to build the environment; the message ends with its last lines."""
 
 
+class PassingError(BuildError):
+    """The build failed for a reason that may be gone by now: an index did not answer, or the entry was removed."""
+
+    passing = True
+
+
 class DiskFullError(BuildError):
     """Not enough space for the environment; the message has the figures."""
+
+    passing = True
 
 
 class StoreError(EnvCacheError):
@@ -99,6 +111,8 @@ class ClusterError(EnvCacheError):
 
 class BusyError(EnvCacheError):
     """An entry is kept by one process for so long that it must be stopped or hang; asking again may succeed."""
+
+    passing = True
 
 
 class ReadOnlyError(EnvCacheError):

@@ -20,15 +20,18 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import ray
 from ray._private.runtime_env.plugin import RuntimeEnvPlugin
 
 from ray_envcache.acquire import Store
+from ray_envcache.cluster import worker
 from ray_envcache.cluster.agent_build import AgentBuild, discard_result
 from ray_envcache.errors import EnvCacheError, FieldValueError, StoreError
-from ray_envcache.field import guard, probe, registration
-from ray_envcache.field.spec import FIELD, EnvSpec, refuse_combinations
+from ray_envcache.field import guard, probe
+from ray_envcache.field.spec import FIELD, EnvSpec, refuse_combinations, set_by_ray
+from ray_envcache.resolve import uv
 from ray_envcache.resolve.cluster_ray import ClusterRay
 from ray_envcache.store.layout import Layout, default_root
 from ray_envcache.store.leases import Holder, Lease
@@ -53,8 +56,12 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         # Ray reads it right after this constructor. With a cap of zero Ray calls `delete_uri` at the moment when this
         # node's last reference goes.
         os.environ[f"RAY_RUNTIME_ENV_{FIELD.upper()}_CACHE_SIZE_GB"] = "0"
+        # A copy: the loop sets and deletes a variable for each working_dir, and a thread that copies them meanwhile
+        # gets a KeyError.
+        self._environ = dict(os.environ)
         self._leases: dict[str, Lease] = {}
-        self._creating: dict[str, asyncio.Lock] = {}
+        # Each lock lives while a set-up uses it.
+        self._creating: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._failures: dict[str, EnvCacheError] = {}
         # Not the loop's default threads: Ray unpacks working_dirs there, for minutes.
         self._threads = ThreadPoolExecutor(THREADS, "envcache")
@@ -67,14 +74,19 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         """Raise FieldValueError for a field value, or a combination of fields, that cannot work."""
         if probe.is_probe(runtime_env_dict[FIELD]):
             return
-        refuse_combinations(runtime_env_dict)
+        others = dict(runtime_env_dict)
+        if set_by_ray(others.get(guard.EXECUTABLE)):
+            del others[guard.EXECUTABLE]
+        refuse_combinations(others)
         EnvSpec.parse(runtime_env_dict[FIELD])
 
     def get_uris(self, runtime_env: Any) -> list[str]:
-        """One URI per field value (and working_dir, where the path is relative to it). Pure, and never raises.
+        """One URI per field value (and working_dir, where the path is relative to it). Reads no file, never raises.
 
-        Called for every runtime_env of the node, ours or not, before the working_dir is unpacked.
+        Ray calls it for every runtime_env of the node before any plugin acts on it. So it also takes the guard away:
+        later Ray would not ask us about a task that left the environment of its job by `{"envcache": None}`.
         """
+        guard.disarm(runtime_env)
         value = runtime_env.get(FIELD)
         if value is None or probe.is_probe(value):
             return []
@@ -87,7 +99,8 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
             context.env_vars[probe.VARIABLE] = await _answer()
             return 1.0
         # Per URI, not per serialized environment: Data, Train and Tune make many of one field value.
-        async with self._creating.setdefault(uri, asyncio.Lock()):
+        lock = self._creating.setdefault(uri, asyncio.Lock())
+        async with lock:
             if uri in self._failures:
                 raise _again(self._failures[uri])
             if uri not in self._leases:
@@ -95,22 +108,13 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         return 1.0
 
     def modify_context(self, uris: list[str], runtime_env: Any, context: Any, logger: logging.Logger) -> None:  # noqa: ARG002
-        """Start workers with the environment's interpreter, and put its `bin` first on their PATH."""
-        guard.disarm(runtime_env)
-        if not uris:
-            return
-        runtime_env.pop("py_executable", None)  # the one of Ray's own hook for `uv run`; `validate` refused others
-        entry = self._leases[uris[0]].entry
-        context.py_executable = shlex.quote(os.fspath(entry.python))
-        context.env_vars["VIRTUAL_ENV"] = os.fspath(entry.venv)
-        context.env_vars["PATH"] = f"{entry.bin}:{context.env_vars.get('PATH') or '${PATH}'}"
-        context.command_prefix += registration.worker_prefix(os.environ)
+        """Have workers run from the environment."""
+        if uris:
+            runtime_env.pop(guard.EXECUTABLE, None)  # the one that Ray sets under `uv run`: `validate` refused others
+            worker.use(self._leases[uris[0]].entry, runtime_env, context, self._environ)
 
     def delete_uri(self, uri: str, logger: logging.Logger) -> float:
         """Release the lease, since this node's last reference to it is gone. Deletes nothing."""
-        creating = self._creating.get(uri)
-        if creating is not None and not creating.locked():
-            del self._creating[uri]
         lease = self._leases.pop(uri, None)
         if lease is not None:
             if not self._leases:
@@ -122,7 +126,7 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         from ray_envcache.gc import companion
 
         # A pipe that stays open while this agent lives: its end tells the companion that the cluster ended.
-        self._companion = companion.start(Layout(default_root()), os.environ)
+        self._companion = companion.start(Layout(default_root()), self._environ)
 
     def _tell_companion(self) -> None:
         from ray_envcache.gc import companion
@@ -132,19 +136,21 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
 
     async def _lease(self, uri: str, runtime_env: Any, context: Any, logger: logging.Logger) -> Lease:
         try:
-            given = EnvSpec.parse(runtime_env[FIELD])
+            given = EnvSpec.parse(runtime_env[FIELD]).expanded()
             spec, cluster_ray = _located(given, context), ClusterRay(ray.__version__)
             holder = _holder(logger)
             store, lease = await self._in_thread(partial(self._look_up, spec, cluster_ray, holder), _discard)
             if lease is None:
                 # What travelled in a working_dir is what Ray pinned; it need not have all files of the driver's folder.
                 wanted = spec if os.path.isabs(given.path) else spec.with_content(None)
-                env_vars = runtime_env.get("env_vars") or {}
-                start = partial(AgentBuild, store, wanted, cluster_ray, holder, logger, env_vars)
+                # Variables that reach indexes: in the process's environment, so that no file and no log has them.
+                environ = {**self._environ, **uv.relevant(runtime_env.get("env_vars") or {})}
+                start = partial(AgentBuild, store, wanted, cluster_ray, holder, logger, environ)
                 lease = await self._build(start)
         except EnvCacheError as error:
             named = _on_this_node(error)
-            self._remember_failure(uri, named)
+            if not error.passing:
+                self._remember_failure(uri, named)
             # Ray sends the whole traceback to the driver as text: without our own frames the message comes first.
             raise named from None
         except OSError as error:

@@ -19,15 +19,13 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from types import MappingProxyType
 from typing import IO, Any, TypeVar
 
 import psutil
 
 from ray_envcache.acquire import Store
-from ray_envcache.errors import BuildError, EnvCacheError
+from ray_envcache.errors import BuildError, EnvCacheError, PassingError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve import uv
 from ray_envcache.resolve.cluster_ray import ClusterRay
 from ray_envcache.store.leases import Holder, Lease, claim
 
@@ -41,7 +39,7 @@ class AgentBuild:
     """A build process of the agent, which also waits where another process builds the same environment.
 
     `lease` becomes the agent's claim, or the error that `Store.acquire` raised. `over` is done when the process is
-    gone. Those of `env_vars` that reach indexes go into the process's environment, so that no file and no log has them.
+    gone. `environ` are the variables of the process.
     """
 
     def __init__(
@@ -51,7 +49,7 @@ class AgentBuild:
         ray: ClusterRay,
         holder: Holder,
         logger: logging.Logger,
-        env_vars: Mapping[str, str] = MappingProxyType({}),
+        environ: Mapping[str, str],
     ) -> None:
         self.lease: Future[Lease] = Future()
         self.over: Future[None] = Future()
@@ -63,7 +61,7 @@ class AgentBuild:
             "python": sys.version,
             "cluster": holder.cluster,
         }
-        self._environ = {**os.environ, **uv.relevant(env_vars)}
+        self._environ = environ
         self._abandoned = False
         self._child: subprocess.Popen[bytes] | None = None
         # A daemon: an agent that ends does not wait for it. Then the child's stdin closes, and the child ends too.
@@ -114,7 +112,7 @@ class AgentBuild:
         entry = self._store.layout.entry(name)
         lease = claim(entry, self._store.layout, self._holder) if entry else None
         if lease is None:
-            raise BuildError(f"The environment `{name}` vanished right after it was built", "try again")
+            raise PassingError(f"The environment `{name}` was removed right after it was built", "try again")
         return lease
 
 

@@ -40,6 +40,8 @@ class _Reporter:
 
 def main() -> int:
     """Serve one request."""
+    # Where the parent ignores it, the kernel throws away how uv ended.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     request = json.loads(sys.stdin.readline())
     abandoned = threading.Event()
     watcher = threading.Thread(target=_watch, args=(abandoned,), daemon=True)

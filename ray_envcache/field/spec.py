@@ -16,7 +16,6 @@ _PATTERN = r"[A-Za-z0-9*](?:[A-Za-z0-9._*-]{0,254}[A-Za-z0-9*])?"  # a name with
 _VERSION = r"3(?:\.[0-9]{1,2}(?:\.[0-9]{1,2})?)?"
 _DIGEST = r"sha256:[0-9a-f]{64}"
 _UNUSABLE = "[\x00-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters, and bytes that are not text
-_UV_RUN = r"(\S*/)?uv run\b"
 _MAX_PATH = 4096  # PATH_MAX of Linux, bytes
 _MAX_SHOWN = 200
 
@@ -89,6 +88,10 @@ class EnvSpec(NamedTuple):
         """The same selection, pinned to local packages with this digest, or to none."""
         return self._replace(content=content)
 
+    def expanded(self) -> EnvSpec:
+        """The same selection with the home directory in place of a leading `~`."""
+        return self._replace(path=os.path.expanduser(self.path))
+
     def with_path(self, path: str) -> EnvSpec:
         """The same selection from the project at another path."""
         return self._replace(path=path)
@@ -98,6 +101,12 @@ OPTIONS = EnvSpec._fields
 
 
 _RIVALS = ("pip", "uv", "conda", "image_uri", "container")
+_PLAIN_UV_RUN = r"(?:\S*/)?uv run(?: --python \S+)?(?: python)?"
+
+
+def set_by_ray(py_executable: Any) -> bool:
+    """Whether Ray sets this `py_executable` for a driver under a `uv run` without options: it chooses no packages."""
+    return bool(re.fullmatch(_PLAIN_UV_RUN, str(py_executable)))
 
 
 def refuse_combinations(runtime_env: Mapping[str, Any]) -> None:
@@ -108,12 +117,11 @@ def refuse_combinations(runtime_env: Mapping[str, Any]) -> None:
                 f"`{rival}` beside `{FIELD}` in one runtime_env: both choose what workers run",
                 f"add the packages of `{rival}` to pyproject.toml and run `uv lock`, or leave `{FIELD}` out",
             )
-    executable = str(runtime_env.get("py_executable") or "uv run")
-    # Ray's own hook for drivers under `uv run` sets it unasked; ours replaces it.
-    if not re.match(_UV_RUN, executable):
+    if runtime_env.get("py_executable"):
         raise FieldValueError(
             f"`py_executable` beside `{FIELD}` in one runtime_env: both choose what workers run",
-            f"leave `py_executable` out: `{FIELD}` sets it",
+            f"leave `py_executable` out, and choose packages by `extras` and `groups` of `{FIELD}`. Ray sets it where "
+            "the driver runs under `uv run`: import ray_envcache there, and give tasks ray_envcache.runtime_env(path)",
         )
 
 
