@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import io
 import os
+import pkgutil
 import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from ray._common.utils import load_class
-from ray._private import worker
-
 from ray_envcache.acquire import Store, digest_of_files, digest_of_local
 from ray_envcache.errors import FieldValueError
-from ray_envcache.field import registration
+from ray_envcache.field import ray_init, registration
 from ray_envcache.field.guard import guarded
 from ray_envcache.field.spec import FIELD, EnvSpec, refuse_combinations
 from ray_envcache.resolve import uv
@@ -67,7 +65,7 @@ def _by_users_hook(runtime_env: dict[str, Any]) -> dict[str, Any] | None:
     name = os.environ.get(registration.HOOK, registration.HOOK_FUNCTION)
     if name == registration.HOOK_FUNCTION:
         return runtime_env
-    changed: dict[str, Any] | None = load_class(name)(runtime_env)
+    changed: dict[str, Any] | None = pkgutil.resolve_name(name)(runtime_env)
     return changed
 
 
@@ -125,5 +123,6 @@ def _hand_over(layout: Layout, lease: Lease) -> None:
 
 
 def _is_our_agent(holder: dict[str, Any]) -> bool:
-    node: Any = worker._global_node  # noqa: SLF001  # None until `ray.init` has connected
+    # Ray is not imported here: `ray-envcache doctor` uses this module too, and Ray takes 0.5 s.
+    node: Any = getattr(sys.modules.get(ray_init.MODULE), "_global_node", None)
     return holder.get("kind") == "agent" and node is not None and holder.get("cluster") == node.session_name
