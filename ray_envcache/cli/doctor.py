@@ -21,6 +21,7 @@ from ray_envcache.doctor.host import check_lockfile, examine
 from ray_envcache.doctor.nodes import SAYS, node_name
 from ray_envcache.errors import ClusterError, EnvCacheError
 from ray_envcache.field.guard import guarded
+from ray_envcache.field.registration import UV_RUN
 from ray_envcache.field.spec import FIELD
 from ray_envcache.hook import pinned_field
 from ray_envcache.store.layout import SHOWN_DIGITS
@@ -71,7 +72,9 @@ def _ask_cluster(address: str, timeout: float, path: str | None) -> dict[str, An
     request = {"address": address, "timeout": timeout, "runtime_env": runtime_env}
     argv = [sys.executable, "-m", "ray_envcache.doctor.cluster", json.dumps(request)]
     # `-m` imports what lies in the working directory first: so not in a folder of the user.
-    done = children.run(argv, environ=os.environ, cwd=Path("/"), on_line=_pass_on)
+    # Started below `uv run`, Ray would otherwise run the probes by `uv run` too.
+    environ = {**os.environ, UV_RUN: "0"}
+    done = children.run(argv, environ=environ, cwd=Path("/"), on_line=_pass_on)
     try:
         answer: dict[str, Any] = json.loads(done.stdout)
     except ValueError:

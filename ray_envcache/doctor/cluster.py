@@ -75,7 +75,7 @@ def _connect(address: str) -> None:
         _use_token(address)
         # First, because `ray.init` says for 20 seconds that it cannot connect before it says why.
         utils.check_version_info(usage_lib.get_cluster_metadata(GcsClient(address=gcs)), "this host")
-        # Without hooks: ours, and Ray's for `uv run`, would give this job an environment of its own.
+        # Without a hook, which would give this job an environment of its own.
         ray.init(gcs, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR, _skip_env_hook=True)
     except (AttributeError, RuntimeError, ValueError, OSError, ray.exceptions.RayError, SystemExit) as error:
         raise _unreachable(address, str(error) or str(error.__context__)) from error

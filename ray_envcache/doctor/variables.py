@@ -17,7 +17,7 @@ _PREFIX = "RAY_ENVCACHE_"
 _OTHERS = ("DIR", "READONLY_DIRS", "ALLOW_NETWORK_FS", "GC_INTERVAL")
 SETTINGS = (*(f"{_PREFIX}{name}" for name in _OTHERS), *VARIABLES)
 """The variables that people set."""
-_INTERNAL = frozenset({registration.CHAINED_HOOK, registration.CHAINED_UV_RUN, probe.VARIABLE, FOLDER})
+_INTERNAL = frozenset({probe.VARIABLE, FOLDER})
 
 
 def settings(environ: Mapping[str, str]) -> Iterator[Finding]:
@@ -48,10 +48,7 @@ def registered(environ: Mapping[str, str]) -> Finding:
         if not _is_importable(other):
             text = f"{registration.PLUGINS} names `{other}`, which this Python cannot import: nodes would die of it"
             return Finding(name, ERROR, text, f"install it here, or take it out of {registration.PLUGINS}")
-    if (
-        registration.PLUGIN_CLASS in environ.get(registration.PLUGINS, "")
-        and environ.get(registration.HOOK) == registration.HOOK_FUNCTION
-    ):
+    if registration.PLUGIN_CLASS in environ.get(registration.PLUGINS, ""):
         return Finding(name, OK, "nodes that `ray start` makes from this shell know the field")
     text = "nodes that `ray start` makes from this shell do not know the field; those of `ray.init` do"
     return Finding(name, WARN, text, 'eval "$(ray-envcache env)" before ray start')

@@ -19,7 +19,7 @@ import pytest
 
 from ray_envcache.acquire import Store
 from ray_envcache.build import bytecode
-from ray_envcache.cluster.agent_build import Build
+from ray_envcache.cluster.agent_build import AgentBuild
 from ray_envcache.errors import ReadOnlyError, StoreError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.collector import collect
@@ -198,7 +198,7 @@ def test_agent(below: Store, image: Layout, project: Path) -> None:
     """An agent whose warm path finds nothing has its child look further, and gets its lease on the lower entry."""
     spec = EnvSpec.parse(project)
     assert below.lookup(spec, installed_ray(), Holder("test")) is None
-    build = Build(below, spec, installed_ray(), Holder("agent"), logging.getLogger("test"))
+    build = AgentBuild(below, spec, installed_ray(), Holder("agent"), logging.getLogger("test"), dict(os.environ))
     with build.lease.result() as lease:
         assert lease.entry == environment_of(image)
         (told,) = leases.live_leases(below.layout, lease.entry.key)
