@@ -19,10 +19,10 @@ from ray_envcache.errors import ChangedError, LockfileError
 from ray_envcache.resolve import git, toml
 
 MAX_FILES = 50_000
-"""More files than this are no package: somebody's data, or an environment without a `pyvenv.cfg`."""
+"""A folder with more files is no package: it has data in it, or an environment without a `pyvenv.cfg`."""
 
 HASHED_BYTES = 256_000_000
-"""So much content is read; of what is larger, the largest files are known by their size and time instead."""
+"""Up to so many bytes all files are read; of larger packages the largest files count by size and time of change."""
 
 _DEFINITION = ("pyproject.toml", "setup.cfg", "setup.py")
 _NEVER = frozenset(
@@ -54,8 +54,8 @@ class Content:
     def copy(self, target: Path, within: Path | None = None) -> None:
         """Copy the files to `target`; those beside the package too, where their places are inside of `within`.
 
-        Files too large to be read are linked to, not copied. Whatever the names are, and wherever links lead, nothing
-        is written outside of `within`, by default `target`. Raises ChangedError where a copy is not what was seen.
+        Files too large to be read are linked to, not copied. Nothing is written outside of `within` (by default
+        `target`), also where links lead out of it. Raises ChangedError where a file was edited since it was hashed.
         """
         target.mkdir(parents=True, exist_ok=True)
         repository = git.repository_of(self.folder) if (self.folder / ".git").exists() else None
@@ -68,7 +68,7 @@ class Content:
                 continue
             place.mkdir(parents=True, exist_ok=True)
             for name in names:
-                # There already where one package lies in another, or a link leads to what was copied.
+                # It is there already where one package lies in another, or a link leads to a copied file.
                 if not os.path.lexists(place / os.path.basename(name)):
                     self._copy(name, place / os.path.basename(name))
 
@@ -86,11 +86,11 @@ class Content:
         except FileNotFoundError:
             same = False
         if not same:
-            # The key of the layer is of what was seen: it would lie for ever.
+            # The key of the layer was made from the content that was hashed: no later check would find the difference.
             raise ChangedError(f"`{source}` was edited while it was copied", "try again")
 
     def warning(self) -> str:
-        """What is wrong with so many bytes, "" where they can be read."""
+        """A warning for a package too large to be read, with the folder that makes it so; else ""."""
         if not self.by_time:
             return ""
         largest = max(self.by_time, key=lambda name: (self.folder / name).stat().st_size)

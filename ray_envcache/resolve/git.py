@@ -1,7 +1,7 @@
 """git, asked about the repository of a local package: never by way of the user's own settings, and without writing.
 
-Each call names the repository, so that the answer depends neither on who owns it nor on the git hook that a driver may
-run in. All users of a checkout get the same answer, whatever they ignore for themselves.
+Each call names the repository, so that the answer depends neither on its owner nor on a git hook around the driver.
+All users of a checkout get the same answer: what a user ignores for all repositories does not count.
 """
 
 from __future__ import annotations

@@ -17,6 +17,9 @@ import tomli_w
 from ray_envcache.resolve import toml
 from ray_envcache.resolve.toml import table_in
 
+PLACE = "/dev/fd"
+"""The folder of the uv.toml that our calls are given, by its descriptor: relative paths in it start there."""
+
 REACH = frozenset(
     {
         "allow-insecure-host", "cache-dir", "concurrent-builds", "concurrent-downloads", "concurrent-installs",
@@ -89,9 +92,9 @@ def for_uv(folder: Path, from_node: frozenset[str]) -> str:
 
 def _at(folder: Path) -> dict[str, Any] | None:
     """The settings in the files of `folder`, None where it has none: then uv looks in the folder above."""
-    if (folder / "uv.toml").is_file():
+    if os.path.isfile(folder / "uv.toml"):
         return toml.read(folder / "uv.toml", "repair it")
-    if not (folder / "pyproject.toml").is_file():
+    if not os.path.isfile(folder / "pyproject.toml"):
         return None
     tool = table_in(toml.read(folder / "pyproject.toml", "repair it"), "tool")
     return table_in(tool, "uv") if "uv" in tool else None
@@ -119,17 +122,20 @@ def _files(folders: list[Path]) -> list[Path]:
 
 
 def _taken(found: dict[str, Any], folder: Path, names: frozenset[str]) -> dict[str, Any]:
-    """The settings with these names; their relative paths start from `folder`, where the file is."""
-    return {name: _absolute(name, value, folder) for name, value in found.items() if name in names}
+    """The settings with these names of a file in `folder`, where their relative paths start."""
+    return {name: _from_place(name, value, folder) for name, value in found.items() if name in names}
 
 
-def _absolute(name: str, value: Any, folder: Path) -> Any:
+def _from_place(name: str, value: Any, folder: Path) -> Any:
+    """The value with relative paths from PLACE. They must stay relative: as such they are in uv.lock."""
     if name == "index" and isinstance(value, list):
-        return [{**one, "url": _absolute("index-url", one["url"], folder)} for one in value]
+        return [{**one, "url": _from_place("index-url", one["url"], folder)} for one in value]
     if isinstance(value, list):
-        return [_absolute(name, one, folder) for one in value]
-    is_place = name in {"cache-dir", "extra-index-url", "find-links", "index-url"} and isinstance(value, str)
-    return os.path.join(folder, value) if is_place and "://" not in value else value
+        return [_from_place(name, one, folder) for one in value]
+    is_path = name in {"cache-dir", "extra-index-url", "find-links", "index-url"} and isinstance(value, str)
+    if not is_path or "://" in value or os.path.isabs(value):
+        return value
+    return os.path.relpath(os.path.abspath(folder / value), PLACE)
 
 
 def _combined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

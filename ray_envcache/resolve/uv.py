@@ -88,8 +88,8 @@ def running(
     if cache is not None:
         environ["UV_CACHE_DIR"] = os.fspath(cache)
     with file_of(settings.for_uv(cwd, _FROM_NODE[scope])) as file:
-        config, fds = f"/dev/fd/{file}", [*pass_fds, file]
-        command = [find(), f"--config-file={config}", *arguments]
+        config, fds = f"{settings.PLACE}/{file}", [*pass_fds, file]
+        command = [find(), *arguments, f"--config-file={config}"]
         with children.running(command, environ=environ, cwd=cwd, pass_fds=fds) as finish:
 
             def without_secrets(on_line: children.OnLine | None = None) -> children.Completed:
@@ -137,7 +137,7 @@ def cache_directory(near: Path) -> Path | None:
 
 
 def said(stderr: str) -> str:
-    """What uv gave as its reason: from the first line that says `error`, without its own hints."""
+    """The reason that uv gives: from the first line that says `error`, without its own hints."""
     lines = stderr.strip().splitlines()
     start = next(
         (number for number, line in enumerate(lines) if line.lstrip(" \N{MULTIPLICATION SIGN}x").startswith("error")), 0

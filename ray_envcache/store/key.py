@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ray_envcache.resolve.lockfile import ResolvedPackage, ResolvedSet
 
 SCHEMA = 1
-"""Raised when the same inputs would give other bytes on disk."""
+"""Increased when equal inputs give other bytes on disk."""
 
 LAYER_SCHEMA = 1
 """The same for layers."""

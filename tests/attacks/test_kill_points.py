@@ -237,7 +237,8 @@ def run_under_strace(operation: str, words: list[str], root: Path, project: Path
     program = [sys.executable, "-c", prelude + OPERATIONS[name], "0", str(root), str(project)]
     done = subprocess.run([*words, *program], capture_output=True, text=True, check=False)
     # Killed; or alive, and telling in one of our errors that a child was.
-    assert done.returncode in {0, -signal.SIGKILL} or "\nray_envcache.errors.BuildError: " in done.stderr, done.stderr
+    told = re.search(r"\nray_envcache\.errors\.(Build|Killed)Error: ", done.stderr)
+    assert done.returncode in {0, -signal.SIGKILL} or told, done.stderr
     text = log.read_text()
     names = dict(re.findall(r'^(\d+) +execve\("(?:[^"]*/)?([^"/]+)"', text, re.MULTILINE))
     return [names.get(pid, "thread") for pid in re.findall(r"^(\d+) +\+\+\+ killed by SIGKILL", text, re.MULTILINE)]

@@ -142,7 +142,7 @@ def test_plain(lease: Lease) -> None:
     with observer(stream) as shown:
         build(shown, lease, plan())
     lines = stream.getvalue().splitlines()
-    assert lines[0] == "Building the environment of demo: 2 packages"
+    assert lines[0] == "Building the environment of demo: 1 packages"
     assert lines[1:-1] == [
         "  Downloading numpy (16.1MiB)",
         "  Downloading torch (2.0GiB)",
@@ -158,7 +158,7 @@ def test_plain_with_size() -> None:
     stream = io.StringIO()
     with observer(stream) as shown:
         shown.started(plan(size=16_900_000))
-    assert re.fullmatch(r"Building the environment of demo: 2 packages, 1\d\.\d MB\n", stream.getvalue())
+    assert re.fullmatch(r"Building the environment of demo: 1 packages, 1\d\.\d MB\n", stream.getvalue())
 
 
 def test_plain_says_nothing_for_nothing() -> None:

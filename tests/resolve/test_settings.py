@@ -147,8 +147,9 @@ def test_settings_of_the_user(tmp_path: Path, user: Path) -> None:
     (tmp_path / "uv.toml").write_text('find-links = ["a"]\nno-build = true\npip = { no-deps = true }\n')
     user.write_text('find-links = ["b"]\nno-index = true\nno-binary = true\nlink-mode = "symlink"\n')
     found = read_back(tmp_path)
-    assert found == {"find-links": [f"{tmp_path}/a", f"{user.parent}/b"], "no-build": True, "no-index": True}
-    assert read_back(tmp_path, Scope.PROJECT) == {"find-links": [f"{tmp_path}/a"], "no-build": True}
+    places = [f"../..{tmp_path}/a", f"../..{user.parent}/b"]
+    assert found == {"find-links": places, "no-build": True, "no-index": True}
+    assert read_back(tmp_path, Scope.PROJECT) == {"find-links": places[:1], "no-build": True}
 
 
 @pytest.mark.parametrize(
@@ -180,9 +181,20 @@ def test_settings_of_a_folder_above(tmp_path: Path, user: Path) -> None:
     (tmp_path / "pyproject.toml").write_text('[tool.uv]\nindex-url = "./index"\nconfig-settings = { a = "b" }\n')
     inner = tmp_path / "requirements"
     inner.mkdir()
-    assert read_back(inner) == {"index-url": f"{tmp_path}/./index"}
+    assert read_back(inner) == {"index-url": f"../..{tmp_path}/index"}
     (inner / "uv.toml").touch()
     assert read_back(inner) == {}
+
+
+def test_relative_index_of_a_project(tmp_path: Path) -> None:
+    """A relative index is found from the project's folder, and the lockfile that has it is current."""
+    support.make_fake_ray(tmp_path / "project" / "dist")
+    pyproject = support.make_project(tmp_path / "project", tmp_path / "none", ["ray"], lock=False)
+    own = '[[tool.uv.index]]\nurl = "./dist"\nformat = "flat"\ndefault = true\n'
+    pyproject.write_text(pyproject.read_text().partition("no-index")[0] + own)
+    support.run_uv("lock", cwd=pyproject.parent)
+    (found,) = plan(pyproject).resolved.packages
+    assert str(tmp_path / "project" / "dist") in str(found.artifact["wheels"])
 
 
 GROUPS = """
