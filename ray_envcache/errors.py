@@ -17,6 +17,7 @@ class EnvCacheError(Exception):
     """
 
     exit_code: ClassVar[int] = 1
+    passing: ClassVar[bool] = False
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message, hint)
@@ -71,12 +72,10 @@ class BuildError(EnvCacheError):
     """uv failed to build the environment; the message ends with its last lines."""
 
 
-class UnreachableError(BuildError):
-    """An index did not answer this node."""
+class PassingError(BuildError):
+    """The build failed for a reason that may be gone by now: an index did not answer, or the entry was removed."""
 
-
-class KilledError(BuildError):
-    """A signal ended uv, or the Python that checks an environment, before it was done."""
+    passing = True
 
 
 class DiskFullError(BuildError):
