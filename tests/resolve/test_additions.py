@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ray_envcache.acquire import Store
-from ray_envcache.errors import RayVersionError, PassingError
+from ray_envcache.errors import PassingError, RayVersionError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import additions, interpreter
 from ray_envcache.resolve.additions import located
