@@ -76,17 +76,9 @@ class BuildError(EnvCacheError):
 
 
 class PassingError(BuildError):
-    """The build failed for a reason that may be gone by now, such as an entry that was removed meanwhile."""
+    """The build failed for a reason that may be gone by now: an index did not answer, or the entry was removed."""
 
     passing = True
-
-
-class UnreachableError(PassingError):
-    """An index did not answer this node."""
-
-
-class KilledError(PassingError):
-    """A signal ended uv, or the Python that checks an environment, before it was done."""
 
 
 class DiskFullError(BuildError):

@@ -44,7 +44,7 @@ def located(added: dict[str, str], interpreter: Interpreter) -> tuple[ResolvedPa
     """These packages as the indexes of this node have them, with hashes: wheels alone, which are the same everywhere.
 
     Settings of projects have no part in it: what the cluster's ray adds is shared by all. Raises RayVersionError where
-    an index does not have them, and UnreachableError.
+    an index does not have them, PassingError where it does not answer.
     """
     if not added:
         return ()

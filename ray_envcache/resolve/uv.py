@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 import uv
 
-from ray_envcache.errors import BuildError, DiskFullError, EnvCacheError, KilledError, UnreachableError
+from ray_envcache.errors import BuildError, DiskFullError, EnvCacheError, PassingError
 from ray_envcache.resolve import git, settings
 from ray_envcache.system import children, disk, secrets
 
@@ -192,9 +192,9 @@ def is_disk_full(stderr: str) -> bool:
 
 
 def require_not_killed(done: children.Completed, who: str = "uv") -> None:
-    """Raise KilledError where a signal ended the child: then what it said so far is not the reason."""
+    """Raise PassingError where a signal ended the child: then what it said so far is not the reason."""
     if done.killed:
-        raise KilledError(
+        raise PassingError(
             f"{who} was {done.killed} before it was done",
             "try again; the kernel kills it where this node has too little memory (dmesg says so)",
         )
@@ -217,7 +217,7 @@ def expect_success(done: children.Completed, kind: type[EnvCacheError], what: st
     if is_unauthorized(done.stderr):
         raise kind(f"{what}: {reason}", CREDENTIALS_HINT)
     if is_unreachable(done.stderr):
-        raise UnreachableError(f"{what}: {reason}", REACH_HINT)
+        raise PassingError(f"{what}: {reason}", REACH_HINT)
     raise kind(f"{what}: {reason}", hint)
 
 

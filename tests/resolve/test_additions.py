@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ray_envcache.acquire import Store
-from ray_envcache.errors import RayVersionError, UnreachableError
+from ray_envcache.errors import PassingError, RayVersionError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import additions, interpreter
 from ray_envcache.resolve.additions import located
@@ -108,7 +108,7 @@ def test_index_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """An index out of reach is told from one that does not have the package: the next attempt may succeed."""
     monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("UV_DEFAULT_INDEX", "http://127.0.0.1:9/simple")
-    with pytest.raises(UnreachableError, match=r"127\.0\.0\.1"):
+    with pytest.raises(PassingError, match=r"127\.0\.0\.1"):
         located({"ray": "2.60.0"}, python())
 
 
