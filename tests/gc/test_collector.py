@@ -210,7 +210,7 @@ from pathlib import Path
 from ray_envcache.store import leases
 from ray_envcache.store.layout import Layout
 layout = Layout(Path(sys.argv[1]))
-lease = leases.claim_ready(next(layout.all_entries()), layout, leases.Holder("agent"))
+lease = leases.claim(next(layout.all_entries()), layout, leases.Holder("agent"))
 """
     agent = support.start_python(children, code, layout.root)
     age(entry, 15)
@@ -403,7 +403,7 @@ def test_entry_that_somebody_else_removes_first(
 def test_user_that_comes_while_it_is_removed_gets_a_new_one(
     store: Store, tmp_path: Path, wheels: Path, children: list[subprocess.Popen[str]], point: str
 ) -> None:
-    """Frozen in the middle of a removal, the collector never gives anybody the entry; the user has another built."""
+    """A user that comes in the middle of a removal waits until the collector goes on, and has another one built."""
     project = support.make_project(tmp_path / "project", wheels, ["ray"])
     entry = support.build_finished(store, project)
     points = tmp_path / "points"
@@ -413,7 +413,8 @@ def test_user_that_comes_while_it_is_removed_gets_a_new_one(
     collector = subprocess.Popen([sys.executable, "-m", "ray_envcache", "rm", entry.key], env=environ, text=True)
     children.append(collector)
     support.wait_until((points / f"reached-{point}").exists, "the collector is in the middle")
-    assert leases.claim(entry, store.layout, Holder("agent")) is None
+    if point == "evict-renamed":
+        assert leases.claim(entry, store.layout, Holder("agent")) is None
     user = subprocess.Popen([sys.executable, "-m", "ray_envcache", "build", project], stdout=subprocess.PIPE, text=True)
     children.append(user)
     if point != "evict-renamed":
@@ -433,7 +434,7 @@ def test_process_without_a_hold_is_a_veto(store: Store, make: Make, children: li
     child = subprocess.Popen([program, "600"], text=True)
     children.append(child)
     support.wait_until(lambda: os.readlink(f"/proc/{child.pid}/exe") == str(program), "it runs")
-    with pytest.raises(InUseError, match=f"in use: process {child.pid} .* its executable"):
+    with pytest.raises(InUseError, match=rf"in use by process {child.pid} \(its executable\)"):
         evict(store.layout, entry)
     assert collect(store.layout, NOW, dry_run=True).removed == [], "nor would a collection take it"
     child.kill()

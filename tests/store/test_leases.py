@@ -51,7 +51,7 @@ def test_interpreter_of_the_venv_holds_its_entry(
 ) -> None:
     """While any interpreter runs from it, nobody can remove an entry; a SIGKILL gives it free."""
     child = start(entry, "", children)
-    with pytest.raises(InUseError, match=r"in use: process|a process runs from it"):
+    with pytest.raises(InUseError, match=r"in use by process|a process runs from it"):
         evict(store.layout, entry)
     assert entry.ready.exists()
     child.send_signal(signal.SIGKILL)

@@ -335,7 +335,7 @@ def test_commands(below: Store, image: Layout, project: Path, store: Store) -> N
         assert (one["readonly"], one["in_use"], one["reclaimable_bytes"]) == (True, True, 0)
         assert [holder["pid"] for holder in one["holders"]] == [os.getpid()]
         assert "ready, 1 user" in cli("why", wanted.key).stdout
-    assert "what is in a read-only store stays" in cli("why", wanted.key).stdout
+    assert "a read-only store is never collected from here" in cli("why", wanted.key).stdout
     for command in ("rm", "pin"):
         done = cli(command, wanted.key)
         assert (done.returncode, done.stdout) == (1, "")
