@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ray_envcache.build.builder import Observer
-    from ray_envcache.build.environment import EnvironmentPlan
+    from ray_envcache.build.plan import EnvironmentPlan
     from ray_envcache.resolve.cluster_ray import AnyRay
     from ray_envcache.resolve.lockfile import ResolvedSet
 
@@ -122,12 +122,12 @@ class Store:
 
     def _plan(self, inputs: Inputs, ray: AnyRay, *, check_current: bool) -> tuple[Inputs, EnvironmentPlan]:
         """The plan, and the inputs it was made from: uv reads the files after we hashed them, and they may change."""
-        from ray_envcache.build import planning  # not on the warm path
+        from ray_envcache.build.plan import plan_of  # not on the warm path
 
         spec = inputs.spec
         for _ in range(_PLANNINGS):
             project = inputs.project or _locate_pinned(spec)
-            plan = planning.plan_of(spec, project, inputs.executable, ray, check_current=check_current)
+            plan = plan_of(spec, project, inputs.executable, ray, check_current=check_current)
             before, inputs = inputs, self._inputs(spec, ray)._replace(editable=inputs.editable)
             if inputs.memo == before.memo:
                 return inputs, plan
@@ -135,13 +135,13 @@ class Store:
 
     def _build(self, inputs: Inputs, plan: EnvironmentPlan, holder: Holder, observer: Observer | None) -> Lease:
         from ray_envcache.build import room  # not on the warm path
-        from ray_envcache.build.builder import Build, Silent
+        from ray_envcache.build.builder import Builder, Silent
 
         observer = observer or Silent()
         lease = self._claim_lower(plan.key, holder)
         if lease is None:
             room.ensure_room(self.layout, plan)
-            lease = Build(self.layout, plan, holder, observer).lease()
+            lease = Builder(self.layout, plan, holder, observer).lease()
         self._remember(inputs, lease.entry, plan)
         if not (plan.resolved.local and inputs.spec.install_project):
             return lease
@@ -152,7 +152,7 @@ class Store:
 
             def of_content_now() -> Lease:
                 layer = make(inputs.spec, plan, lease.entry)
-                return self._claim_lower(layer.key, holder) or Build(self.layout, layer, holder, observer).lease()
+                return self._claim_lower(layer.key, holder) or Builder(self.layout, layer, holder, observer).lease()
 
             for _ in range(_PLANNINGS - 1):
                 with suppress(ChangedError):
@@ -266,7 +266,7 @@ def _content(inputs: Inputs, local: list[list[Any]]) -> str | None:
         return None
     folder = inputs.project.folder
     packages = [lockfile.LocalPackage(name, (folder / path).resolve(), editable) for name, path, editable in local]
-    return layers.digest_of_editable(packages) if inputs.editable else layers.digest_of(layers.look(packages))
+    return layers.digest_of_editable(packages) if inputs.editable else layers.digest_of(layers.contents_of(packages))
 
 
 def _locate_pinned(spec: EnvSpec) -> Project:
@@ -289,7 +289,7 @@ def digest_of_local(spec: EnvSpec, resolved: ResolvedSet) -> str | None:
 
     if not (resolved.local and spec.install_project):
         return None
-    return layers.digest_of(layers.look(resolved.local))
+    return layers.digest_of(layers.contents_of(resolved.local))
 
 
 def _digest_of(spec: EnvSpec) -> tuple[Project | None, str]:

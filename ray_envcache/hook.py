@@ -53,7 +53,7 @@ def pinned_field(value: Any) -> dict[str, Any]:
     digest = digest_of_files(spec)
     state = (spec, digest, ray)
     if state not in _checked:
-        from ray_envcache.build.planning import require_buildable  # once for each project
+        from ray_envcache.build.plan import require_buildable  # once for each project
 
         _checked[state] = require_buildable(spec, ray)
     return spec.with_digest(digest).with_content(digest_of_local(spec, _checked[state])).to_field()

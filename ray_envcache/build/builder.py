@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,10 +15,10 @@ from typing import Protocol
 
 from ray_envcache import inside
 from ray_envcache.build import venv_files
-from ray_envcache.build.plan import BuildUv, Plan, disk_full
+from ray_envcache.build.plan import Plan
+from ray_envcache.build.uv_calls import UvCalls, disk_full
 from ray_envcache.errors import BuildError
 from ray_envcache.resolve import uv
-from ray_envcache.resolve.cluster_ray import packages_folder
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, Lease, claim, claim_ready
 from ray_envcache.store.record import ReadyRecord
@@ -31,10 +30,10 @@ from ray_envcache.system.units import utc_now
 
 
 class Observer(Protocol):
-    """Who is told how a build goes. Methods may raise: that ends the waiting or the build."""
+    """Hears how a build goes. Methods may raise: that ends the waiting or the build."""
 
     def waiting(self, builder: str) -> None:
-        """About once a second: somebody else, `builder`, builds this environment."""
+        """About once a second: another process, `builder`, builds this environment."""
 
     def started(self, plan: Plan) -> None:
         """A build begins."""
@@ -59,8 +58,8 @@ class Silent:
 
 
 @dataclass
-class Build:
-    """One attempt to have the environment of `plan`: the build itself, or waiting for whoever does it."""
+class Builder:
+    """Has the environment of `plan` built, by itself or by waiting for the process that builds it."""
 
     layout: Layout
     plan: Plan
@@ -78,7 +77,7 @@ class Build:
 
     def _lease(self) -> Lease:
         with exclusive_flock(self.layout.builder_flock(self.plan.key), self._tell_waiting) as flock:
-            # Somebody may have built it while we waited for the flock.
+            # Another builder may have built it while we waited for its flock.
             for entry in self.layout.entries_of(self.plan.key):
                 if lease := claim_ready(entry, self.layout, self.holder):
                     return lease
@@ -95,7 +94,7 @@ class Build:
         """Throw away what dead builders of this key left; its flock is ours, so no builder lives.
 
         A collector that died may have left an entry without its record while a process still runs from it: that one
-        stays until nobody does.
+        stays until the process ends.
         """
         for entry in self.layout.entries_of(self.plan.key):
             if not entry.ready.exists() and is_free(entry.in_use):
@@ -119,7 +118,7 @@ class Build:
         return lease
 
     def _claim(self, entry: Entry) -> Lease:
-        """As everybody claims it: a layer with what it lies on."""
+        """A lease as for an entry that was found: of a layer, also on the environment below it."""
         lease = claim_ready(entry, self.layout, self.holder)
         if lease is None:
             raise BuildError(f"`{entry.path}` vanished right after it was built", "try again")
@@ -131,13 +130,14 @@ class Build:
         files.write_json(entry.building, asdict(self.holder), durable=False)
         lease = claim(entry)
         if lease is None:
-            raise BuildError(f"Somebody removed `{entry.path}` while it was being built", "try again")
+            raise BuildError(f"Another process removed `{entry.path}` while it was being built", "try again")
         return lease
 
     def _fill(self, entry: Entry, flock: int) -> None:
-        run_uv = BuildUv(self.layout, entry, self.plan, flock, self.observer.line)
+        run_uv = self._uv_calls(entry, flock)
         run_uv(
             "venv",
+            "--quiet",
             "--no-project",
             "--no-config",
             f"--python={self.plan.interpreter.executable}",
@@ -151,15 +151,17 @@ class Build:
         self._check(entry)
         files.set_directories_writable(entry.venv, writable=False)
 
+    def _uv_calls(self, entry: Entry, flock: int) -> UvCalls:
+        plan, cache = self.plan, uv.cache_directory(entry.path) or self.layout.uv_cache
+        return UvCalls(entry, plan.folder, plan.project, plan.download_size, cache, flock, self.observer.line)
+
     def _check(self, entry: Entry) -> None:
-        """A worker that starts with a wrong or missing ray is started again for ever: find out before."""
+        """Raise BuildError where a worker could not start: Ray would start it again without end."""
         request = {
             "import_ray": self.plan.import_ray,
             "site": os.fspath(entry.site_packages),
             "shared": os.fspath(self.layout.bytecode),
             "staged": os.fspath(entry.staged_bytecode),
-            # Mostly imported here already, and thus compiled.
-            "twins": packages_folder() if self.plan.interpreter.build == sys.version else "",
         }
         # Python itself writes no bytecode there: before 3.12.8 and 3.13.1 it does not notice when a full disk cuts it
         # off (https://github.com/python/cpython/issues/126606), and that module could never be imported again.

@@ -1,11 +1,9 @@
 """Finishing an entry in the background: bytecode, true sizes, and everything on the disk for good.
 
 An environment is handed out as soon as it is linked and checked, because compiling takes thirty times longer than
-linking. This process follows:
-`python -m ray_envcache.build.bytecode ROOT ENTRY`. It holds the entry while it works, steps
-aside for everybody else, and may be killed at any moment: whoever uses the entry next starts it again, and it goes on
-where it was. What an earlier environment has compiled is linked, see `shared_bytecode`; what our own Python has made of
-the same text is taken over.
+linking. This process, the compiler, follows: `python -m ray_envcache.build.bytecode ROOT ENTRY`. It holds the entry
+with a lease like every other user, runs at the lowest priority, and may be killed at any moment: the next user of the
+entry starts it again, and it goes on where it was. Bytecode of earlier environments is linked, see `shared_bytecode`.
 """
 
 from __future__ import annotations
@@ -19,10 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ray_envcache.build.donors import NOBODY, Donors, donors_for
 from ray_envcache.inside import pyc
 from ray_envcache.inside.pyc import Places
-from ray_envcache.resolve.cluster_ray import packages_folder
 from ray_envcache.store import shared_bytecode
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, claim_ready
@@ -31,11 +27,11 @@ from ray_envcache.system import files, flock, testpoints
 from ray_envcache.system.units import utc_now
 
 _PROCESSORS = os.cpu_count() or 1
-_UNKNOWN = 255  # the exit code of a helper that something other than an errno stopped
+_UNKNOWN = 255  # the exit code of a helper that stopped for another reason than an OSError
 
 
 def finish(layout: Layout, entry: Entry) -> bool:
-    """Compile, sync and measure `entry`; False where it is gone, done, or somebody else is at it. Raises OSError."""
+    """Compile, sync and measure `entry`; False where it is gone, done, or another compiler is at it. Raises OSError."""
     try:
         descriptor = flock.try_flock(layout.finishing_flock(entry), exclusive=True, flags=os.O_RDWR | os.O_CREAT)
     except (FileNotFoundError, NotADirectoryError):
@@ -49,7 +45,7 @@ def finish(layout: Layout, entry: Entry) -> bool:
 
 
 def finish_now(layout: Layout, entry: Entry) -> None:
-    """The same for somebody who waits for it: on all processors, and after whoever is at it."""
+    """Finish `entry` for a user who waits: on all processors, and after a compiler that is at it. Raises OSError."""
     with flock.exclusive_flock(layout.finishing_flock(entry), lambda: None):
         _finish_claimed(layout, entry, workers=_PROCESSORS)
 
@@ -67,7 +63,7 @@ def _finish_claimed(layout: Layout, entry: Entry, workers: int) -> bool:
         return True
 
 
-def compile_tree(top: Path, places: Places, workers: int, donors: Donors = NOBODY) -> None:
+def compile_tree(top: Path, places: Places, workers: int) -> None:
     """Give all modules below `top` bytecode of this Python, with so many processes.
 
     More than one are forks: they share our flocks, so that the entry stays held until the last of them is done. Raises
@@ -75,9 +71,9 @@ def compile_tree(top: Path, places: Places, workers: int, donors: Donors = NOBOD
     """
     directories = list(_with_modules(top))
     if workers == 1:
-        _do_share(directories, places, donors)
+        _do_share(directories, places)
         return
-    helpers = [_fork(directories[number::workers], places, donors) for number in range(workers)]
+    helpers = [_fork(directories[number::workers], places) for number in range(workers)]
     try:
         while helpers:
             _, status = os.waitpid(helpers[0], 0)
@@ -91,17 +87,17 @@ def compile_tree(top: Path, places: Places, workers: int, donors: Donors = NOBOD
         raise
 
 
-def _fork(directories: list[str], places: Places, donors: Donors) -> int:
+def _fork(directories: list[str], places: Places) -> int:
     """Start a process that does its share; its exit code is the number of the error that stopped it."""
     child = os.fork()
     if child == 0:
         code = _UNKNOWN
         try:
-            _do_share(directories, places, donors)
+            _do_share(directories, places)
             code = 0
         except OSError as error:
             code = error.errno or _UNKNOWN
-        except Exception:  # noqa: BLE001  # a defect of ours: nobody else can tell
+        except Exception:  # noqa: BLE001  # a defect of ours: only its text on stderr tells
             sys.excepthook(*sys.exc_info())
         finally:
             os._exit(code)
@@ -116,26 +112,21 @@ def _require_done(status: int, top: Path) -> None:
         raise ChildProcessError(f"a process that compiles `{top}` ended with {code}")
 
 
-def _do_share(directories: list[str], places: Places, donors: Donors) -> None:
-    """First what is quick, everywhere: links to what an earlier environment compiled."""
-    missing = {directory: _link_directory(directory, places, donors) for directory in directories}
+def _do_share(directories: list[str], places: Places) -> None:
+    """Link everywhere first what the store has: that takes a thirtieth of the time of compiling."""
+    missing = {directory: _link_directory(directory, places) for directory in directories}
     for directory, modules in missing.items():
         if modules:
-            _compile_directory(directory, modules, places, donors)
+            with _thawed(directory):
+                for path in modules:
+                    pyc.give(path, places)
 
 
-def _link_directory(directory: str, places: Places, donors: Donors) -> list[str]:
-    """Link the bytecode of a directory's modules, and return those that nobody compiled yet."""
+def _link_directory(directory: str, places: Places) -> list[str]:
+    """Link the bytecode of a directory's modules; returns those for which the store has none."""
     with _thawed(directory), os.scandir(directory) as found:
-        modules = [item for item in found if item.name.endswith(".py") and item.is_file()]
-        left = [item.path for item in donors.give(directory, modules)]
-        return [path for path in left if not pyc.link(path, pyc.read(path), places)]
-
-
-def _compile_directory(directory: str, modules: list[str], places: Places, donors: Donors) -> None:
-    with _thawed(directory):
-        for path in modules:
-            pyc.give(path, pyc.read(path), places, donors.twin_of(path))
+        modules = [item.path for item in found if item.name.endswith(".py") and item.is_file()]
+        return [path for path in modules if not pyc.link(path, places)]
 
 
 @contextmanager
@@ -160,8 +151,8 @@ def _finish(layout: Layout, entry: Entry, workers: int) -> None:
     places = Places(os.fspath(shared), os.fspath(entry.staged_bytecode / shared.name))
     os.makedirs(places.staged, exist_ok=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what foreign text is warned of is nobody's business, nor an error, here
-        compile_tree(entry.site_packages, places, workers, donors_for(layout, entry, shared, packages_folder()))
+        warnings.simplefilter("ignore")  # the packages are not ours to mend
+        compile_tree(entry.site_packages, places, workers)
     # From here on the entry survives a crash of the machine, not only of processes; and what it shares.
     files.sync_file_system(entry.path)
     shared_bytecode.publish(places.staged, shared)
@@ -178,8 +169,8 @@ def _with_modules(top: Path) -> Iterator[str]:
             yield directory
 
 
-def _step_aside() -> None:
-    """Run only when nobody else wants the processor."""
+def _lower_priority() -> None:
+    """Run only when the processor has nothing else to do."""
     os.nice(19)
     with suppress(OSError):
         # Linux shares the processor between sessions first, and we lead one: our niceness counts only within it.
@@ -187,9 +178,6 @@ def _step_aside() -> None:
     if hasattr(os, "SCHED_IDLE"):
         with suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    if os.getpgrp() == os.getpid():
-        # Asked to stop by whoever removes the entry: at once, and with all helpers.
-        signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
 
 
 def main(arguments: list[str]) -> int:
@@ -198,7 +186,7 @@ def main(arguments: list[str]) -> int:
     entry = layout.entry(name)
     if entry is None:
         return 2
-    _step_aside()
+    _lower_priority()
     finish(layout, entry)
     return 0
 

@@ -41,7 +41,7 @@ from ray_envcache import acquire
 from ray_envcache.build import bytecode, room
 from ray_envcache.gc import collector, evict
 from ray_envcache.store import pins
-from ray_envcache.build.builder import Build
+from ray_envcache.build.builder import Builder
 from ray_envcache.resolve.cluster_ray import installed_ray
 from ray_envcache.store.layout import Layout
 from ray_envcache.store.leases import Holder, claim_ready

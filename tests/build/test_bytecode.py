@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import marshal
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.util import MAGIC_NUMBER, cache_from_source
 from pathlib import Path
 
 import pytest
 
 from ray_envcache.acquire import Store
-from ray_envcache.build import builder
-from ray_envcache.build import bytecode as compiler
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.collector import collect
 from ray_envcache.gc.evict import evict
@@ -128,46 +124,6 @@ def test_first_workers_find_bytecode(store: Store, build: Build) -> None:
     (yours,) = bytecode(second).values()
     assert yours.st_ino == mine.st_ino
     assert list(second.staged_bytecode.rglob("*.pyc")) == []
-
-
-def have(module: Path, text: str, *, cut_off: bool = False) -> None:
-    """Have the cluster's Python have a module with this text, and bytecode of it that gives itself away."""
-    module.parent.mkdir(parents=True, exist_ok=True)
-    module.write_text(text)
-    os.utime(module, (1e9, 1e9))
-    numbers = b"".join(number.to_bytes(4, "little") for number in (0, 10**9, len(text)))
-    code = marshal.dumps(compile(f"{text}TAKEN = True\n", "twin", "exec"))
-    module.with_name("__pycache__").mkdir(exist_ok=True)
-    cached = MAGIC_NUMBER + numbers + code
-    Path(cache_from_source(os.fspath(module))).write_bytes(cached[: -5 if cut_off else None])
-
-
-def run(entry: Entry, program: str) -> str:
-    return subprocess.run([entry.python, "-c", program], capture_output=True, text=True, check=True).stdout
-
-
-def test_bytecode_of_the_clusters_python(
-    store: Store, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The very first environment takes over what the Python of the cluster has compiled of the same ray."""
-    monkeypatch.setattr(builder, "packages_folder", lambda: os.fspath(tmp_path / "cluster"))
-    have(tmp_path / "cluster" / "ray" / "__init__.py", f"__version__ = {support.RAY_VERSION!r}\n")
-    assert run(build("aa"), "import ray; print(ray.TAKEN)") == "True\n"
-
-
-def test_the_rest_of_the_clusters_python(
-    store: Store, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the check did not import is taken over when the environment is finished; what is cut off is compiled."""
-    monkeypatch.setattr(compiler, "packages_folder", lambda: os.fspath(tmp_path / "cluster"))
-    have(tmp_path / "cluster" / "aa.py", "NAME = 'aa'\n")
-    have(tmp_path / "cluster" / "common" / "deep.py", COMMON["common/deep.py"], cut_off=True)
-    have(tmp_path / "cluster" / "common" / "__init__.py", "OTHER = 1\n")
-    entry = build("aa", "common")
-    compiler.finish_now(store.layout, entry)
-    program = "import aa, common.deep; print(*(hasattr(one, 'TAKEN') for one in (aa, common, common.deep)))"
-    assert run(entry, program) == "True False False\n"
-    assert "ZeroDivisionError" in traceback(entry)
 
 
 def test_two_at_once(store: Store, build: Build) -> None:
