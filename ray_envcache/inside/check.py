@@ -25,7 +25,7 @@ def _share_bytecode(site: str, shared: str, staged: str) -> None:
     sys.path.insert(0, os.path.dirname(__file__))
     pyc: Any = importlib.import_module("pyc")
     del sys.path[0]
-    places = pyc.Places(*(os.path.join(place, pyc.tag()) for place in (shared, staged)))
+    places = pyc.Places.of_this_python(shared, staged)
     get_data = SourceFileLoader.get_data
 
     def provide(loader: Any, path: str) -> bytes:

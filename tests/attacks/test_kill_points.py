@@ -124,6 +124,8 @@ def examine(root: Path, project: Path, operation: str) -> None:
     layout = Layout(root)
     quiet = lambda: all(flock.is_free(path) for path in layout.flocks.iterdir()) if layout.flocks.exists() else True  # noqa: E731
     support.wait_until(quiet, "orphans are done")
+    compiled = lambda: all(flock.is_free(layout.finishing_flock(entry)) for entry in layout.all_entries())  # noqa: E731
+    support.wait_until(compiled, "what a killed compiler started is done")
     for entry in layout.all_entries():
         if ReadyRecord.read(entry) is not None and operation == "build":
             done = subprocess.run(

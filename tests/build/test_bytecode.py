@@ -11,16 +11,18 @@ from pathlib import Path
 import pytest
 
 from ray_envcache.acquire import Store
+from ray_envcache.build import bytecode as bytecode_of_entry
+from ray_envcache.errors import InUseError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.collector import collect
 from ray_envcache.gc.evict import evict
 from ray_envcache.gc.policy import Limits
 from ray_envcache.inside import pyc
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.cluster_ray import LockedRay, installed_ray
 from ray_envcache.store.inventory import status
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder
-from ray_envcache.system import files
+from ray_envcache.system import capacity, files, flock
 from tests import support
 
 pytestmark = pytest.mark.host
@@ -181,3 +183,88 @@ def test_somebody_links_what_is_being_removed(
     finish(store, build("cc", "common"))
     assert collect(store.layout, Limits(everything=True)).failed == []
     assert offered(store.layout) == set()
+
+
+def other_python() -> str:
+    """A Python of this system that is not ours, and compiles under another name."""
+    for path in ("/usr/bin/python3", "/usr/local/bin/python3"):
+        if (
+            os.path.exists(path)
+            and support.run_python("import sys; print(sys.version)", python=Path(path)).strip() != sys.version
+        ):
+            return path
+    pytest.skip("there is one Python only")
+
+
+def test_compiled_by_the_environments_python(
+    store: Store, tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an environment of another Python than ours gets is bytecode of its own, and nothing else counts as done."""
+    monkeypatch.setattr(Store, "finish", lambda _store, _entry: None)
+    python = other_python()
+    support.make_wheel(wheels, "common", modules=COMMON)
+    project = support.make_project(tmp_path / "project", wheels, ["ray", "common"])
+    with store.acquire(EnvSpec.parse({"path": project, "python": python}), LockedRay(), Holder("test")) as lease:
+        finish(store, entry := lease.entry)
+    program = f"import sys; sys.path.insert(0, {os.path.dirname(pyc.__file__)!r}); import pyc; print(pyc.tag())"
+    (folder,) = store.layout.bytecode.iterdir()
+    assert folder.name == support.run_python(program, python=entry.python).strip() != pyc.tag()
+    assert "ZeroDivisionError" in traceback(entry)
+
+
+def test_environment_whose_python_cannot(
+    store: Store, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its Python cannot compile, an entry does not count as compiled, and the error has its last words."""
+    entry = build("aa")
+    (tmp_path / "broken.py").write_text("raise SystemExit('not today')\n")
+    monkeypatch.setattr(pyc, "__file__", str(tmp_path / "broken.py"))
+    with pytest.raises(ChildProcessError, match="not today"):
+        bytecode_of_entry.finish_now(store.layout, entry)
+    assert not entry.compiled.exists()
+
+
+def test_what_compiles_keeps_the_entry(
+    store: Store, build: Build, tmp_path: Path, children: list[subprocess.Popen[str]]
+) -> None:
+    """If the compiler's parent is killed, the entry stays held, and no other compiler begins, until it is done."""
+    entry, slow = build("aa"), tmp_path / "slow.py"
+    slow.write_text(
+        f"""if True:
+        import os, runpy, time
+        open("{tmp_path}/began", "w").close()
+        while not os.path.exists("{tmp_path}/go"):
+            time.sleep(0.05)
+        runpy.run_path("{pyc.__file__}", run_name="__main__")
+        """
+    )
+    program = (
+        "import sys; from ray_envcache.build import bytecode; bytecode.pyc.__file__ = sys.argv.pop(1);"
+        "bytecode.main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", program, str(slow), str(store.layout.root), entry.path.name]
+    finisher = subprocess.Popen(command, text=True)
+    children.append(finisher)
+    support.wait_until((tmp_path / "began").exists, "it compiles")
+    finisher.kill()
+    finisher.wait()
+    with pytest.raises(InUseError):
+        evict(store.layout, entry)
+    assert not bytecode_of_entry.finish(store.layout, entry)
+    (tmp_path / "go").touch()
+    support.wait_until(lambda: flock.is_free(store.layout.finishing_flock(entry)), "it is done")
+    assert "__pycache__/aa" in " ".join(bytecode(entry))
+    assert bytecode_of_entry.finish(store.layout, entry)
+
+
+@pytest.mark.parametrize(
+    ("processors", "memory", "background", "found"),
+    [(1, 10**12, True, 1), (4, 10**12, True, 3), (4, 10**12, False, 4), (96, 10**12, False, 8), (96, 2 * 10**9, False, 4), (96, 10, False, 1)],
+)  # fmt: skip
+def test_number_of_processes(
+    monkeypatch: pytest.MonkeyPatch, processors: int, memory: int, *, background: bool, found: int
+) -> None:
+    """As many as we have processors and memory for, at most eight; in the background one processor is left free."""
+    monkeypatch.setattr(capacity, "processors", lambda: processors)
+    monkeypatch.setattr(capacity, "memory", lambda: memory)
+    assert bytecode_of_entry._workers(background=background) == found

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import subprocess
 import sys
 from importlib.util import cache_from_source
@@ -56,3 +59,40 @@ def test_text_that_does_not_compile(tmp_path: Path, places: pyc.Places) -> None:
     pyc.give(str(broken), places)
     assert not Path(cache_from_source(str(broken))).exists()
     assert not Path(places.staged).exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becomes another user in a child")
+def test_same_pid_again(tmp_path: Path) -> None:
+    """What a killed compiler with our pid left behind is in nobody's way: in a container the same pid comes again."""
+    (tmp_path / "staged").mkdir()
+    tmp_path.chmod(0o755)
+    program = """if True:
+        import os, sys
+        from ray_envcache.inside import pyc
+        os.chown(sys.argv[1], 65534, 65534)
+        os.chdir(sys.argv[1])
+        os.setgid(65534); os.setuid(65534)
+        left = os.open(f"whole.pyc.{os.getpid()}", os.O_WRONLY | os.O_CREAT, 0o444)
+        os.close(left)
+        pyc._write_whole("whole.pyc", b"whole")
+        print(open("whole.pyc").read())
+    """
+    command = [sys.executable, "-c", program, str(tmp_path / "staged")]
+    assert subprocess.check_output(command, text=True) == "whole\n"
+
+
+def test_failure_is_told_by_its_number(tmp_path: Path, places: pyc.Places) -> None:
+    """Run as a program it says on stdout which error of the system stopped it, for its caller to raise again."""
+    make(tmp_path / "a" / "module.py", "VALUE = 1\n")
+    (tmp_path / "staged").touch()
+    asked = {
+        "top": f"{tmp_path}/a",
+        "shared": places.shared,
+        "staged": places.staged,
+        "workers": 1,
+        "background": False,
+    }
+    command = [sys.executable, "-I", "-S", pyc.__file__, json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, str(errno.ENOTDIR))
+    assert "Not a directory" in done.stderr
