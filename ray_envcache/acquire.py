@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ray_envcache.resolve.cluster_ray import AnyRay
     from ray_envcache.resolve.lockfile import ResolvedSet
 
-_MEMO_SCHEMA = 3
+_MEMO_SCHEMA = 4
 _PLANNINGS = 3  # at most, while somebody writes the files that say what is to be built
 
 
@@ -228,7 +228,7 @@ class Store:
             content = inputs.spec.content or (may_look and _content(inputs, memo["local"]))
             if not content:
                 return None
-            entry = self.layout.first_entry(layer_key(entry.key, content))
+            entry = self.layout.first_entry(layer_key(entry.key, content, memo["build_settings"]))
         # Else evicted and built again since the memo was written, or in a lower store.
         return claim_whole(entry) or self._claim_any(entry.key)
 
@@ -248,7 +248,13 @@ class Store:
         stamps = {path: file_identity(path) for path in plan.resolved.local_files()}
         # Relative: another checkout of the same project has its packages elsewhere.
         local = [[one.name, os.path.relpath(one.path, plan.folder), one.editable] for one in plan.resolved.local]
-        memo = {"entry": self.layout.name_of(entry), "folder": os.fspath(plan.folder), "files": stamps, "local": local}
+        memo = {
+            "entry": self.layout.name_of(entry),
+            "folder": os.fspath(plan.folder),
+            "files": stamps,
+            "local": local,
+            "build_settings": plan.resolved.build_settings,
+        }
         known = files.read_json(self.layout.memo_of(inputs.memo)) or memo
         is_taken = bool(stamps) and known.get("folder") != memo["folder"]
         # Without room for it the next lookup is merely slower.

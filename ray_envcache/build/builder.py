@@ -7,17 +7,19 @@ builder of the key, or the collector, throws away.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ray_envcache import inside
 from ray_envcache.build import venv_files
 from ray_envcache.build.plan import Plan
 from ray_envcache.build.uv_calls import UvCalls, disk_full
 from ray_envcache.errors import BuildError
+from ray_envcache.inside import check
 from ray_envcache.resolve import uv
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, Lease, claim, claim_ready
@@ -27,6 +29,13 @@ from ray_envcache.system.files import file_identity
 from ray_envcache.system.flock import exclusive_flock, is_free
 from ray_envcache.system.processes import boot_id
 from ray_envcache.system.units import utc_now
+
+CHECK_MINUTES = 5.0
+"""How long `import ray` may take in a new environment; it takes half a second, on slow disks half a minute."""
+
+# uv writes the prompt unquoted into bin/activate, where a shell would run `$(...)`.
+_UNQUOTED = re.compile(r"[^\w.-]")
+_logger = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
@@ -112,10 +121,17 @@ class Builder:
         except BaseException:
             # Also on Ctrl-C and cancellation. Once it is published it is complete, and others may run from it.
             if not entry.ready.exists():
-                files.discard(entry.path, self.layout.trash)
+                self._discard(entry)
             raise
         self.observer.finished(lease, time.monotonic() - began)
         return lease
+
+    def _discard(self, entry: Entry) -> None:
+        try:
+            files.discard(entry.path, self.layout.trash)
+        except OSError as error:
+            # The failure of the build is what the user must hear; the next builder of the key, or a collector, sweeps.
+            _logger.warning("%s of a failed build is left: %s", entry.path, error)
 
     def _claim(self, entry: Entry) -> Lease:
         """A lease as for an entry that was found: of a layer, also on the environment below it."""
@@ -141,7 +157,7 @@ class Builder:
             "--no-project",
             "--no-config",
             f"--python={self.plan.interpreter.executable}",
-            f"--prompt={self.plan.project}",
+            f"--prompt={_UNQUOTED.sub('_', self.plan.project)}",
             *self.plan.venv_options,
             entry.venv,
         )
@@ -157,6 +173,22 @@ class Builder:
 
     def _check(self, entry: Entry) -> None:
         """Raise BuildError where a worker could not start: Ray would start it again without end."""
+        wanted = [self.plan.ray, self.plan.interpreter.version, os.fspath(entry.venv), self.plan.holds]
+        done = self._run_check(entry)
+        uv.require_not_killed(done, "The Python that checks the new environment")
+        if done.returncode != 0:
+            raise BuildError(
+                f"`import ray` fails in the new environment:\n{done.stderr.strip()[-1500:]}",
+                "a package of the lockfile breaks ray on this platform; `uv run python -c 'import ray'` shows the same",
+            )
+        found = _answer(done.stdout)
+        if found != wanted:
+            raise BuildError(
+                f"The new environment has ray, Python, prefix and holds {found} instead of {wanted}",
+                "see that nothing on this node (a sitecustomize, a wrapper of Python) changes what a venv is",
+            )
+
+    def _run_check(self, entry: Entry) -> children.Completed:
         request = {
             "import_ray": self.plan.import_ray,
             "site": os.fspath(entry.site_packages),
@@ -164,28 +196,15 @@ class Builder:
             "staged": os.fspath(entry.staged_bytecode),
         }
         # Python itself writes no bytecode there: before 3.12.8 and 3.13.1 it does not notice when a full disk cuts it
-        # off (https://github.com/python/cpython/issues/126606), and that module could never be imported again.
-        command: list[str | Path] = [
-            entry.python,
-            "-I",
-            "-B",
-            Path(inside.__file__).with_name("check.py"),
-            json.dumps(request),
-        ]
-        done = children.run(command, environ=children.clean_environ())
-        uv.require_not_killed(done, "The Python that checks the new environment")
-        if done.returncode != 0:
+        # off (gh-126606 of CPython), and that module could never be imported again.
+        command: list[str | Path] = [entry.python, "-I", "-B", check.__file__, json.dumps(request)]
+        try:
+            return children.run(command, environ=children.clean_environ(), cwd=Path("/"), seconds=CHECK_MINUTES * 60)
+        except TimeoutError as error:
             raise BuildError(
-                f"`import ray` fails in the new environment:\n{done.stderr.strip()[-1500:]}",
-                "a package of the lockfile breaks ray on this platform; `uv run python -c 'import ray'` shows the same",
-            )
-        found = json.loads(done.stdout.splitlines()[-1])
-        wanted = [self.plan.ray, self.plan.interpreter.version, os.fspath(entry.venv), self.plan.holds]
-        if found != wanted:
-            raise BuildError(
-                f"The new environment has ray, Python, prefix and holds {found} instead of {wanted}",
-                "see that nothing on this node (a sitecustomize, a wrapper of Python) changes what a venv is",
-            )
+                f"`import ray` takes more than {CHECK_MINUTES:g} minutes in the new environment",
+                "a package of the lockfile hangs when ray imports it: `uv run python -X importtime -c 'import ray'`",
+            ) from error
 
     def _publish(self, entry: Entry, seconds: float) -> None:
         identity = file_identity(os.fspath(entry.python))
@@ -209,3 +228,14 @@ class Builder:
         )
         entry.building.unlink()
         record.write(entry)
+
+
+def _answer(stdout: str) -> object:
+    """What the check answered: its last line, after what packages print when they are imported."""
+    try:
+        return json.loads(stdout.rpartition("\n\n")[2])
+    except ValueError as error:
+        raise BuildError(
+            f"The check of the new environment ended without an answer; it printed: {stdout[-500:]!r}",
+            "a package of the lockfile ends Python when ray imports it: `uv run python -c 'import ray'`",
+        ) from error

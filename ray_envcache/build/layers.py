@@ -156,7 +156,7 @@ def editable_plan(_spec: EnvSpec, plan: EnvironmentPlan, base: Entry) -> Editabl
 
 def _common(plan: EnvironmentPlan, base: Entry, digest: str) -> dict[str, Any]:
     return {
-        "key": key.layer_key(base.key, digest),
+        "key": key.layer_key(base.key, digest, plan.resolved.build_settings),
         "interpreter": plan.interpreter,
         "folder": plan.folder,
         "project": plan.project,

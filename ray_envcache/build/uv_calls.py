@@ -51,9 +51,16 @@ class UvCalls:
         return listen
 
     def _error(self, done: children.Completed) -> BuildError:
-        if uv.is_disk_full(done.stderr):
-            return disk_full(self.entry.path.parent, self.download_size)
         reason = "\n".join(uv.said(done.stderr).splitlines()[-25:])
+        if uv.is_disk_full(done.stderr):
+            place, store = uv.full_place(done.stderr), self.entry.path.parent
+            if place is None or place.is_relative_to(store):
+                return disk_full(store, self.download_size)
+            # The folder for temporary files, or a quota of uv's own cache: moving the store would not help.
+            return DiskFullError(
+                f"No space left for uv to build the environment: {reason}; {disk.room_left(place)}",
+                "make room there, or move what uv writes there: UV_CACHE_DIR, TMPDIR",
+            )
         return BuildError(f"uv could not build the environment of `{self.project}`:\n{reason}", self._hint(done.stderr))
 
     def _hint(self, stderr: str) -> str:

@@ -70,7 +70,7 @@ def add_scripts_of(entry: Entry, base: Entry) -> None:
         if script.name.startswith(("python", "activate", "pip")) or os.path.lexists(path):
             continue
         # The first lines name the interpreter, one way or, where its path is long, another.
-        text = script.read_bytes()
+        text = b"" if script.is_dir() else script.read_bytes()
         if text.startswith(b"#!") and was in text[:1000]:
             path.write_bytes(text[:1000].replace(was, now) + text[1000:])
             path.chmod(0o755)

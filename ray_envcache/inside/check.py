@@ -45,7 +45,8 @@ def main(request: str) -> None:
     _share_bytecode(asked["site"], asked["shared"], asked["staged"])
     ray = importlib.import_module("ray").__version__ if asked["import_ray"] else version("ray")
     held = [name for name, module in sys.modules.items() if name.startswith("_ray_envcache_hold") and module.HELD]
-    sys.stdout.write(f"{json.dumps([ray, platform.python_version(), sys.prefix, len(held)])}\n")
+    # After a blank line, since packages print too, and not always to the end of a line.
+    sys.stdout.write(f"\n\n{json.dumps([ray, platform.python_version(), sys.prefix, len(held)])}")
     sys.stdout.flush()
     # At the end of an interpreter ray imports dozens of modules more, which the check does not need.
     os._exit(0)

@@ -53,7 +53,7 @@ runpy.run_path({check.__file__!r}, run_name="__main__")
     command = [sys.executable, "-I", "-B", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={}, timeout=60)
     assert done.stderr == ""
-    return json.loads(done.stdout), sorted(site.rglob("*.pyc"))
+    return json.loads(done.stdout.rpartition("\n\n")[2]), sorted(site.rglob("*.pyc"))
 
 
 def test_answer(site: Path) -> None:
