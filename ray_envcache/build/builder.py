@@ -1,7 +1,7 @@
 """Building one environment: once, at its final place, published by one rename.
 
-Whatever dies at whatever moment leaves either a complete entry or a directory without a ready record, which the next
-builder of the key, or the collector, throws away.
+A builder that dies, at any moment, leaves either a complete entry or a directory without a ready record, which the next
+builder of the key, or a collector, throws away.
 """
 
 from __future__ import annotations

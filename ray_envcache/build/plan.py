@@ -130,7 +130,7 @@ class EnvironmentPlan(Plan):
 
 def pip_options(entry: Entry) -> list[str]:
     """The options by which `uv pip` installs into the venv of `entry`."""
-    # Bytecode is ours to make, after the hand-out and once per store, whatever the project's settings say.
+    # Bytecode is ours to make, after the hand-out and once per store, also where the project asks uv for it.
     return [f"--python={entry.python}", "--no-python-downloads", "--no-compile-bytecode"]
 
 

@@ -78,7 +78,7 @@ def running(
 
     Its stdout is read by `decode`, by default as UTF-8 text with a mark in place of every byte that is none.
 
-    Whatever ends the context (Ctrl-C, cancellation, an error in `on_line`) ends the whole group first; what a child
+    An end of the context by Ctrl-C, cancellation or an error in `on_line` ends the whole group first; what a child
     started that a signal killed ends too. If *we* are killed, the child goes on and keeps what `pass_fds` gave it: a
     builder's flock thus outlives the builder until uv has written its last file. Raises EnvCacheError where the exit
     status of children cannot be had.
