@@ -6,35 +6,36 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from subprocess import CalledProcessError
+from typing import TYPE_CHECKING, NamedTuple
 
 from ray_envcache.errors import ChangedError, LockfileError, UnknownKeyError
-from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import interpreter
 from ray_envcache.resolve.project import Project
-from ray_envcache.store.key import digest_of, layer_key
-from ray_envcache.store.layout import Entry, Layout, layout_of, newest_first
-from ray_envcache.store.leases import Holder, Lease, claim_whole, told
+from ray_envcache.store import memo
+from ray_envcache.store.key import layer_key
+from ray_envcache.store.layout import Entry, Layout, newest_first
+from ray_envcache.store.leases import Holder, Lease, claim
+from ray_envcache.store.memo import Memo
 from ray_envcache.store.readonly import opened
-from ray_envcache.system import files, flock
-from ray_envcache.system.files import file_identity, is_unchanged
+from ray_envcache.system import children, flock
+from ray_envcache.system.files import file_identity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from ray_envcache.build.builder import Observer
     from ray_envcache.build.plan import EnvironmentPlan
+    from ray_envcache.field.spec import EnvSpec
     from ray_envcache.resolve.cluster_ray import AnyRay
     from ray_envcache.resolve.lockfile import ResolvedSet
 
-_MEMO_SCHEMA = 4
-_PLANNINGS = 3  # at most, while somebody writes the files that say what is to be built
+_TRIES = 3
+"""How often a plan or a layer is made anew because the files it was made from changed meanwhile."""
 
 
 class Inputs(NamedTuple):
     """What a lookup depends on. `project` is None where only the pinned digest is known on this node.
 
-    With `editable` local packages are imported from where they are developed.
+    `memo` is the name of the memo for them. With `editable` local packages are imported from where they are developed.
     """
 
     spec: EnvSpec
@@ -43,30 +44,16 @@ class Inputs(NamedTuple):
     memo: str
     editable: bool = False
 
-    def memos(self) -> Iterator[str]:
-        """The names of the memos that may tell: the one of all checkouts with these files, and that of this one."""
-        yield self.memo
-        if self.project is not None:
-            yield self.memo_in(self.project.folder)
-
-    def memo_in(self, folder: Path) -> str:
-        """The name of the memo for one checkout alone."""
-        return digest_of([self.memo, os.fspath(folder)])[:32]
-
-    def agree(self, memo: dict[str, Any]) -> bool:
-        """Whether what a memo says holds here.
-
-        Artifacts without a hash in the lockfile are those of one checkout: another has its own under the same names.
-        """
-        noted = memo.get("files", {})
-        is_here = not noted or (self.project is not None and memo.get("folder") == os.fspath(self.project.folder))
-        return is_here and all(was and is_unchanged(path, was) for path, was in noted.items())
+    @property
+    def folder(self) -> str:
+        """The project's folder, "" where it is not on this node."""
+        return os.fspath(self.project.folder) if self.project else ""
 
 
 class Store:
     """The environments of one user on one host. Any number of processes may use one store at the same time.
 
-    `lower` are the stores whose environments are used too, where they are, and never changed.
+    `lower` are the read-only stores whose environments are used too, where they are, and never changed.
     """
 
     def __init__(self, layout: Layout, lower: tuple[Layout, ...] = ()) -> None:
@@ -77,18 +64,19 @@ class Store:
     def open(cls, root: Path | None = None) -> Store:
         """Open the store at `root` (default: $RAY_ENVCACHE_DIR, else the user's cache directory), made if need be.
 
-        With the lower stores that $RAY_ENVCACHE_READONLY_DIRS names. Raises StoreError where it cannot be private,
-        shared between processes, or written; and where a lower one is not to be trusted.
+        With the read-only stores that $RAY_ENVCACHE_READONLY_DIRS names. Raises StoreError where the store cannot be
+        private, shared between processes, or written; and where a read-only one is not to be trusted.
         """
         return cls(*opened(root))
 
-    def lookup(self, spec: EnvSpec, ray: AnyRay) -> Lease | None:
-        """The warm path: one hash, one read, and a lease where the environment is there; else None.
+    def lookup(self, spec: EnvSpec, ray: AnyRay, holder: Holder) -> Lease | None:
+        """A lease on the environment if it is there and a memo leads to it, else None.
 
-        Nobody is told of it yet: `Lease.announce` makes a file. Starts no process, imports little. Raises LockfileError
-        (no such file, wrong digest), InterpreterError, and StoreError where a lower store cannot be trusted.
+        The warm path: one hash of the files, one read, one claim. Starts no process and imports nothing that builds.
+        Raises LockfileError (no such file, wrong digest), InterpreterError, BusyError, and StoreError where a read-only
+        store cannot be trusted.
         """
-        return self._warm(self._inputs(spec, ray), may_look=False)
+        return self._claim_known(self._inputs(spec, ray), holder, may_look=False)
 
     def acquire(
         self,
@@ -101,7 +89,7 @@ class Store:
         editable: bool = False,
         finish: bool = True,
     ) -> Lease:
-        """A lease on the environment for `spec`, which is built first if need be, once on this host whoever asks.
+        """A lease on the environment for `spec`, which is built first if need be, once on this host however many ask.
 
         `spec.path` is absolute. That the lockfile matches pyproject.toml is checked with `check_current`, or where no
         digest is pinned: a pinned one was checked where it was made, and on a node the indexes may be configured
@@ -110,22 +98,51 @@ class Store:
         then the store is as before.
         """
         inputs = self._inputs(spec, ray)._replace(editable=editable)
-        lease = self._warm(inputs, may_look=True)
-        if lease is not None:
-            told(lease, self.layout, holder)
-        else:
+        lease = self._claim_known(inputs, holder, may_look=True)
+        if lease is None:
             inputs, plan = self._plan(inputs, ray, check_current=check_current or spec.digest is None)
             lease = self._build(inputs, plan, holder, observer)
         if finish:
             self.finish_all(lease)
         return lease
 
+    def _inputs(self, spec: EnvSpec, ray: AnyRay) -> Inputs:
+        executable = interpreter.base_executable(spec.python)
+        project, digest = _digest_of(spec)
+        depends = [digest, spec.selection(), interpreter.fingerprint(executable), ray.fingerprint()]
+        return Inputs(spec, project, executable, memo.name_of(depends))
+
+    def _claim_known(self, inputs: Inputs, holder: Holder, *, may_look: bool) -> Lease | None:
+        """Claim what a memo leads to; None where none does, or the environment is gone.
+
+        The layer with local packages is known by their content: as pinned, else, if it `may_look`, as it is now.
+        """
+        known = memo.recall(inputs.memo, inputs.folder, self.layout, self.lower)
+        if known is None:
+            return None
+        noted, entry = known
+        if noted.local and inputs.spec.install_project:
+            content = inputs.spec.content or (_content(inputs, noted) if may_look else None)
+            if content is None:
+                return None
+            entry = self.layout.first_entry(layer_key(entry.key, content, noted.build_settings))
+        # Evicted and built again since the memo was written, it has another number, or lies in a read-only store.
+        return claim(entry, self.layout, holder) or self._claim_any(entry.key, holder)
+
+    def _claim_any(self, key: str, holder: Holder) -> Lease | None:
+        """Claim any build of the key, in this store or a read-only one."""
+        for layout in (self.layout, *self.lower):
+            for entry in layout.entries_of(key):
+                if lease := claim(entry, self.layout, holder):
+                    return lease
+        return None
+
     def _plan(self, inputs: Inputs, ray: AnyRay, *, check_current: bool) -> tuple[Inputs, EnvironmentPlan]:
         """The plan, and the inputs it was made from: uv reads the files after we hashed them, and they may change."""
-        from ray_envcache.build.plan import plan_of  # not on the warm path
+        from ray_envcache.build.plan import plan_of  # builds: not on the agent's warm path
 
         spec = inputs.spec
-        for _ in range(_PLANNINGS):
+        for _ in range(_TRIES):
             project = inputs.project or _locate_pinned(spec)
             plan = plan_of(spec, project, inputs.executable, ray, check_current=check_current)
             before, inputs = inputs, self._inputs(spec, ray)._replace(editable=inputs.editable)
@@ -134,11 +151,12 @@ class Store:
         raise ChangedError(f"The files in `{project.folder}` change all the time", "try again when nobody writes them")
 
     def _build(self, inputs: Inputs, plan: EnvironmentPlan, holder: Holder, observer: Observer | None) -> Lease:
-        from ray_envcache.build import room  # not on the warm path
+        """A lease on the environment of `plan`, or on the layer with the project's own packages on top of it."""
+        from ray_envcache.build import room  # builds: not on the agent's warm path
         from ray_envcache.build.builder import Builder, Silent
 
         observer = observer or Silent()
-        lease = self._claim_lower(plan.key, holder)
+        lease = self._claim_any(plan.key, holder)
         if lease is None:
             room.ensure_room(self.layout, plan)
             lease = Builder(self.layout, plan, holder, observer).lease()
@@ -146,30 +164,37 @@ class Store:
         if not (plan.resolved.local and inputs.spec.install_project):
             return lease
         with lease:
-            from ray_envcache.build import layers  # for local packages only
+            return self._build_layer(inputs, plan, lease.entry, holder, observer)
 
-            make = layers.editable_plan if inputs.editable else layers.layer_plan
+    def _build_layer(
+        self, inputs: Inputs, plan: EnvironmentPlan, base: Entry, holder: Holder, observer: Observer
+    ) -> Lease:
+        from ray_envcache.build import layers  # builds: not on the agent's warm path
+        from ray_envcache.build.builder import Builder
 
-            def of_content_now() -> Lease:
-                layer = make(inputs.spec, plan, lease.entry)
-                return self._claim_lower(layer.key, holder) or Builder(self.layout, layer, holder, observer).lease()
+        make = layers.editable_plan if inputs.editable else layers.layer_plan
 
-            for _ in range(_PLANNINGS - 1):
-                with suppress(ChangedError):
-                    return of_content_now()
-            return of_content_now()
+        def of_content_now() -> Lease:
+            layer = make(inputs.spec, plan, base)
+            return self._claim_any(layer.key, holder) or Builder(self.layout, layer, holder, observer).lease()
 
-    def _claim_lower(self, key: str, holder: Holder) -> Lease | None:
-        """A lease on an environment of ours or, before it would be built, of a lower store."""
-        lease = self._claim_any(key) if self.lower else None
-        return lease and told(lease, self.layout, holder)
+        for _ in range(_TRIES - 1):
+            with suppress(ChangedError):
+                return of_content_now()
+        return of_content_now()
 
-    def _claim_any(self, key: str) -> Lease | None:
-        entries = (entry for layout in (self.layout, *self.lower) for entry in layout.entries_of(key))
-        return next(filter(None, map(claim_whole, entries)), None)
+    def _remember(self, inputs: Inputs, entry: Entry, plan: EnvironmentPlan) -> None:
+        stamps = {path: file_identity(path) for path in plan.resolved.local_files()}
+        known = {path: stamp for path, stamp in stamps.items() if stamp}
+        if len(known) < len(stamps):
+            return  # one was removed meanwhile
+        # Relative: another checkout of the same project has its packages elsewhere.
+        local = [(one.name, os.path.relpath(one.path, plan.folder), one.editable) for one in plan.resolved.local]
+        name, settings = self.layout.name_of(entry), plan.resolved.build_settings
+        memo.remember(inputs.memo, self.layout, Memo(name, os.fspath(plan.folder), local, known, settings))
 
     def find(self, prefix: str) -> list[Entry]:
-        """The entries of the key that starts with `prefix`, newest first, those of lower stores last.
+        """The entries of the key that starts with `prefix`, newest first, those of read-only stores last.
 
         Raises UnknownKeyError: none, or several keys.
         """
@@ -184,94 +209,36 @@ class Store:
         return found
 
     def finish_all(self, lease: Lease) -> None:
-        """Start what finishes the entries of a lease, where that is missing."""
+        """Start the processes that finish the entries of a lease, for those that need it.
+
+        Where one cannot be started (no memory, no processes left), the next user of the entry tries again.
+        """
         for entry in lease.entries:
             if self.wants_finishing(entry):
-                self.finish(entry)
+                with suppress(OSError, CalledProcessError):
+                    self.finish(entry)
 
     def wants_finishing(self, entry: Entry) -> bool:
-        """Whether bytecode and sizes are missing and nobody is at it, in a store that we may write to."""
+        """Whether bytecode and sizes are missing and no compiler is at work, in a store that we may write to."""
         if entry.readonly or entry.compiled.exists():
             return False
         return not flock.is_held(self.layout.finishing_flock(entry))
 
     def finish(self, entry: Entry) -> None:
-        """Start the process that compiles bytecode and measures sizes; it outlives us and delays nobody.
-
-        Where it cannot be started (no memory, no processes left), whoever uses the entry next tries again.
-        """
-        from subprocess import CalledProcessError  # not on the warm path
-
-        from ray_envcache.system import children
-
-        command: list[str | Path] = [
-            sys.executable,
-            "-m",
-            "ray_envcache.build.bytecode",
-            self.layout.root,
-            entry.path.name,
-        ]
-        with suppress(OSError, CalledProcessError):
-            children.start_detached(command, environ=dict(os.environ))
-
-    def _inputs(self, spec: EnvSpec, ray: AnyRay) -> Inputs:
-        executable = interpreter.base_executable(spec.python)
-        project, digest = _digest_of(spec)
-        depends = [_MEMO_SCHEMA, digest, spec.selection(), interpreter.fingerprint(executable), ray.fingerprint()]
-        return Inputs(spec, project, executable, digest_of(depends)[:32])
-
-    def _warm(self, inputs: Inputs, *, may_look: bool) -> Lease | None:
-        memo, entry = self._recall(inputs)
-        if entry is None:
-            return None
-        if memo.get("local") and inputs.spec.install_project:
-            content = inputs.spec.content or (may_look and _content(inputs, memo["local"]))
-            if not content:
-                return None
-            entry = self.layout.first_entry(layer_key(entry.key, content, memo["build_settings"]))
-        # Else evicted and built again since the memo was written, or in a lower store.
-        return claim_whole(entry) or self._claim_any(entry.key)
-
-    def _recall(self, inputs: Inputs) -> tuple[dict[str, Any], Entry | None]:
-        """What our memo says, else that of a lower store; and the environment, None where nothing said holds."""
-        for layout in (self.layout, *self.lower):
-            for name in inputs.memos():
-                memo = files.read_json(layout.memo_of(name))
-                if memo and inputs.agree(memo):
-                    entry = layout.entry(str(memo.get("entry")))
-                    # In a store that is searched now, not only when somebody noted it.
-                    if entry and (not entry.readonly or layout_of(entry) in self.lower):
-                        return memo, entry
-        return {}, None
-
-    def _remember(self, inputs: Inputs, entry: Entry, plan: EnvironmentPlan) -> None:
-        stamps = {path: file_identity(path) for path in plan.resolved.local_files()}
-        # Relative: another checkout of the same project has its packages elsewhere.
-        local = [[one.name, os.path.relpath(one.path, plan.folder), one.editable] for one in plan.resolved.local]
-        memo = {
-            "entry": self.layout.name_of(entry),
-            "folder": os.fspath(plan.folder),
-            "files": stamps,
-            "local": local,
-            "build_settings": plan.resolved.build_settings,
-        }
-        known = files.read_json(self.layout.memo_of(inputs.memo)) or memo
-        is_taken = bool(stamps) and known.get("folder") != memo["folder"]
-        # Without room for it the next lookup is merely slower.
-        with suppress(OSError):
-            place = inputs.memo_in(plan.folder) if is_taken else inputs.memo
-            files.write_json(self.layout.memo_of(place), memo, durable=False)
+        """Start the process that compiles bytecode and measures sizes; it outlives us and delays nothing."""
+        program = [sys.executable, "-m", "ray_envcache.build.bytecode"]
+        children.start_detached([*program, self.layout.root, entry.path.name], environ=dict(os.environ))
 
 
-def _content(inputs: Inputs, local: list[list[Any]]) -> str | None:
+def _content(inputs: Inputs, known: Memo) -> str | None:
     """The digest of the local packages as they are now, None where their folders cannot be known."""
-    from ray_envcache.build import layers
-    from ray_envcache.resolve import lockfile  # not on the warm path of an agent
+    from ray_envcache.build import layers  # builds: not on the agent's warm path
+    from ray_envcache.resolve.lockfile import LocalPackage
 
     if inputs.project is None:
         return None
     folder = inputs.project.folder
-    packages = [lockfile.LocalPackage(name, (folder / path).resolve(), editable) for name, path, editable in local]
+    packages = [LocalPackage(name, (folder / path).resolve(), editable) for name, path, editable in known.local]
     return layers.digest_of_editable(packages) if inputs.editable else layers.digest_of(layers.contents_of(packages))
 
 
@@ -291,7 +258,7 @@ def digest_of_files(spec: EnvSpec) -> str:
 
 def digest_of_local(spec: EnvSpec, resolved: ResolvedSet) -> str | None:
     """The digest of the local packages that `spec` installs, as they are now; None where there are none."""
-    from ray_envcache.build import layers  # for drivers only
+    from ray_envcache.build import layers  # builds: not on the agent's warm path
 
     if not (resolved.local and spec.install_project):
         return None
@@ -299,10 +266,11 @@ def digest_of_local(spec: EnvSpec, resolved: ResolvedSet) -> str | None:
 
 
 def _digest_of(spec: EnvSpec) -> tuple[Project | None, str]:
+    """The project and the digest of its files; no project where its lockfile is missing and a digest is pinned."""
     try:
         project = Project.locate(Path(spec.path), spec.package)
     except LockfileError:
-        # An ignored uv.lock does not travel in a working_dir; where the environment it pins is known, nobody needs it.
+        # A git-ignored uv.lock does not travel in a working_dir; a known environment can be used without it.
         if spec.digest is None:
             raise
         return None, spec.digest

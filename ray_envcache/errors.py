@@ -12,11 +12,13 @@ from typing import Any, ClassVar
 class EnvCacheError(Exception):
     """Base of all errors of this package.
 
-    `message` is one sentence (plus quoted output, if a tool said something); `hint` says what to do next.
-    `exit_code` is what the command line exits with.
+    `message` is one sentence, plus the last lines of a tool that failed; `hint` says what to do next.
+    The command line exits with `exit_code`. The cause of a `passing` error may be gone a second later: the plugin
+    tries again when Ray does, and repeats any other error for a while instead.
     """
 
     exit_code: ClassVar[int] = 1
+    passing: ClassVar[bool] = False
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message, hint)
@@ -38,17 +40,19 @@ class EnvCacheError(Exception):
 
 
 class FieldValueError(EnvCacheError, ValueError):
-    """What the user wrote in `runtime_env` (or on the command line) is not a valid field value."""
+    """A value in `runtime_env` or on the command line is not valid."""
 
     exit_code = 2
 
 
 class LockfileError(EnvCacheError):
-    """The lockfile is missing, broken, outdated, unreadable for this uv, or does not have what was asked for."""
+    """The lockfile is missing, broken, outdated, unreadable for this uv, or lacks a requested group or extra."""
 
 
 class ChangedError(LockfileError):
-    """Somebody wrote the files while they were looked at."""
+    """The files changed while they were read."""
+
+    passing = True
 
 
 class DigestError(LockfileError):
@@ -71,8 +75,16 @@ class BuildError(EnvCacheError):
     """uv failed to build the environment; the message ends with its last lines."""
 
 
+class PassingError(BuildError):
+    """The build failed for a reason that may be gone by now: an index did not answer, or the entry was removed."""
+
+    passing = True
+
+
 class DiskFullError(BuildError):
     """Not enough space for the environment; the message has the figures."""
+
+    passing = True
 
 
 class StoreError(EnvCacheError):
@@ -97,12 +109,18 @@ class ClusterError(EnvCacheError):
     """A cluster cannot be asked: it is not there, does not answer, or runs another Ray or Python."""
 
 
+class BusyError(EnvCacheError):
+    """An entry is kept by one process for so long that it must be stopped or hang; asking again may succeed."""
+
+    passing = True
+
+
 class ReadOnlyError(EnvCacheError):
-    """What was asked for would change a lower store, where nothing is ever changed."""
+    """The command would change a read-only store."""
 
 
 class InUseError(EnvCacheError):
-    """An entry cannot be removed because somebody uses it; the message names who."""
+    """An entry cannot be removed because processes use it; the message names them."""
 
 
 class UnknownKeyError(EnvCacheError, LookupError):

@@ -1,9 +1,8 @@
 """Ray's side: the plugin in the runtime env agent of every node. Thin, asynchronous, and unable to fail at import.
 
 An exception while this module is imported, or in `__init__`, would take the whole node down. The agent's event loop
-serves all runtime environments of the node, so nothing here keeps it waiting: what takes long happens in a child
-process (`agent_build`), and what touches the disk in a thread, since any file operation may wait for seconds on a disk
-that is busy writing.
+serves all runtime environments of the node, so this module never blocks it. Builds run in a child process
+(`agent_build`). File operations run in a thread, because each may wait for seconds on a disk that is busy writing.
 """
 
 from __future__ import annotations
@@ -15,22 +14,24 @@ import logging
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import ray
 from ray._private.runtime_env.plugin import RuntimeEnvPlugin
 
 from ray_envcache.acquire import Store
-from ray_envcache.cluster.agent_build import Build, discard_result
+from ray_envcache.cluster import worker
+from ray_envcache.cluster.agent_build import AgentBuild, discard_result
 from ray_envcache.errors import EnvCacheError, FieldValueError, StoreError
-from ray_envcache.field import guard, probe, registration
-from ray_envcache.field.spec import FIELD, EnvSpec, refuse_combinations
+from ray_envcache.field import guard, probe
+from ray_envcache.field.spec import FIELD, EnvSpec, refuse_combinations, set_by_ray
+from ray_envcache.resolve import uv
 from ray_envcache.resolve.cluster_ray import ClusterRay
 from ray_envcache.store.layout import Layout, default_root
 from ray_envcache.store.leases import Holder, Lease
@@ -38,52 +39,54 @@ from ray_envcache.store.leases import Holder, Lease
 T = TypeVar("T")
 
 THREADS = 4
-"""How many of our operations may wait for the disk at the same time."""
-
-TELLING_SECONDS = 0.02
-"""How long after it was handed out people are told of a lease."""
+"""How many of the plugin's operations may wait for the disk at the same time."""
 
 FAILURE_SECONDS = 10.0
-"""How long a failure is repeated without another try: Ray asks three times, a second apart."""
+"""How long the plugin repeats a failure instead of trying again: Ray asks three times, a second apart."""
 
 
 class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no types there
     """Hands workers the interpreter of a shared environment, and holds a lease on it while this node refers to it."""
 
     name = FIELD
-    # Before Ray's own plugins (10), so that what cannot work is refused before they install anything, and so that we
-    # can take away what they must not see: the guard, and the interpreter that Ray's hook for `uv run` sets.
+    # Before Ray's own plugins (10): they would install `pip` before we refuse it, and fail at the guard.
     priority = 5
 
     def __init__(self) -> None:
-        # Ray reads it right after this constructor. A cap of zero makes `delete_uri` arrive exactly when the last
-        # reference of this node goes.
+        # Ray reads it right after this constructor. With a cap of zero Ray calls `delete_uri` at the moment when this
+        # node's last reference goes.
         os.environ[f"RAY_RUNTIME_ENV_{FIELD.upper()}_CACHE_SIZE_GB"] = "0"
+        # A copy: the loop sets and deletes a variable for each working_dir, and a thread that copies them meanwhile
+        # gets a KeyError.
+        self._environ = dict(os.environ)
         self._leases: dict[str, Lease] = {}
-        self._creating: dict[str, asyncio.Lock] = {}
-        self._failures: dict[str, tuple[float, EnvCacheError]] = {}
-        # Our own: the loop's default ones may be busy with what is Ray's.
+        # Each lock lives while a set-up uses it.
+        self._creating: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._failures: dict[str, EnvCacheError] = {}
+        # Not the loop's default threads: Ray unpacks working_dirs there, for minutes.
         self._threads = ThreadPoolExecutor(THREADS, "envcache")
         self._companion: int | None = None
-        with suppress(RuntimeError):  # no thread can be started: whoever comes later collects
+        with suppress(RuntimeError):  # the node has no thread left: the next cluster's companion collects
             self._threads.submit(self._start_companion)
-            for _ in range(THREADS):
-                # All begin now: who starts a thread waits until it runs, which on a busy node is long for the loop.
-                self._threads.submit(time.sleep, 0.005)
 
     @staticmethod
     def validate(runtime_env_dict: dict[str, Any]) -> None:
-        """Raise FieldValueError for a field value, or a combination of fields, that can never work."""
+        """Raise FieldValueError for a field value, or a combination of fields, that cannot work."""
         if probe.is_probe(runtime_env_dict[FIELD]):
             return
-        refuse_combinations(runtime_env_dict)
+        others = dict(runtime_env_dict)
+        if set_by_ray(others.get(guard.EXECUTABLE)):
+            del others[guard.EXECUTABLE]
+        refuse_combinations(others)
         EnvSpec.parse(runtime_env_dict[FIELD])
 
     def get_uris(self, runtime_env: Any) -> list[str]:
-        """One URI per field value (and working_dir, where the path is relative to it). Pure, and never raises.
+        """One URI per field value (and working_dir, where the path is relative to it). Reads no file, never raises.
 
-        Called for every runtime_env of the node, ours or not, before the working_dir is unpacked.
+        Ray calls it for every runtime_env of the node before any plugin acts on it. So it also takes the guard away:
+        later Ray would not ask us about a task that left the environment of its job by `{"envcache": None}`.
         """
+        guard.disarm(runtime_env)
         value = runtime_env.get(FIELD)
         if value is None or probe.is_probe(value):
             return []
@@ -96,66 +99,58 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
             context.env_vars[probe.VARIABLE] = await _answer()
             return 1.0
         # Per URI, not per serialized environment: Data, Train and Tune make many of one field value.
-        async with self._creating.setdefault(uri, asyncio.Lock()):
+        lock = self._creating.setdefault(uri, asyncio.Lock())
+        async with lock:
+            if uri in self._failures:
+                raise _again(self._failures[uri])
             if uri not in self._leases:
-                self._repeat_failure(uri)
                 self._leases[uri] = await self._lease(uri, runtime_env, context, logger)
         return 1.0
 
     def modify_context(self, uris: list[str], runtime_env: Any, context: Any, logger: logging.Logger) -> None:  # noqa: ARG002
-        """Start workers with the environment's interpreter, and put its `bin` first on their PATH."""
-        guard.disarm(runtime_env)
-        if not uris:
-            return
-        runtime_env.pop("py_executable", None)  # that of Ray's own hook for `uv run`; others were refused
-        entry = self._leases[uris[0]].entry
-        context.py_executable = shlex.quote(os.fspath(entry.python))
-        context.env_vars["VIRTUAL_ENV"] = os.fspath(entry.venv)
-        context.env_vars["PATH"] = f"{entry.bin}:{context.env_vars.get('PATH') or '${PATH}'}"
-        context.command_prefix += registration.worker_prefix(os.environ)
+        """Have workers run from the environment."""
+        if uris:
+            runtime_env.pop(guard.EXECUTABLE, None)  # the one that Ray sets under `uv run`: `validate` refused others
+            worker.use(self._leases[uris[0]].entry, runtime_env, context, self._environ)
 
     def delete_uri(self, uri: str, logger: logging.Logger) -> float:
-        """Release the lease: this node's last reference went. Deletes nothing."""
-        creating = self._creating.get(uri)
-        if creating is not None and not creating.locked():
-            del self._creating[uri]
+        """Release the lease, since this node's last reference to it is gone. Deletes nothing."""
         lease = self._leases.pop(uri, None)
         if lease is not None:
-            if not self._leases:
-                self._tell_companion()
             self._threads.submit(_give_back, lease, logger)
+            if not self._leases:
+                self._threads.submit(self._collect_soon)
         return 1.0
 
     def _start_companion(self) -> None:
-        from ray_envcache.gc import companion  # in a thread, not while the node waits for us
+        from ray_envcache.gc import companion
 
-        # Kept open as long as we live, and closed by nobody but our end.
-        self._companion = companion.start(Layout(default_root()), os.environ)
+        # Open as long as the agent lives: the kernel closes it, whatever ends the agent.
+        self._companion = companion.start(Layout(default_root()), self._environ)
 
-    def _tell_companion(self) -> None:
-        if self._companion is not None:
-            from ray_envcache.gc import companion  # it is there already
+    def _collect_soon(self) -> None:
+        from ray_envcache.gc import companion
 
-            companion.tell(self._companion, "released")
+        companion.collect_soon(Layout(default_root()), self._environ)
 
     async def _lease(self, uri: str, runtime_env: Any, context: Any, logger: logging.Logger) -> Lease:
         try:
-            given = EnvSpec.parse(runtime_env[FIELD])
+            given = EnvSpec.parse(runtime_env[FIELD]).expanded()
             spec, cluster_ray = _located(given, context), ClusterRay(ray.__version__)
-            store, lease = await self._in_thread(partial(self._look_up, spec, cluster_ray), _discard)
-            if lease is not None:
-                # Nobody waits for that: it makes a file, and where many were removed lately ext4 is slow to make one.
-                tell = partial(self._threads.submit, _announce, lease, store.layout, logger)
-                asyncio.get_running_loop().call_later(TELLING_SECONDS, tell)
-            else:
+            holder = _holder(logger)
+            store, lease = await self._in_thread(partial(self._look_up, spec, cluster_ray, holder), _discard)
+            if lease is None:
                 # What travelled in a working_dir is what Ray pinned; it need not have all files of the driver's folder.
                 wanted = spec if os.path.isabs(given.path) else spec.with_content(None)
-                env_vars = runtime_env.get("env_vars") or {}
-                lease = await self._build(partial(Build, store, wanted, cluster_ray, _holder(logger), logger, env_vars))
+                # Variables that reach indexes: in the process's environment, so that no file and no log has them.
+                environ = {**self._environ, **uv.relevant(runtime_env.get("env_vars") or {})}
+                start = partial(AgentBuild, store, wanted, cluster_ray, holder, logger, environ)
+                lease = await self._build(start)
         except EnvCacheError as error:
             named = _on_this_node(error)
-            self._failures[uri] = (time.monotonic(), named)
-            # The driver gets this as text: what matters is not to be found below the tracebacks of our own insides.
+            if not error.passing:
+                self._remember_failure(uri, named)
+            # Ray sends the whole traceback to the driver as text: without our own frames the message comes first.
             raise named from None
         except OSError as error:
             trouble = StoreError(f"Cannot use the store: {error}", "ray-envcache dir shows where it is")
@@ -163,17 +158,17 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         logger.info("Using %s for %s", lease.entry.path.name, spec.path)
         return lease
 
-    def _look_up(self, spec: EnvSpec, ray: ClusterRay) -> tuple[Store, Lease | None]:
+    def _look_up(self, spec: EnvSpec, ray: ClusterRay, holder: Holder) -> tuple[Store, Lease | None]:
         store = Store.open()
-        lease = store.lookup(spec, ray)
+        lease = store.lookup(spec, ray, holder)
         if lease is not None and any(map(store.wants_finishing, lease.entries)):
             # Nobody waits for it: what a killed compiler left undone is begun again.
             self._threads.submit(store.finish_all, lease)
         return store, lease
 
-    async def _build(self, start: Callable[[], Build]) -> Lease:
-        """Have it built, in another process. Who is cancelled meanwhile waits until nothing is left of that."""
-        build = await self._in_thread(start, Build.abandon)
+    async def _build(self, start: Callable[[], AgentBuild]) -> Lease:
+        """Wait for a build in another process. If cancelled, returns only after that process is gone."""
+        build = await self._in_thread(start, AgentBuild.abandon)
         over = asyncio.wrap_future(build.over)
         try:
             await asyncio.shield(over)
@@ -184,30 +179,25 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         return build.lease.result()
 
     async def _in_thread(self, work: Callable[[], T], discard: Callable[[T], None]) -> T:
-        """Do what touches the disk. Who is cancelled meanwhile has what comes of it discarded."""
+        """Do `work`, which touches the disk, in a thread. If cancelled, its result is discarded when it comes."""
         done = self._threads.submit(work)
         waited = asyncio.wrap_future(done)
         try:
             await asyncio.wait([waited])
         except asyncio.CancelledError:
             done.add_done_callback(partial(discard_result, discard))
-            waited.add_done_callback(asyncio.Future.exception)  # else asyncio complains that nobody asked for it
+            waited.add_done_callback(asyncio.Future.exception)  # else asyncio logs "exception was never retrieved"
             raise
         return waited.result()
 
-    def _repeat_failure(self, uri: str) -> None:
-        since, error = self._failures.pop(uri, (0.0, None))
-        if error is not None and time.monotonic() - since < FAILURE_SECONDS:
-            self._failures[uri] = (since, error)
-            # Another object each time: one that is raised again grows a longer traceback.
-            raise type(error)(error.message, error.hint)
+    def _remember_failure(self, uri: str, error: EnvCacheError) -> None:
+        self._failures[uri] = error
+        asyncio.get_running_loop().call_later(FAILURE_SECONDS, self._failures.pop, uri, None)
 
 
-def _announce(lease: Lease, layout: Layout, logger: logging.Logger) -> None:
-    try:
-        lease.announce(layout, _holder(logger))
-    except OSError as error:
-        logger.warning("The lease on %s holds, but nobody is told of it: %s", lease.entry.path.name, error)
+def _again(error: EnvCacheError) -> EnvCacheError:
+    """Another object for the same error: one that is raised twice has the frames of both in its traceback."""
+    return type(error)(error.message, error.hint)
 
 
 def _give_back(lease: Lease, logger: logging.Logger) -> None:
@@ -215,7 +205,7 @@ def _give_back(lease: Lease, logger: logging.Logger) -> None:
         lease.release()
         logger.info("Released %s", lease.entry.path.name)
     except OSError as error:
-        # The claim itself went first; what people are told of it is swept by whoever collects.
+        # The claim itself was freed first; the next collection removes its file.
         logger.warning("The remains of the lease on %s stay: %s", lease.entry.path.name, error)
 
 
@@ -225,21 +215,21 @@ def _discard(found: tuple[Store, Lease | None]) -> None:
 
 
 async def _answer() -> str:
-    """What a probe asks for. In a thread: a look at a store, and at uv, takes too long for the loop."""
+    """The answer to a probe of `ray-envcache doctor`. In a thread, because it starts uv and writes to the store."""
 
-    def look() -> str:
+    def examined() -> str:
         from ray_envcache.doctor import host
 
         return probe.encode(asdict(host.examine()))
 
-    return await asyncio.get_running_loop().run_in_executor(None, look)
+    return await asyncio.to_thread(examined)
 
 
 def _located(spec: EnvSpec, context: Any) -> EnvSpec:
     """The spec with an absolute path: relative ones start in this setup's own unpacked working_dir.
 
-    Taken from the `cd` that Ray's working_dir plugin put in front of the worker's command. The variable
-    RAY_RUNTIME_ENV_CREATE_WORKING_DIR would be another setup's, where two go on at once.
+    Read from the `cd` that Ray's working_dir plugin put in front of the worker's command. The variable
+    RAY_RUNTIME_ENV_CREATE_WORKING_DIR may belong to another setup: the agent's loop runs several at once.
     """
     if os.path.isabs(spec.path):
         return spec
@@ -253,14 +243,14 @@ def _located(spec: EnvSpec, context: Any) -> EnvSpec:
 
 
 def _on_this_node(error: EnvCacheError) -> EnvCacheError:
-    """The error with the node's address in front: a cluster has many, and the driver sees only the text."""
+    """The error with this node's address in front: the driver sees only the text, and a cluster has many nodes."""
     address = _argument("node-ip-address")
     where = f"Node {address} ({os.uname().nodename})" if address else f"Host {os.uname().nodename}"
     return type(error)(f"{where}: {error.message}", error.hint)
 
 
 def _argument(name: str) -> str:
-    """An option of the command line by which the raylet started this agent; "" where it has none."""
+    """The value of an option with which the raylet started this agent, or ""."""
     option = f"--{name}="
     return next((arg.removeprefix(option) for arg in sys.argv if arg.startswith(option)), "")
 

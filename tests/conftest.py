@@ -81,7 +81,7 @@ def _trap_the_default_store(tmp_path_factory: pytest.TempPathFactory) -> Iterato
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ENVCACHE_DIR", str(trap / "you-forgot-to-choose-a-store"))
         # Importing the package registered it here; tests that want that say so.
-        for name in (registration.HOOK, registration.PLUGINS, registration.UV_RUN, registration.CHAINED_UV_RUN):
+        for name in (registration.HOOK, registration.PLUGINS, registration.UV_RUN):
             patch.delenv(name, raising=False)
         # Whoever runs us with this one means our own environment: a `uv sync` of a test would replace it.
         patch.delenv("UV_PROJECT_ENVIRONMENT", raising=False)

@@ -113,6 +113,13 @@ def make_project(
     return pyproject
 
 
+def set_index_of_node(folder: Path, wheels: Path, patch: pytest.MonkeyPatch) -> None:
+    """Let this node get packages from the folder `wheels` alone, by a uv.toml of the user in `folder`."""
+    (folder / "uv").mkdir(parents=True, exist_ok=True)
+    (folder / "uv" / "uv.toml").write_text(f'no-index = true\nfind-links = ["{wheels}"]\n')
+    patch.setenv("XDG_CONFIG_HOME", str(folder))
+
+
 def build_finished(store: Store, project: Path) -> Entry:
     """Build an environment with all its bytecode, which nobody holds when this returns.
 

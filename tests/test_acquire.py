@@ -130,9 +130,12 @@ def test_changed_hash_is_another_environment(tmp_path: Path, wheels: Path, acqui
     assert support.run_python("import wanted; print(wanted.X)", python=second.python).strip() == "2"
 
 
-def test_ray_is_added_with_the_versions_the_cluster_has(tmp_path: Path, wheels: Path, store: Store) -> None:
+def test_ray_is_added_with_the_versions_the_cluster_has(
+    tmp_path: Path, wheels: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A lockfile without ray gets exactly the cluster's ray and what it needs, and the record says so."""
     project = support.make_project(tmp_path / "project", wheels)
+    support.set_index_of_node(tmp_path / "config", wheels, monkeypatch)
     installed = {line.split("==")[0]: line.split("==")[1] for line in support.run_python(LIST_INSTALLED).split()}
     for name, version in installed.items():
         if name != "ray":
@@ -215,10 +218,12 @@ def test_lookup_starts_no_process_and_imports_little(
     from ray_envcache.resolve.cluster_ray import installed_ray
     from ray_envcache.field.spec import EnvSpec
     from ray_envcache.acquire import Store
+    from ray_envcache.store.leases import Holder
     events = []
     sys.addaudithook(lambda event, _: events.append(event) if event in {"subprocess.Popen", "os.fork", "os.posix_spawn"} else None)
-    with Store.open().lookup(EnvSpec.parse(sys.argv[1]), installed_ray()) as lease:
-        heavy = [name for name in ("packaging.pylock", "tomli", "tomllib", "click", "rich", "psutil", "uv", "ray") if name in sys.modules]
+    with Store.open().lookup(EnvSpec.parse(sys.argv[1]), installed_ray(), Holder("test")) as lease:
+        heavy = [name for name in ("packaging.pylock", "click", "rich", "uv", "ray") if name in sys.modules]
+        heavy += [name for name in sys.modules if name.startswith(("ray_envcache.build", "ray_envcache.gc", "ray_envcache.doctor"))]
         print(lease.entry.path.name, events, heavy)
     """
     assert support.run_python(program, str(project)).strip() == f"{name} [] []"
@@ -271,7 +276,7 @@ def test_another_ray_is_another_environment(tmp_path: Path, wheels: Path, store:
     """Clusters of two Ray versions on one host never share an environment, nor a memo of one."""
     project = support.make_project(tmp_path / "project", wheels, ["ray"])
     with store.acquire(EnvSpec.parse(project), installed_ray(), Holder("test")) as lease:
-        assert store.lookup(EnvSpec.parse(project), ClusterRay("1.0")) is None
+        assert store.lookup(EnvSpec.parse(project), ClusterRay("1.0"), Holder("test")) is None
         assert lease.held
 
 

@@ -29,6 +29,14 @@ def test_json(kind: type[EnvCacheError]) -> None:
 
 
 @every_kind
+def test_passing(kind: type[EnvCacheError]) -> None:
+    """Whether another try may succeed survives the way through JSON; it may after changes, races and full disks."""
+    assert EnvCacheError.from_json(kind("what happened").to_json()).passing is kind.passing
+    others = {errors.ChangedError, errors.DiskFullError, errors.BusyError}
+    assert kind.passing is (kind in others or issubclass(kind, errors.PassingError))
+
+
+@every_kind
 def test_text(kind: type[EnvCacheError]) -> None:
     """The text of an error is its message, and its hint on a line of its own."""
     assert str(kind("what happened", "what to do")) == "what happened\nhint: what to do"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import logging
 import os
 import subprocess
@@ -15,11 +16,13 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from ray._private.runtime_env.plugin import RuntimeEnvPluginManager
+from ray.runtime_env import RuntimeEnv
 
 from ray_envcache.acquire import Store
 from ray_envcache.cluster import agent_build
-from ray_envcache.errors import BuildError, InterpreterError
-from ray_envcache.field import registration
+from ray_envcache.errors import BuildError, ChangedError, FieldValueError, InterpreterError, LockfileError
+from ray_envcache.field import guard, registration
 from ray_envcache.gc.companion import INTERVAL
 from ray_envcache.plugin import EnvCachePlugin
 from ray_envcache.store import leases
@@ -78,7 +81,7 @@ def test_given_back_and_taken_again(plugin: EnvCachePlugin, store: Store, entry:
     support.wait_until(lambda: not list(store.layout.leases_of(entry.key).iterdir()), "nobody is told of one")
 
 
-def test_lease_that_nobody_can_be_told_of(
+def test_lease_that_cannot_be_listed(
     plugin: EnvCachePlugin,
     entry: Entry,
     project: Path,
@@ -94,7 +97,7 @@ def test_lease_that_nobody_can_be_told_of(
 
     async def run() -> None:
         await create(plugin, project)
-        said = "nobody is told of it: [Errno 5]"
+        said = "`list` cannot show it: [Errno 5]"
         await asyncio.to_thread(support.wait_until, lambda: said in caplog.text, "the log says so")
 
     asyncio.run(run())
@@ -162,7 +165,7 @@ def test_build_process_that_dies(plugin: EnvCachePlugin, project: Path, monkeypa
     async def run() -> None:
         await create(plugin, project)
 
-    monkeypatch.setenv("PYTHONHOME", "/nowhere")
+    monkeypatch.setitem(plugin._environ, "PYTHONHOME", "/nowhere")
     with pytest.raises(BuildError, match=r"(?s)ended without an answer.*encodings"):
         asyncio.run(run())
     plugin._failures.clear()
@@ -176,7 +179,7 @@ def test_another_python_by_now(
 ) -> None:
     """Where the node's Python was replaced since it was started, nothing is built: workers would have the wrong one."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.version = '3.99.0 (new)\\n[GCC]'\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setitem(plugin._environ, "PYTHONPATH", str(tmp_path))
     with pytest.raises(
         InterpreterError, match=r"was started with: it is 3\.99\.0 \(new\) \[GCC\], and was 3\."
     ) as caught:
@@ -216,7 +219,107 @@ def test_talkative_build(
 ) -> None:
     """More on stderr than a pipe holds, and lines of others on stdout, hold up no build; the latter are logged."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nprint('hello')\nprint('x' * 1_000_000, file=sys.stderr)\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setitem(plugin._environ, "PYTHONPATH", str(tmp_path))
     with caplog.at_level("INFO"):
         build(plugin, project)
     assert "hello" in caplog.messages
+
+
+def test_build_gets_the_variables_of_the_node(
+    plugin: EnvCachePlugin,
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What Ray sets in the agent for a moment, for the set-up of another working_dir, reaches no build."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nprint('found:', os.environ.get('NODE'), os.environ.get('DIR'))\n"
+    )
+    monkeypatch.setitem(plugin._environ, "PYTHONPATH", str(tmp_path))
+    monkeypatch.setitem(plugin._environ, "NODE", "here")
+    monkeypatch.setenv("DIR", "/another")
+    with caplog.at_level("INFO"):
+        build(plugin, project)
+    assert "found: here None" in caplog.messages
+
+
+def test_passing_error(plugin: EnvCachePlugin, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that says "try again" is tried again when Ray asks the next time."""
+    said = tmp_path / "said"
+    python = tmp_path / "python"
+    answer = json.dumps({"error": ChangedError("The files changed", "try again").to_json()})
+    python.write_text(f"#!/bin/sh\n[ -e {said} ] && exec {sys.executable} \"$@\"\ntouch {said}\necho '{answer}'\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(ChangedError, match="The files changed"):
+        build(plugin, project)
+    build(plugin, project)
+
+
+def test_permanent_error(plugin: EnvCachePlugin, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that Ray's next attempts would meet again is repeated at once, and forgotten a while later."""
+    monkeypatch.setattr("ray_envcache.plugin.FAILURE_SECONDS", 0.5)
+    lockfile, away = project.with_name("uv.lock"), project.with_name("away")
+    lockfile.rename(away)
+
+    async def run() -> None:
+        with pytest.raises(LockfileError) as first:
+            await create(plugin, project)
+        away.rename(lockfile)
+        with pytest.raises(LockfileError) as second:
+            await create(plugin, project)
+        assert str(first.value) == str(second.value)
+        await asyncio.sleep(0.6)
+        await create(plugin, project)
+
+    asyncio.run(run())
+    plugin.delete_uri(URI, LOGGER)
+
+
+def test_nothing_grows(plugin: EnvCachePlugin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a URI that fails, of which Ray never says that it is gone, nothing stays with the plugin."""
+    monkeypatch.setattr("ray_envcache.plugin.FAILURE_SECONDS", 0.1)
+
+    async def run() -> None:
+        context = SimpleNamespace(command_prefix=[], env_vars={})
+        for number in range(20):
+            with pytest.raises(LockfileError):
+                await plugin.create(f"envcache://{number}", {"envcache": f"/nowhere/{number}"}, context, LOGGER)
+        await asyncio.sleep(0.2)
+
+    asyncio.run(run())
+    gc.collect()  # the tracebacks of the errors
+    assert not plugin._failures
+    assert not plugin._creating
+    assert not plugin._leases
+
+
+def test_task_that_leaves_the_environment_of_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`{"envcache": None}` with anything beside it: the guard that it inherits from its job fails nothing here."""
+    monkeypatch.setenv(registration.PLUGINS, registration.exports({})[registration.PLUGINS])
+    monkeypatch.setenv(INTERVAL, "off")
+    monkeypatch.setenv("RAY_RUNTIME_ENV_ENVCACHE_CACHE_SIZE_GB", "0")
+    inherited = guard.guarded({"envcache": {"path": "/p"}})
+    env = RuntimeEnv(**{**inherited, "envcache": None, "env_vars": {"A": "1"}})
+    # As the agent does before it asks any plugin to create something: ours is the first of its plugins.
+    (first,) = RuntimeEnvPluginManager().plugins.values()
+    assert first.class_instance.get_uris(env) == []
+    assert dict(env) == {"envcache": None, "env_vars": {"A": "1"}}
+    first.class_instance._threads.shutdown()
+
+
+def test_py_executable(plugin: EnvCachePlugin) -> None:
+    """A node accepts what Ray sets for a driver under a plain `uv run`, and refuses what a task asks for itself."""
+    env = {"envcache": "/p/pyproject.toml"}
+    plugin.validate({**env, "py_executable": "uv run --python 3.12.1 python"})
+    with pytest.raises(FieldValueError, match="`py_executable` beside `envcache`"):
+        plugin.validate({**env, "py_executable": "uv run --with emoji"})
+
+
+def test_home_directory(plugin: EnvCachePlugin, entry: Entry, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path below `~` is one of the node's own, no path in the working_dir."""
+    monkeypatch.setenv("HOME", os.fspath(project.parent))
+    asyncio.run(plugin.create(URI, {"envcache": f"~/{project.name}"}, SimpleNamespace(command_prefix=[]), LOGGER))
+    assert plugin._leases[URI].entry == entry
+    plugin.delete_uri(URI, LOGGER)

@@ -22,7 +22,7 @@ from ray_envcache.errors import BuildError
 from ray_envcache.inside import check
 from ray_envcache.resolve import uv
 from ray_envcache.store.layout import Entry, Layout
-from ray_envcache.store.leases import Holder, Lease, claim, claim_ready
+from ray_envcache.store.leases import Holder, Lease, claim, hold
 from ray_envcache.store.record import ReadyRecord
 from ray_envcache.system import children, files
 from ray_envcache.system.files import file_identity
@@ -88,7 +88,7 @@ class Builder:
         with exclusive_flock(self.layout.builder_flock(self.plan.key), self._tell_waiting) as flock:
             # Another builder may have built it while we waited for its flock.
             for entry in self.layout.entries_of(self.plan.key):
-                if lease := claim_ready(entry, self.layout, self.holder):
+                if lease := claim(entry, self.layout, self.holder):
                     return lease
             self._sweep()
             return self._build(flock)
@@ -135,7 +135,7 @@ class Builder:
 
     def _claim(self, entry: Entry) -> Lease:
         """A lease as for an entry that was found: of a layer, also on the environment below it."""
-        lease = claim_ready(entry, self.layout, self.holder)
+        lease = claim(entry, self.layout, self.holder)
         if lease is None:
             raise BuildError(f"`{entry.path}` vanished right after it was built", "try again")
         return lease
@@ -144,7 +144,7 @@ class Builder:
         entry.path.mkdir(mode=0o700)
         entry.in_use.touch(mode=0o600)
         files.write_json(entry.building, asdict(self.holder), durable=False)
-        lease = claim(entry)
+        lease = hold(entry)
         if lease is None:
             raise BuildError(f"Another process removed `{entry.path}` while it was being built", "try again")
         return lease

@@ -17,7 +17,7 @@ from pathlib import Path
 from ray_envcache.inside import pyc
 from ray_envcache.store import shared_bytecode
 from ray_envcache.store.layout import Entry, Layout
-from ray_envcache.store.leases import Holder, Lease, claim_ready
+from ray_envcache.store.leases import Holder, Lease, claim
 from ray_envcache.store.sizes import record_sizes
 from ray_envcache.system import capacity, children, files, flock, testpoints
 from ray_envcache.system.units import utc_now
@@ -51,7 +51,7 @@ def finish_now(layout: Layout, entry: Entry) -> None:
 
 def _finish_claimed(layout: Layout, entry: Entry, descriptor: int, *, background: bool) -> bool:
     testpoints.reach("finishing-claimed")
-    lease = claim_ready(entry, layout, Holder("bytecode", command="compiles bytecode"))
+    lease = claim(entry, layout, Holder("bytecode", command="compiles bytecode"))
     if lease is None:
         return False
     with lease:

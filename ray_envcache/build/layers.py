@@ -103,6 +103,10 @@ class EditableLayerPlan(_LocalPackagesPlan):
     def packages(self, entry: Entry) -> list[str]:  # noqa: ARG002  # the other kind needs it
         return [argument for folder in self.folders for argument in ("--editable", os.fspath(folder))]
 
+    def facts(self) -> dict[str, Any]:
+        built = map(os.fspath, content.extensions(self.folders))
+        return {**super().facts(), "inherited": tuple((path, *(files.file_identity(path) or (0, 0))) for path in built)}
+
 
 def _copy_projects(root: Path, target: Path, within: Path) -> None:
     """Copy the pyproject.toml of a workspace and its members: a build of one reads what they say of each other."""
@@ -119,7 +123,7 @@ def contents_of(packages: Iterable[LocalPackage]) -> tuple[Content, ...]:
     """The content of the packages, in the order of their folders. Raises LockfileError where one is not here."""
     for package in packages:
         content.require_folder(package.path)
-    return tuple(content.look(path) for path in sorted({package.path for package in packages}))
+    return tuple(content.scan(path) for path in sorted({package.path for package in packages}))
 
 
 def digest_of(contents: Iterable[Content]) -> str:
@@ -129,12 +133,12 @@ def digest_of(contents: Iterable[Content]) -> str:
 
 def digest_of_editable(packages: Iterable[LocalPackage]) -> str:
     """The digest of packages imported from their folders: their paths, and the files that say how to install them."""
-    seen = []
-    for folder in sorted({package.path for package in packages}):
+    folders = sorted({package.path for package in packages})
+    for folder in folders:
         content.require_folder(folder)
-        texts = [folder / name for name in ("pyproject.toml", "setup.py", "setup.cfg") if (folder / name).is_file()]
-        seen.append([os.fspath(folder), *(text.read_text("utf-8", "surrogateescape") for text in texts)])
-    return f"sha256:{key.digest_of(seen)}"
+    return (
+        f"sha256:{key.digest_of([[os.fspath(folder), content.scan_definition(folder).digest] for folder in folders])}"
+    )
 
 
 def layer_plan(spec: EnvSpec, plan: EnvironmentPlan, base: Entry) -> LayerPlan:

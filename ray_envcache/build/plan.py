@@ -11,6 +11,7 @@ from ray_envcache.build import venv_files
 from ray_envcache.build.uv_calls import UvCalls
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import export, inherit, interpreter, lockfile
+from ray_envcache.resolve.additions import additions, located
 from ray_envcache.resolve.cluster_ray import AnyRay
 from ray_envcache.resolve.inherit import Inherited
 from ray_envcache.resolve.interpreter import Interpreter
@@ -67,7 +68,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class EnvironmentPlan(Plan):
-    """A build of the resolved set. `added` are packages that the cluster's ray brings: {name: version}.
+    """A build of the resolved set. `added` are those of it that the cluster's ray brings: {name: version}.
 
     `inherited` are those used from the cluster's own Python.
     """
@@ -79,7 +80,7 @@ class EnvironmentPlan(Plan):
 
     @property
     def headline(self) -> str:
-        count, size = len(self.resolved.packages) + len(self.added), self.download_size
+        count, size = len(self.resolved.packages), self.download_size
         sized = f", {format_size(size)}" if size else ""
         return f"Building the environment of {self.project}: {count} packages{sized}"
 
@@ -94,10 +95,6 @@ class EnvironmentPlan(Plan):
     def install(self, entry: Entry, run_uv: UvCalls) -> None:
         if self.resolved.packages:
             self._sync(entry, run_uv)
-        if self.added:
-            exact = [f"{name}=={version}" for name, version in sorted(self.added.items())]
-            # No lockfile says what they were built from: wheels alone are the same everywhere.
-            run_uv("pip", "install", "--no-deps", "--no-build", *pip_options(entry), *exact)
         # After uv, which would remove links that it did not make.
         inherit.link(self.inherited, entry.site_packages)
 
@@ -113,7 +110,7 @@ class EnvironmentPlan(Plan):
 
     def facts(self) -> dict[str, Any]:
         return {
-            "packages": len(self.resolved.packages) + len(self.added),
+            "packages": len(self.resolved.packages),
             "base": "",
             "content": "",
             "hashes": self._hashes(),
@@ -124,7 +121,7 @@ class EnvironmentPlan(Plan):
 
     def _hashes(self) -> str:
         """Of how many packages the lockfile has the hash. It has none of what the cluster's ray brings."""
-        pinned = {package.is_pinned for package in self.resolved.packages} | ({False} if self.added else set())
+        pinned = {package.is_pinned for package in self.resolved.packages}
         return "some" if len(pinned) == 2 else "none" if pinned == {False} else "all"
 
 
@@ -140,10 +137,12 @@ def plan_of(spec: EnvSpec, project: Project, executable: str, ray: AnyRay, *, ch
     With `check_current` the lockfile has to match the project. Raises LockfileError, InterpreterError, RayVersionError.
     """
     python, resolved = _resolve(spec, project, executable, ray, check_current=check_current)
-    version, added = ray.version_in(resolved), ray.additions(resolved, python)
+    added = additions(ray, resolved, python)
+    version = resolved.version_of("ray") or added["ray"]
     resolved, added, inherited = inherit.split(resolved, added, spec)
+    resolved = resolved.with_packages(located(added, python))
     return EnvironmentPlan(
-        key=compute_key(resolved, added, python, _outside(spec, inherited)),
+        key=compute_key(resolved, python, _outside(spec, inherited)),
         resolved=resolved,
         added=added,
         interpreter=python,
@@ -160,7 +159,7 @@ def require_buildable(spec: EnvSpec, ray: AnyRay) -> ResolvedSet:
     executable = interpreter.base_executable(spec.python)
     project = Project.locate(Path(spec.path), spec.package)
     python, resolved = _resolve(spec, project, executable, ray, check_current=True)
-    ray.additions(resolved, python)
+    additions(ray, resolved, python)
     return resolved
 
 

@@ -19,9 +19,10 @@ UNPACKED = 3.0
 
 
 def ensure_room(layout: Layout, plan: EnvironmentPlan) -> None:
-    """Collect idle environments if the disk looks too small for this one. Raises DiskFullError where it surely is.
+    """Collect idle environments where the disk may be too small for this one.
 
-    Surely: what must be downloaded alone is more than what is free. In between it is tried; uv tells when it fails.
+    Raises DiskFullError where even the download has no room afterwards. Where only the unpacked packages may have none
+    the build is tried: then uv says so.
     """
     download = plan.download_size
     if _free(layout) >= download * UNPACKED or _is_cached(layout, plan):
@@ -40,7 +41,7 @@ def _is_cached(layout: Layout, plan: EnvironmentPlan) -> bool:
     cache = uv.cache_directory(layout.entries)
     if cache is None:
         return False
-    # Where there is no room even to ask, nothing is known.
+    # On a disk without any room there is none to ask either: then it counts as not cached.
     with suppress(OSError), tempfile.TemporaryDirectory() as folder:
         pylock = Path(folder) / "pylock.toml"
         pylock.write_text(venv_files.pylock_text(plan.resolved), encoding="utf-8")

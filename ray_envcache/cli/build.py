@@ -1,10 +1,9 @@
-"""What `build` does."""
+"""`build`: build or find an environment."""
 
 from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -12,6 +11,7 @@ import click
 from ray_envcache.acquire import Store
 from ray_envcache.build import bytecode
 from ray_envcache.build.progress import observer
+from ray_envcache.cli.arguments import absolute
 from ray_envcache.errors import BuildError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve.cluster_ray import installed_ray
@@ -19,27 +19,26 @@ from ray_envcache.store.layout import Entry
 from ray_envcache.store.leases import Holder
 
 
-@click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.command(epilog="Example: ray-envcache build .")
+@click.argument("path", type=click.Path())
 @click.option("--extra", "extras", multiple=True, metavar="NAME", help="Include this extra; may be repeated.")
+@click.option("--group", "groups", multiple=True, metavar="NAME", help="Include this group; may be repeated.")
+@click.option("--package", metavar="NAME", help="Use this member of the workspace.")
+@click.option("--no-build", is_flag=True, help="Refuse packages without a wheel.")
+@click.option("--python", metavar="VERSION|PATH", help="Use this Python.")
+@click.option("--no-install-project", is_flag=True, help="Leave out the project's own packages.")
 @click.option(
-    "--group", "groups", multiple=True, metavar="NAME", help="Include this dependency group; may be repeated."
+    "--inherit", multiple=True, metavar="NAME", help="Take this package from the base Python; may be repeated."
 )
-@click.option("--package", metavar="NAME", help="The member of the workspace.")
-@click.option("--no-build", is_flag=True, help="Refuse packages that are not wheels.")
-@click.option("--python", metavar="VERSION|PATH", help="Insist on this Python.")
-@click.option("--no-install-project", is_flag=True, help="Leave out the packages that are developed here.")
-@click.option("--inherit", multiple=True, metavar="NAME", help="Use this one of the base Python; may be repeated.")
-@click.option("--system-site-packages", is_flag=True, help="Use all that the base Python has.")
-def build(*, path: Path, no_install_project: bool, **options: Any) -> None:
+@click.option("--system-site-packages", is_flag=True, help="Show all packages of the base Python inside.")
+def build(*, path: str, no_install_project: bool, **options: Any) -> None:
     """Build or find an environment, and print its interpreter.
 
-    PATH is the project's pyproject.toml, its folder, uv.lock, pylock.toml, a requirements file or a script. Warms the
-    store of an image or a CI machine, bytecode included: nothing is left to do when it returns. The options are those
-    of the field.
+    PATH is a project's folder, its pyproject.toml or uv.lock, a pylock.toml, a requirements file or a script. When the
+    command returns the bytecode is compiled too: made for images and CI. The options are those of the field.
     """
     chosen = {name: [*value] if isinstance(value, tuple) else value for name, value in options.items()}
-    value = {"path": os.path.abspath(path), "install_project": not no_install_project, **chosen}
+    value = {"path": absolute(path), "install_project": not no_install_project, **chosen}
     store = Store.open()
     with observer(sys.stderr) as shown:
         lease = store.acquire(EnvSpec.parse(value), installed_ray(), Holder("cli"), shown, finish=False)
@@ -47,16 +46,16 @@ def build(*, path: Path, no_install_project: bool, **options: Any) -> None:
         try:
             _finish(store, [entry for entry in lease.entries if not (entry.readonly or entry.compiled.exists())])
         except KeyboardInterrupt:
-            # The environment itself is ready.
+            # The environment is ready, and a background process compiles the rest.
             store.finish_all(lease)
             raise
-        click.echo(os.fsencode(lease.python))  # whatever the encoding of stdout has
+        click.echo(os.fsencode(lease.python))  # as bytes: stdout may have an encoding without some of its letters
 
 
 def _finish(store: Store, entries: list[Entry]) -> None:
-    """Have the bytecode compiled now: where this is a step of making an image, nobody goes on after us.
+    """Compile the bytecode now, because a step of an image's build leaves no background process.
 
-    Raises BuildError: an entry without it is not handed out by another run of the kernel, and so by no container.
+    Raises BuildError where that fails: containers are not handed an entry without bytecode.
     """
     if entries:
         click.echo("Compiling bytecode", err=True)

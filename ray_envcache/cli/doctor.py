@@ -1,12 +1,11 @@
-"""What `doctor` does."""
+"""`doctor`: check that this host, or every node of a cluster, is set up."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,24 @@ import click
 import psutil
 
 from ray_envcache.cli import tables
+from ray_envcache.cli.arguments import absolute
 from ray_envcache.doctor import variables
 from ray_envcache.doctor.findings import ERROR, OK
 from ray_envcache.doctor.host import check_lockfile, examine
 from ray_envcache.doctor.nodes import SAYS, node_name
 from ray_envcache.errors import ClusterError, EnvCacheError
+from ray_envcache.field.guard import guarded
+from ray_envcache.field.registration import UV_RUN
+from ray_envcache.field.spec import FIELD
+from ray_envcache.hook import pinned_field
+from ray_envcache.store.layout import SHOWN_DIGITS
 from ray_envcache.system import children
+from ray_envcache.system.units import format_size
 
-SCHEMA_VERSION = 1
-_MODULE = "ray_envcache.doctor.cluster"  # by name: it imports ray
 _COLORS = {"ok": "green", "warn": "yellow", "error": "red"}
 
 
-@click.command
+@click.command(epilog="Example: ray-envcache doctor --address auto .")
 @click.option("--address", metavar="ADDR", help='Ask the nodes of this cluster: "auto", or host:port of its GCS.')
 @click.option(
     "--timeout", type=click.FloatRange(min=1), default=30, show_default=True, metavar="SECONDS",
@@ -38,38 +42,47 @@ _COLORS = {"ok": "green", "warn": "yellow", "error": "red"}
 def doctor(*, address: str | None, timeout: float, as_json: bool, path: str | None) -> None:
     """Check that this host, or every node of a cluster, is set up.
 
-    Without an address it looks at this host: the store, uv, Python, Ray, the variables. With one it asks every node
-    of the cluster what it has. PATH, a lockfile or its folder as in `build`, is checked too: on a cluster every node
-    sets up its environment, which may take as long as a build.
+    On this host it checks the store, uv, Python, Ray and the environment variables. With --address it asks every node
+    of the cluster. PATH is a lockfile or its folder, as for `build`: this host checks that it can be built, and each
+    node of a cluster sets up its environment, which may take as long as a build.
     """
-    data = _of_cluster(address, timeout, path) if address else _of_host(path)
-    failed = any(found["state"] == ERROR for found in _findings(data))
+    path = path and absolute(path)
+    data = _ask_cluster(address, timeout, path) if address else _look_at_host(path)
+    failed = any(found["state"] == ERROR for one in data.get("nodes", [data]) for found in one["findings"])
     if as_json:
-        click.echo(json.dumps({"schema_version": SCHEMA_VERSION, "ok": not failed, **data}, indent=2))
+        tables.print_json({"ok": not failed, **data})
     elif address:
-        _print_cluster(data)
+        print_cluster(data)
     else:
         _print_findings(data["findings"])
     sys.exit(1 if failed else 0)
 
 
-def _of_host(path: str | None) -> dict[str, Any]:
-    # What we were started with: in our own variables there is the registration, since we import the package.
+def _look_at_host(path: str | None) -> dict[str, Any]:
+    # The variables that the shell gave us: in os.environ is the registration, because we import the package.
     shell = psutil.Process().environ()
     facts = asdict(examine())
     more = [variables.registered(shell), *([check_lockfile(path)] if path else [])]
     return {**facts, "findings": [*facts["findings"], *map(asdict, more)]}
 
 
-def _of_cluster(address: str, timeout: float, path: str | None) -> dict[str, Any]:
-    request = {"address": address, "timeout": timeout, "path": path and os.path.abspath(path)}
-    argv = [sys.executable, "-m", _MODULE, json.dumps(request)]
-    # In no folder of the user: `-m` imports first what lies there.
-    done = children.run(argv, environ=os.environ, cwd=Path("/"), on_line=_pass_on)
+def _ask_cluster(address: str, timeout: float, path: str | None) -> dict[str, Any]:
+    """Ask in a process of its own, because Ray ends a driver whose cluster stops answering. Raises EnvCacheError."""
+    runtime_env = guarded({FIELD: pinned_field({"path": path})}) if path else None
+    request = {"address": address, "timeout": timeout, "runtime_env": runtime_env}
+    argv = [sys.executable, "-m", "ray_envcache.doctor.cluster", json.dumps(request)]
+    # `-m` imports what lies in the working directory first: so not in a folder of the user.
+    # Started below `uv run`, Ray would otherwise run the probes by `uv run` too.
+    environ = {**os.environ, UV_RUN: "0"}
+    done = children.run(argv, environ=environ, cwd=Path("/"), on_line=_pass_on)
     try:
         answer: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
-        raise _silence(address, done) from None
+        end = "\n".join(done.stderr.strip().splitlines()[-5:])
+        raise ClusterError(
+            f"Ray ended with status {done.returncode} while it talked to `{address}`:\n{end}",
+            "is the cluster's head running? See Ray's logs there",
+        ) from None
     if "error" in answer:
         raise EnvCacheError.from_json(answer["error"])
     return answer
@@ -78,18 +91,6 @@ def _of_cluster(address: str, timeout: float, path: str | None) -> dict[str, Any
 def _pass_on(line: str) -> None:
     if line.startswith(SAYS):
         click.echo(line, err=True)
-
-
-def _silence(address: str, done: children.Completed) -> ClusterError:
-    if done.returncode == -signal.SIGALRM:
-        return ClusterError(f"The cluster at `{address}` stopped answering", "are its head and its GCS alive?")
-    end = "\n".join(done.stderr.strip().splitlines()[-5:])
-    return ClusterError(f"Ray ended with status {done.returncode} instead of an answer:\n{end}", "see Ray's logs")
-
-
-def _findings(data: dict[str, Any]) -> list[dict[str, str]]:
-    """The findings of a host, or of all nodes."""
-    return [found for one in data.get("nodes", [data]) for found in one["findings"]]
 
 
 def _print_findings(findings: Iterable[dict[str, str]], place: str = "") -> None:
@@ -101,15 +102,35 @@ def _print_findings(findings: Iterable[dict[str, str]], place: str = "") -> None
 
 
 def _printable(text: str) -> str:
-    # What nodes say comes from other machines: no control characters, and any letters.
+    # The text of a node comes from another machine: no control characters, and letters this terminal may lack.
     return "\n       ".join(tables.shown(line, sys.stdout) for line in text.splitlines())
 
 
-def _print_cluster(data: dict[str, Any]) -> None:
+def print_cluster(data: dict[str, Any]) -> None:
+    """Print the nodes of a cluster, what is wrong with each, and a line of totals."""
     nodes = data["nodes"]
-    tables.print_nodes(nodes, sys.stdout)
+    built = any(node["seconds"] is not None for node in nodes)
+    columns = ("NODE", "HOST", "PLUGIN", "STORE", "FREE", "RAY", "PYTHON", "UV", *(("KEY", "SECONDS") if built else ()))
+    rows = [_row(node)[: len(columns)] for node in nodes]
+    tables.print_table(columns, rows, sys.stdout, numeric={"FREE", "SECONDS"})
     for node in nodes:
         wrong = [found for found in node["findings"] if found["state"] != OK]
-        _print_findings(wrong, place=f"{node_name(node['ip'], node['node_id'])}: ")
+        _print_findings(wrong, place=f"{_name(node)}: ")
     bad = sum(any(found["state"] == ERROR for found in node["findings"]) for node in nodes)
     click.echo(f"{len(nodes)} node{'' if len(nodes) == 1 else 's'} of {data['address']}, {bad} with errors")
+
+
+def _row(node: dict[str, Any]) -> Sequence[str]:
+    free, seconds = node["free_bytes"], node["seconds"]
+    # A node that answered without the plugin still said which Python it has.
+    plugin = node["plugin"] or ("not loaded" if node["python"] else "-")
+    unusable = any((found["name"], found["state"]) == ("store", ERROR) for found in node["findings"])
+    return (
+        _name(node), node["host"], plugin, "unusable" if unusable else node["store"] or "-",
+        "-" if free is None else format_size(free), node["ray"] or "-", node["python"] or "-", node["uv"] or "-",
+        (node["key"] or "-")[:SHOWN_DIGITS], "-" if seconds is None else f"{seconds:.1f}",
+    )  # fmt: skip
+
+
+def _name(node: dict[str, Any]) -> str:
+    return node_name(node["ip"], node["node_id"])

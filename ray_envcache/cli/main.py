@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from contextlib import suppress
 from importlib import import_module
@@ -20,7 +21,7 @@ _COMMANDS = {
     "build": "build.build",
     "doctor": "doctor.doctor",
     "gc": "store.gc",
-    "list": "store.list_",
+    "list": "listing.list_",
     "pin": "store.pin",
     "purge": "store.purge",
     "rm": "store.rm",
@@ -31,7 +32,7 @@ _COMMANDS = {
 
 
 class _Lazy(click.Group):
-    """Imports what a command needs when that command, or its line of help, is wanted: half the time of most of them."""
+    """Imports the module of a command when it is asked for: `list` needs nothing that builds or asks Ray."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*super().list_commands(ctx), *_COMMANDS})
@@ -44,35 +45,42 @@ class _Lazy(click.Group):
         return command
 
 
-@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Lazy,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: ray-envcache run -- python main.py",
+)
 @click.version_option(__version__, prog_name="ray-envcache")
 def cli() -> None:
     """Python environments for Ray, built once per host and shared by all clusters.
 
-    The store is $RAY_ENVCACHE_DIR, else the user's cache directory (see `ray-envcache dir`).
+    They lie in the store: $RAY_ENVCACHE_DIR, or a folder in your cache directory (`ray-envcache dir` prints it).
     """
 
 
-@cli.command("dir")
+@cli.command("dir", epilog="Example: ray-envcache dir")
 def dir_() -> None:
-    """Print where the store is."""
-    click.echo(os.fsencode(default_root()))  # whatever the encoding of stdout has
+    """Print the path of the store."""
+    click.echo(os.fsencode(default_root()))  # as bytes: stdout may have an encoding without some of its letters
 
 
-@cli.command()
+@cli.command(epilog='Example: eval "$(ray-envcache env)"; ray start --head')
 def env() -> None:
-    r"""Print the exports for whoever starts a node.
+    """Print the variables that `ray start` needs, as shell exports.
 
-    As in: eval "$(ray-envcache env)"; ray start --head
+    A node that is started with them knows the `envcache` field. `ray.init` of a local cluster needs none of them.
     """
-    # Importing the package registered it in this process already: what the caller had is behind that.
+    # Importing this package registered it in os.environ: `without_us` is what the shell gave us.
     for name, value in sorted(registration.exports(registration.without_us(os.environ)).items()):
         click.echo(f"export {name}={shlex.quote(value)}")
 
 
 def main() -> None:
     """Run the command line, and turn our errors into one sentence, a hint and an exit code."""
-    color = False if os.environ.get("NO_COLOR") else None  # else as click finds it: https://no-color.org
+    _replace_closed_streams()
+    # A caller may ignore SIGCHLD, and we inherit that: the kernel then forgets exit codes, and every child succeeds.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    color = False if os.environ.get("NO_COLOR") else None  # None: click decides. https://no-color.org
     try:
         cli(standalone_mode=False, color=color)
     except click.exceptions.Exit as stop:
@@ -89,25 +97,35 @@ def main() -> None:
         _fail(_explained(error))
 
 
+def _replace_closed_streams() -> None:
+    """Put /dev/null in place of standard streams that the caller closed.
+
+    Else a file of the store gets their number, and what is written to stderr goes into it. Programs under `run` do not
+    inherit it: for them the stream is closed as before.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None and os.open(os.devnull, os.O_RDWR) == number:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
 def _fail(error: EnvCacheError) -> NoReturn:
     click.echo(f"error: {error}", err=True)
     sys.exit(error.exit_code)
 
 
 def _flush_or_forget() -> None:
-    """What stdout did not take would be tried again at our end, and change the exit code."""
+    """Forget what stdout did not take: Python would try it again at exit, fail, and change the exit code."""
     try:
-        if sys.stdout is not None:  # closed by whoever started us
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explained(error: OSError) -> EnvCacheError:
-    """What the system says, as an error of ours: of the store, where it is about a file in there."""
+    """An error of the operating system as one of ours: a StoreError if it is about a file of the store."""
     place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
     message = f"{error.strerror or error}" + (f": `{place}`" if place else "")
-    with suppress(EnvCacheError):  # no store at all
+    with suppress(EnvCacheError):  # a root that cannot be one
         if place.startswith(f"{default_root()}/"):
-            return StoreError(message, "ray-envcache doctor looks whether the store can be used")
+            return StoreError(message, "`ray-envcache doctor` checks the store")
     return EnvCacheError(message)

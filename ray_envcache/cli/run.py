@@ -1,4 +1,4 @@
-"""What `run` does."""
+"""`run`: run an unmodified Ray program from the environment of its project."""
 
 from __future__ import annotations
 
@@ -11,31 +11,37 @@ from typing import Any
 import click
 
 from ray_envcache.build.progress import observer
+from ray_envcache.cli.arguments import absolute
 from ray_envcache.cluster import program
 from ray_envcache.errors import CommandError, EnvCacheError, StoreError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.sessions.run_directory import RunTmpdir
 
 USAGE_ERROR = 2
-"""What ends a run before the command starts, where nothing more exact is known."""
+"""The exit code of a run that fails before its command starts, unless the error has a more exact one."""
 
 
-@click.command(context_settings={"allow_interspersed_args": False})
-@click.option("--project", metavar="PATH", help="The project's folder or lockfile; else the nearest folder upwards.")
+@click.command(
+    context_settings={"allow_interspersed_args": False},
+    epilog="Example: ray-envcache run --extra gpu -- python main.py",
+)
+@click.option(
+    "--project", metavar="PATH", help="Folder or lockfile of the project; default: the nearest project upwards."
+)
 @click.option("--extra", "extras", multiple=True, metavar="NAME", help="Include this extra; may be repeated.")
 @click.option("--group", "groups", multiple=True, metavar="NAME", help="Include this group; may be repeated.")
-@click.option("--package", metavar="NAME", help="The member of the workspace.")
-@click.option("--python", metavar="VERSION|PATH", help="Use this Python instead of the one that uv takes.")
-@click.option("--tmpdir", metavar="DIR", help="Where Ray's sessions go; however long the path is.")
-@click.option("--keep-session", is_flag=True, help="Leave the session directories.")
+@click.option("--package", metavar="NAME", help="Use this member of the workspace.")
+@click.option("--python", metavar="VERSION|PATH", help="Use this Python; default: the one that uv takes.")
+@click.option("--tmpdir", metavar="DIR", help="Put Ray's session directories here; the path may be long.")
+@click.option("--keep-session", is_flag=True, help="Keep the session directories.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
     *, project: str | None, tmpdir: str | None, keep_session: bool, command: tuple[str, ...], **options: Any
 ) -> None:
-    """Run an unmodified Ray program: ray-envcache run -- python main.py.
+    """Run a Ray program from the cached environment of its project.
 
-    The program, and every cluster it starts, run from the cached environment of the project. Its own packages are
-    imported from where they are developed. After its end the session directories of its clusters are removed; of a
+    The program and every cluster it starts run from there; the program needs no changes. The project's own packages are
+    imported from where they are developed. At the end the session directories of its clusters are removed; after a
     failed run the logs stay.
     """
     try:
@@ -47,7 +53,7 @@ def run(
 
 
 def _run(project: str | None, tmpdir: str | None, command: list[str], options: dict[str, Any], *, keep: bool) -> int:
-    folder = Path(os.path.abspath(project)) if project else program.find_project(Path.cwd())
+    folder = Path(absolute(project)) if project else program.find_project(Path(absolute(".")))
     spec = EnvSpec.parse(
         {"path": os.fspath(folder), **options, **{name: [*options[name]] for name in ("extras", "groups")}}
     )
@@ -67,6 +73,6 @@ def _run(project: str | None, tmpdir: str | None, command: list[str], options: d
 
 
 def _say(text: str) -> None:
-    # Not through a buffer: what a full disk does not take would be tried again at our end, and change our status.
+    # Unbuffered: Python would try at exit to write what a full disk did not take, and change our exit code.
     with suppress(OSError):
         os.write(2, f"ray-envcache: {text}\n".encode(errors="replace"))

@@ -1,4 +1,4 @@
-"""What `list --sessions` and `gc --sessions` do."""
+"""The commands `list --sessions` and `gc --sessions`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import click
 
 from ray_envcache.cli import tables
 from ray_envcache.sessions import directories, run_directory
-from ray_envcache.sessions.collector import Report, collect_sessions
-from ray_envcache.sessions.liveness import Session, survey
+from ray_envcache.sessions.collector import SessionReport, collect_sessions
+from ray_envcache.sessions.directories import Session
+from ray_envcache.sessions.liveness import judge_sessions
 from ray_envcache.sessions.short_path import sweep_links
 from ray_envcache.system.units import printable, utc
 
@@ -22,9 +23,9 @@ PrintJson = Callable[[dict[str, Any]], None]
 
 
 def show(tmpdir: str | None, print_json: PrintJson | None) -> None:
-    """Print the sessions, as JSON if there is a printer for that."""
+    """Print the sessions as a table, or as JSON through `print_json`."""
     temps = directories.temp_dirs(tmpdir, os.environ)
-    found = survey(temps)
+    found = judge_sessions(temps)
     if print_json:
         print_json({"temp_dirs": _paths(temps), "sessions": [_as_json(one) for one in found]})
     else:
@@ -36,7 +37,10 @@ def show(tmpdir: str | None, print_json: PrintJson | None) -> None:
 def collect(
     tmpdir: str | None, older_than: float | None, *, dry_run: bool, others: list[str], print_json: PrintJson | None
 ) -> None:
-    """Remove dead sessions, and links of `short_tmpdir` that nobody needs. `others`: options that do not fit."""
+    """Remove dead sessions, unused links of `short_tmpdir`, and directories of killed runs.
+
+    Raises UsageError for `others`, options that have nothing to do with sessions.
+    """
     if others:
         raise click.UsageError(f"--sessions is about session directories: leave out {', '.join(others)}")
     temps = directories.temp_dirs(tmpdir, os.environ)
@@ -48,21 +52,22 @@ def collect(
         print_json({"dry_run": dry_run, "temp_dirs": _paths(temps), **_report_as_json(report)})
     else:
         tables.print_session_report(report, sys.stdout, dry_run=dry_run)
-    for name, reason in report.failed:
-        click.echo(f"error: Cannot remove {printable(name)}: {printable(reason)}", err=True)
+    for one in report.failed:
+        click.echo(f"error: Cannot remove {printable(one.name)}: {printable(one.why)}", err=True)
     if report.failed:
         sys.exit(1)
 
 
-def _report_as_json(report: Report) -> dict[str, Any]:
+def _report_as_json(report: SessionReport) -> dict[str, Any]:
     lists = {
         name: [_as_json(one) for one in getattr(report, name)] for name in ("removed", "kept", "alive", "in_doubt")
     }
-    return {**lists, "failed": report.failed, "freed_bytes": report.freed_bytes}
+    failed = [[one.name, one.why] for one in report.failed]
+    return {**lists, "failed": failed, "freed_bytes": report.freed_bytes}
 
 
 def _as_json(one: Session) -> dict[str, Any]:
-    data = asdict(one)
+    data = {name: value for name, value in asdict(one).items() if name not in {"pid", "going", "changed"}}
     times = {f"{name}_at": utc(when) if (when := data.pop(name)) else None for name in ("started", "last_written")}
     return {**data, **times}
 

@@ -1,7 +1,8 @@
-"""Tables for people."""
+"""What commands print: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Collection, Iterable, Sequence
@@ -10,30 +11,44 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from ray_envcache.doctor.findings import ERROR
-from ray_envcache.doctor.nodes import node_name
-from ray_envcache.system.units import format_duration, format_size, printable
+from ray_envcache.store.layout import SHOWN_DIGITS
+from ray_envcache.system.units import format_duration, format_size, printable, utc
 
 if TYPE_CHECKING:
-    from ray_envcache.gc.collector import Report
-    from ray_envcache.sessions.collector import Report as SessionReport
-    from ray_envcache.sessions.liveness import Session
+    from ray_envcache.gc.collector import Collected
+    from ray_envcache.sessions.collector import SessionReport
+    from ray_envcache.sessions.directories import Session
     from ray_envcache.store.inventory import Status, User
 
-KEY_LENGTH = 12
-"""Digits of a key that people see; commands take any unambiguous start."""
+JSON_SCHEMA = 1
+"""The version of what `--json` prints: another number where a field goes or changes its meaning."""
 
 _BELOW = "└"
+_USER_FIELDS = ("pid", "kind", "cluster", "job", "command", "since")
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """Print an answer of a command to programs."""
+    click.echo(json.dumps({"schema_version": JSON_SCHEMA, **data}, indent=2))
+
+
+def status_as_json(status: Status) -> dict[str, Any]:
+    """One environment, as `list --json` and `why --json` show it."""
+    data = status._asdict()
+    del data["base_path"]
+    users = [{name: getattr(user, name) for name in _USER_FIELDS} for user in data.pop("users")]
+    last_used = utc(data.pop("last_used"))
+    return {**data, "holders": users, "last_used_at": last_used}
 
 
 def print_environments(found: list[Status], stream: TextIO) -> None:
-    """The environments of a store with a footer of totals."""
+    """Print the environments of a store, and a line of totals."""
     columns = ("KEY", "PROJECT", "PYTHON", "RAY", "STATE", "USERS", "SIZE", "RECLAIMABLE", "CREATED", "LAST USED")
     rows = [_environment(one) for one in _layers_below_their_environments(found)]
-    _print_table(columns, rows, stream, numeric={"SIZE", "RECLAIMABLE", "USERS"})
+    print_table(columns, rows, stream, numeric={"SIZE", "RECLAIMABLE", "USERS"})
     ours, lower = [one for one in found if not one.readonly], [one for one in found if one.readonly]
     total, reclaimable = sum(one.size_bytes for one in ours), sum(one.reclaimable_bytes for one in ours)
-    # Files that several environments have are in the size of each; only all of these together free them.
+    # A file that several environments share is in the size of each, and is freed with the last of them.
     shared, least = (" (shared files counted in each)", "at least ") if len(ours) > 1 else ("", "")
     count = _count(len(ours), "environment")
     below = f"; in read-only stores {len(lower)}, {format_size(sum(one.size_bytes for one in lower))}" if lower else ""
@@ -42,12 +57,12 @@ def print_environments(found: list[Status], stream: TextIO) -> None:
 
 def _environment(one: Status) -> Sequence[str]:
     state = one.state + (", pinned" if one.pinned else "") + (", read-only" if one.readonly else "")
-    # In use by nobody we can name: a process of another container.
+    # "?": in use by a process that has no number here, as in another container.
     users = str(len(one.users)) if one.users else ("?" if one.in_use else "-")
     project = (f"{_BELOW} " if one.base else "") + (one.project or "-")
     least = "" if one.exact else "at least "
     return (
-        one.key[:KEY_LENGTH], project, one.python or "-", one.ray or "-", state, users,
+        one.key[:SHOWN_DIGITS], project, one.python or "-", one.ray or "-", state, users,
         format_size(one.size_bytes), least + format_size(one.reclaimable_bytes),
         _ago(_seconds(one.created_at)), _ago(one.last_used),
     )  # fmt: skip
@@ -59,23 +74,23 @@ def _layers_below_their_environments(found: list[Status]) -> list[Status]:
         if one.base:
             layers.setdefault(one.base_path, []).append(one)
     ordered = [each for one in found if not one.base for each in (one, *layers.pop(one.path, ()))]
-    # A layer whose environment is gone or broken stands alone.
+    # A layer whose environment is missing or broken comes last.
     return ordered + [layer for alone in layers.values() for layer in alone]
 
 
 def print_users(status: Status, stream: TextIO) -> None:
-    """What keeps one environment."""
+    """Print what keeps one environment."""
     reasons = _count(len(status.users), "user") + (", pinned" if status.pinned else "")
-    _say(f"{status.key[:KEY_LENGTH]} of {status.project or '-'}: {status.state}, {reasons}", stream)
+    _say(f"{status.key[:SHOWN_DIGITS]} of {status.project or '-'}: {status.state}, {reasons}", stream)
     if status.users:
         columns = ("PID", "KIND", "COMMAND", "CLUSTER", "JOB", "SINCE")
-        _print_table(columns, map(_user, status.users), stream, numeric={"PID"})
+        print_table(columns, map(_user, status.users), stream, numeric={"PID"})
     elif status.in_use:
-        _say("in use by processes that cannot be named from here, such as those of another container", stream)
+        _say("in use by a process that cannot be named from here, such as one of another container", stream)
     elif status.readonly:
-        _say("nobody here uses it; what is in a read-only store stays, whatever is collected here", stream)
+        _say("no process of this host uses it; a read-only store is never collected from here", stream)
     elif not status.pinned:
-        _say("nothing keeps it: the next `ray-envcache gc` takes it when it is old enough", stream)
+        _say("nothing keeps it: the next `ray-envcache gc` removes it when it is old enough", stream)
 
 
 def _user(user: User) -> Sequence[str]:
@@ -83,14 +98,14 @@ def _user(user: User) -> Sequence[str]:
     return (str(user.pid), user.kind, user.command, cluster, user.job or "-", _ago(_seconds(user.since)))
 
 
-def print_report(report: Report, stream: TextIO, *, dry_run: bool) -> None:
-    """What a collection did, or would do: a line for each environment, and one that sums up."""
+def print_report(report: Collected, stream: TextIO, *, dry_run: bool) -> None:
+    """Print what a collection did, or would do: a line for each environment, and a line of totals."""
     if report.skipped:
         _say(f"Nothing done: {report.skipped}", stream)
         return
     verb = "Would remove" if dry_run else "Removed"
     for one in report.removed:
-        what = f"{one.key[:KEY_LENGTH]} of {one.project}, {format_size(one.freed_bytes)}"
+        what = f"{one.key[:SHOWN_DIGITS]} of {one.project}, {format_size(one.freed_bytes)}"
         _say(f"{verb} {what}: {one.reason}", stream)
     least = "" if all(one.exact for one in report.removed) else "at least "
     freed = f"{'free' if dry_run else 'freed'} {least}{format_size(report.freed_bytes)}"
@@ -100,19 +115,19 @@ def print_report(report: Report, stream: TextIO, *, dry_run: bool) -> None:
 
 
 def print_sessions(found: list[Session], stream: TextIO) -> None:
-    """The session directories of Ray with a footer of totals."""
+    """Print Ray's session directories, and a line of totals."""
     columns = ("SESSION", "STATE", "SIZE", "AGE", "LAST WRITTEN", "HOLDS", "WHY")
-    # In one directory, mostly; where there are several, names alone would not tell which is meant.
-    is_told = len({os.path.dirname(one.path) for one in found}) > 1
-    _print_table(columns, (_session(one, is_told=is_told) for one in found), stream, numeric={"SIZE"})
+    # Sessions of several temp directories may have the same name: then the path is shown.
+    by_path = len({os.path.dirname(one.path) for one in found}) > 1
+    print_table(columns, (_session(one, by_path=by_path) for one in found), stream, numeric={"SIZE"})
     dead = [one for one in found if one.state == "dead"]
     total, freed = sum(one.size_bytes for one in found), sum(one.reclaimable_bytes for one in dead)
     _say(f"{_count(len(found), 'session')}, {format_size(total)}; {len(dead)} dead, {format_size(freed)}", stream)
 
 
-def _session(one: Session, *, is_told: bool) -> Sequence[str]:
+def _session(one: Session, *, by_path: bool) -> Sequence[str]:
     age = format_duration(max(time.time() - one.started, 0)) if one.started else "-"
-    name = one.path if is_told else one.name
+    name = one.path if by_path else one.name
     return (name, one.state, format_size(one.size_bytes), age, _ago(one.last_written), _holds(one), one.why)
 
 
@@ -122,7 +137,7 @@ def _holds(one: Session) -> str:
 
 
 def print_session_report(report: SessionReport, stream: TextIO, *, dry_run: bool) -> None:
-    """What a collection of sessions did, or would do: a line for each that goes or is in doubt, one that sums up."""
+    """Print what a collection of sessions did, or would do: a line for each that goes or is in doubt, then totals."""
     verb = "Would remove" if dry_run else "Removed"
     for one in report.removed:
         _say(f"{verb} {one.path}, {format_size(one.reclaimable_bytes)}: {one.why}", stream)
@@ -136,43 +151,16 @@ def print_session_report(report: SessionReport, stream: TextIO, *, dry_run: bool
     _say(f"{verb} {counted}, {freed}; {stays}{kept}, {len(report.failed)} failed", stream)
 
 
-def print_nodes(nodes: list[dict[str, Any]], stream: TextIO) -> None:
-    """The nodes of a cluster, as `doctor_nodes.NodeReport` has them; key and seconds where environments were built."""
-    built = any(node["seconds"] is not None for node in nodes)
-    columns = ("NODE", "HOST", "PLUGIN", "STORE", "FREE", "RAY", "PYTHON", "UV", *(("KEY", "SECONDS") if built else ()))
-    rows = [_node(node_name(node["ip"], node["node_id"]), node)[: len(columns)] for node in nodes]
-    _print_table(columns, rows, stream, numeric={"FREE", "SECONDS"})
-
-
-def _node(name: str, node: dict[str, Any]) -> Sequence[str]:
-    free, seconds = node["free_bytes"], node["seconds"]
-    return (
-        name, node["host"], _plugin(node), _store(node), "-" if free is None else format_size(free),
-        node["ray"] or "-", node["python"] or "-", node["uv"] or "-", (node["key"] or "-")[:KEY_LENGTH],
-        "-" if seconds is None else f"{seconds:.1f}",
-    )  # fmt: skip
-
-
-def _plugin(node: dict[str, Any]) -> str:
-    # Who answered at all has a Python.
-    return node["plugin"] or ("not loaded" if node["python"] else "-")
-
-
-def _store(node: dict[str, Any]) -> str:
-    unusable = any((found["name"], found["state"]) == ("store", ERROR) for found in node["findings"])
-    return "unusable" if unusable else node["store"] or "-"
-
-
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _print_table(
+def print_table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], stream: TextIO, numeric: Collection[str]
 ) -> None:
-    """Columns below their names, nothing at all where there are no rows. No cell is ever cut: people copy from here.
+    """Print rows below the names of their columns; without rows nothing. No cell is ever cut: people copy from here.
 
-    By hand: a thousand rows take rich half a second.
+    By hand, because rich takes half a second for 1,000 rows.
     """
     cells = [[shown(cell, stream) for cell in row] for row in rows]
     if not cells:
@@ -189,14 +177,14 @@ def _print_table(
 
 
 def _say(text: str, stream: TextIO) -> None:
-    # Names and paths in it are others'.
+    # Names and paths in it come from other people's files.
     click.echo(shown(text, stream), file=stream)
 
 
 def shown(text: str, stream: TextIO) -> str:
-    """The text as `stream` can have it: no control characters, and codes in place of letters that it has not."""
+    """The text as `stream` can print it: without control characters, and with codes for letters it cannot encode."""
     text = printable(text)
-    if text.isascii():  # nearly always: of thousands of cells
+    if text.isascii():
         return text
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:

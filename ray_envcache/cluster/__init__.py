@@ -1,1 +1,1 @@
-"""What Ray starts: the build process of its agent, and the program under `ray-envcache run`."""
+"""What Ray starts: workers, the build process of its agent, and the program under `ray-envcache run`."""

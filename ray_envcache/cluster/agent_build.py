@@ -1,8 +1,8 @@
-"""How the agent has an environment built: in a child process, watched by a thread, gone when abandoned.
+"""How the agent builds an environment: in a child process, watched by a thread.
 
-A child, because an agent that is killed for want of memory takes the node with it, and because only a process can be
-stopped in the middle of anything. A thread, because on a host where many workers start at once the mere start of a
-process takes longer than the agent's event loop may wait.
+A child process, because the kernel may kill a builder for its memory, and an agent that dies takes the node with it;
+and because only a process can be stopped at any moment. A thread, because starting a process blocks for up to a second
+on a host where many workers start at once.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from types import MappingProxyType
 from typing import IO, Any, TypeVar
 
 import psutil
 
 from ray_envcache.acquire import Store
-from ray_envcache.errors import BuildError, EnvCacheError
+from ray_envcache.errors import BuildError, EnvCacheError, PassingError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve.cluster_ray import ClusterRay
-from ray_envcache.store.leases import Holder, Lease, claim_ready
+from ray_envcache.store.leases import Holder, Lease, claim
 
 T = TypeVar("T")
 
@@ -36,12 +35,11 @@ GRACE_SECONDS = 10.0
 """How long a build process may clean up behind itself before it is killed."""
 
 
-class Build:
-    """Has an environment built, or waits for whoever builds it.
+class AgentBuild:
+    """A build process of the agent, which also waits where another process builds the same environment.
 
-    `lease` becomes the claim on it, or the error that `Store.acquire` raised; `over` follows. By then nothing is left
-    of the process. Of `env_vars` uv gets what it needs to reach indexes, by way of the child's environment: in no
-    file, and no log.
+    `lease` becomes the agent's claim, or the error that `Store.acquire` raised. `over` is done when the process is
+    gone. `environ` are the variables of the process.
     """
 
     def __init__(
@@ -51,10 +49,8 @@ class Build:
         ray: ClusterRay,
         holder: Holder,
         logger: logging.Logger,
-        env_vars: Mapping[str, str] = MappingProxyType({}),
+        environ: Mapping[str, str],
     ) -> None:
-        from ray_envcache.resolve import uv  # not where everything is built already
-
         self.lease: Future[Lease] = Future()
         self.over: Future[None] = Future()
         self._store, self._holder, self._logger = store, holder, logger
@@ -65,14 +61,14 @@ class Build:
             "python": sys.version,
             "cluster": holder.cluster,
         }
-        self._environ = {**os.environ, **uv.relevant(env_vars)}
+        self._environ = environ
         self._abandoned = False
         self._child: subprocess.Popen[bytes] | None = None
-        # A daemon: an agent that ends does not wait for it, and by its end the child's stdin closes.
+        # A daemon: an agent that ends does not wait for it. Then the child's stdin closes, and the child ends too.
         threading.Thread(target=self._work, name="envcache-build", daemon=True).start()
 
     def abandon(self) -> None:
-        """Stop: nobody wants it any more, and a lease that still comes is given back. Returns at once."""
+        """Stop the process, and release a lease that still comes. Returns at once; `over` says when all is gone."""
         self._abandoned = True
         self._stop_if_abandoned()
         self.lease.add_done_callback(partial(discard_result, Lease.release))
@@ -86,14 +82,14 @@ class Build:
             _kill_tree(self._child.pid)
 
     def _stop_if_abandoned(self) -> None:
-        # Asked by both, the one who starts the child and the one who abandons it, whoever is second.
+        # Called by the thread that starts the child and by `abandon`: the second of the two finds both set.
         if self._abandoned and self._child is not None:
             self._child.terminate()
 
     def _work(self) -> None:
         try:
             lease = self._run()
-        except BaseException as error:  # noqa: BLE001  # passed on to whoever waits
+        except BaseException as error:  # noqa: BLE001  # the plugin awaits it
             self.lease.set_exception(error)
         else:
             self.lease.set_result(lease)
@@ -104,7 +100,7 @@ class Build:
         try:
             self._stop_if_abandoned()
             assert child.stdin is not None
-            with suppress(BrokenPipeError):  # it ended already: what it left to say is read below
+            with suppress(BrokenPipeError):  # it ended already: `_listen` reads what it said
                 child.stdin.write(json.dumps(self._request).encode() + b"\n")
                 child.stdin.flush()
             # The child holds a lease until its stdin closes.
@@ -114,14 +110,14 @@ class Build:
 
     def _claim(self, name: str) -> Lease:
         entry = self._store.layout.entry(name)
-        lease = claim_ready(entry, self._store.layout, self._holder) if entry else None
+        lease = claim(entry, self._store.layout, self._holder) if entry else None
         if lease is None:
-            raise BuildError(f"The environment `{name}` vanished right after it was built", "try again")
+            raise PassingError(f"The environment `{name}` was removed right after it was built", "try again")
         return lease
 
 
 def discard_result(discard: Callable[[T], None], done: Future[T]) -> None:
-    """Discard what came of work for which nobody waits any more, if anything did."""
+    """Discard the result of work that was cancelled, if it has one."""
     if done.exception() is None:
         discard(done.result())
 
@@ -130,7 +126,7 @@ def _start(environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
     pipe = subprocess.PIPE
     command = [sys.executable, "-m", "ray_envcache.cluster.build_process"]
     try:
-        # Not in the driver's folder, or wherever the node was started: `-m` imports what lies there first.
+        # In `/`, because `-m` imports from the current folder first, and anybody may have written there.
         return subprocess.Popen(
             command, env=environ, cwd="/", stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
         )
@@ -141,11 +137,11 @@ def _start(environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
 
 
 def _listen(child: subprocess.Popen[bytes], logger: logging.Logger) -> str:
-    """Log what the child says until it names the entry. Raises the error it reports."""
+    """Log the child's lines until it names the entry, which is returned. Raises the error that it reports."""
     assert child.stdout is not None
     tail: deque[bytes] = deque(maxlen=20)
     reader = threading.Thread(target=_drain, args=(child.stderr, tail), name="envcache-stderr", daemon=True)
-    # The thread's from here on: who closed it beside a reader would wait for all who have inherited it.
+    # The thread alone closes it: `close` beside a reader waits until every process that inherited the pipe has ended.
     child.stderr = None
     reader.start()
     for raw in child.stdout:
@@ -163,13 +159,13 @@ def _listen(child: subprocess.Popen[bytes], logger: logging.Logger) -> str:
 
 
 def _drain(stream: IO[bytes], tail: deque[bytes]) -> None:
-    """Read to the end, all the time: a child whose pipe is full waits for ever."""
+    """Read the child's stderr to its end: a child that writes into a full pipe would never go on."""
     with stream:
         tail.extend(stream)
 
 
 def _message(raw: bytes) -> dict[str, Any]:
-    """A line of the child's stdout. What something else than us wrote there is for the log."""
+    """A line of the child's stdout as a message; any other line (a sitecustomize printed it) is for the log."""
     try:
         message = json.loads(raw)
     except ValueError:
@@ -178,7 +174,7 @@ def _message(raw: bytes) -> dict[str, Any]:
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """Have the child end by closing its stdin: it kills what it started and cleans up behind itself."""
+    """End the child by closing its stdin: then it kills what it started and cleans up. Else SIGKILL, after a while."""
     with child:
         try:
             with suppress(BrokenPipeError):
@@ -191,7 +187,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 def _kill_tree(pid: int) -> None:
     with suppress(psutil.NoSuchProcess):
-        # uv leads a process group of its own.
+        # Not by process group: uv leads another one.
         for process in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)

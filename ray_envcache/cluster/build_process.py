@@ -1,8 +1,8 @@
-"""The agent's build process: one request on stdin, JSON lines on stdout, gone when stdin closes.
+"""The agent's build process: one request on stdin, JSON lines on stdout, and its end when stdin closes.
 
-`{"log": ...}` while it works, then `{"ready": <entry>}` or `{"error": ...}`. It holds a lease on the entry until its
-stdin closes, so that the agent can take its own. If the agent dies, stdin closes early, and if its set-up is cancelled
-SIGTERM comes: then the build is abandoned, uv and what it started are killed, and the store is left as it was.
+It says `{"log": ...}` while it works, then `{"ready": <entry>}` or `{"error": ...}`. It holds a lease on the entry
+until its stdin closes: by then the agent has its own. When the agent dies, stdin closes early; when Ray cancels the
+set-up, the agent sends SIGTERM. In both cases the process kills uv with its children and leaves the store as it was.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ray_envcache.store.leases import Holder, Lease
 
 
 class _Reporter:
-    """Tells the agent, for its log, how the build goes."""
+    """Sends the progress of the build to the agent's log."""
 
     def waiting(self, builder: str) -> None:
         _say({"log": f"Waiting for the environment: {builder} builds it"})
@@ -40,6 +40,8 @@ class _Reporter:
 
 def main() -> int:
     """Serve one request."""
+    # Where the parent ignores it, the kernel throws away how uv ended.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     request = json.loads(sys.stdin.readline())
     abandoned = threading.Event()
     watcher = threading.Thread(target=_watch, args=(abandoned,), daemon=True)
@@ -65,7 +67,7 @@ def _acquire(request: dict[str, Any]) -> Lease:
 
 
 def _require_same_python(version: str) -> None:
-    """Raise InterpreterError where the links that led to the agent's Python lead to another one by now."""
+    """Raise InterpreterError if the node's Python was replaced since the agent started."""
     if version != sys.version:
         was, now = (" ".join(one.split()) for one in (version, sys.version))
         raise InterpreterError(
@@ -77,12 +79,12 @@ def _require_same_python(version: str) -> None:
 def _watch(abandoned: threading.Event) -> None:
     sys.stdin.read()
     abandoned.set()
-    # The main thread may wait for uv: a signal gets it out of there, by way of its clean-up.
+    # The main thread may be waiting for uv: the signal interrupts it there, and it cleans up.
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _abandon(*_: object) -> NoReturn:
-    # Once: a second signal would end the clean-up in its middle.
+    # Ignored from now on: a second signal would interrupt the clean-up.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(1)
 

@@ -1,18 +1,19 @@
 """Running an unmodified program from a cached environment: `ray-envcache run -- python main.py`.
 
-Driver, raylet, agent and workers all come from the environment, in which ray_envcache itself need not be installed: a
-bare `ray.init()` then costs no build and no copy. The command is our child, in our place as far as anybody can see: it
-has our terminal, our process group and our descriptors, gets our signals, and its end is ours.
+Driver, raylet, agent and workers all run from the environment, so a bare `ray.init()` builds and copies nothing.
+ray_envcache itself need not be installed there. The command is a child that stands in for this process: it has our
+terminal, process group and descriptors, gets the signals that are sent to us, and we end as it ends.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ray_envcache.acquire import Store
@@ -25,13 +26,14 @@ from ray_envcache.resolve.cluster_ray import LockedRay
 from ray_envcache.resolve.project import Project
 from ray_envcache.store.leases import Holder, Lease
 
-# Sent by others than the terminal: those from the terminal reach the command itself, which is in our process group.
+# The terminal sends its signals to the whole process group, and so to the command; other senders reach only us.
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGQUIT)
 _FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
+_IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 def find_project(start: Path) -> Path:
-    """The folder of the project that `start` is in, as uv finds it: the nearest one upwards with a pyproject.toml."""
+    """The project's folder as uv finds it: the first pyproject.toml from `start` upwards. Raises LockfileError."""
     for folder in (start, *start.parents):
         if (folder / "pyproject.toml").is_file():
             return folder
@@ -42,11 +44,11 @@ def find_project(start: Path) -> Path:
 
 
 def acquire(spec: EnvSpec, observer: Observer) -> Lease:
-    """A lease on the environment of the project at `spec.path`, with its own packages where they are developed.
+    """A lease on the environment of the project at `spec.path`, whose own packages are imported from their folders.
 
-    The Python is the one that uv takes for the project. Raises what `Store.acquire` raises.
+    The Python is the one that uv takes for the project. Raises the errors of `Store.acquire`.
     """
-    Project.locate(Path(spec.path), spec.package)  # else uv would be asked in a folder that is not there
+    Project.locate(Path(spec.path), spec.package)  # raises a better error than uv in a folder that does not exist
     folder = Path(spec.path if os.path.isdir(spec.path) else os.path.dirname(spec.path))
     python = spec.python if spec.python and os.path.isabs(spec.python) else _python_of(folder, spec.python)
     wanted = EnvSpec.parse({**spec.to_field(), "python": python})
@@ -55,7 +57,7 @@ def acquire(spec: EnvSpec, observer: Observer) -> Lease:
 
 
 def environ_for(lease: Lease, environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a program that runs from the environment: as activated, and with nobody's hooks in Ray."""
+    """The variables of the command: the environment is active, and Ray loads neither our plugin nor our hook."""
     environment = dict(registration.without_us(environ))
     for name in ("PYTHONHOME", "__PYVENV_LAUNCHER__"):
         environment.pop(name, None)
@@ -67,7 +69,7 @@ def environ_for(lease: Lease, environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def find_command(name: str, environ: Mapping[str, str]) -> str:
-    """The path of a command, with `environ` as it will have it. Raises CommandError."""
+    """The path of the program `name` on the PATH of `environ`. Raises CommandError."""
     program = shutil.which(name, path=environ["PATH"])
     if program is None:
         raise CommandError(f"No such command: `{name}`", "it is looked for in the environment, then on PATH")
@@ -75,15 +77,18 @@ def find_command(name: str, environ: Mapping[str, str]) -> str:
 
 
 def run(program: str, command: Sequence[str], environ: Mapping[str, str], held: Iterable[int]) -> int:
-    """Run a command to its end: its exit status, negative for the signal that killed it. Raises CommandError.
+    """Run a command to its end and return its exit status, negative for the signal that killed it.
 
-    Should we be killed, the command goes on, and still holds what we do: it inherits the descriptors in `held`.
+    The command inherits the descriptors in `held`: if this process is killed, it goes on and still holds the
+    environment. Raises CommandError where it cannot be started.
     """
-    with _signals_blocked() as before:
+    with _signals_blocked() as before, ExitStack() as inherited:
         for descriptor in held:
-            os.set_inheritable(descriptor, True)
+            # A copy above 2: where we were started with a closed stdin, the descriptor itself may be 0.
+            copy = fcntl.fcntl(descriptor, fcntl.F_DUPFD, 3)
+            inherited.callback(os.close, copy)
         try:
-            pid = os.posix_spawn(program, list(command), dict(environ), setsigmask=before)
+            pid = os.posix_spawn(program, list(command), dict(environ), setsigmask=before, setsigdef=_IGNORED_BY_PYTHON)
         except OSError as error:
             raise CommandError(
                 f"Cannot run `{program}`: {error.strerror}", "is it a program for this machine?"
@@ -92,30 +97,31 @@ def run(program: str, command: Sequence[str], environ: Mapping[str, str], held: 
 
 
 def end_like(status: int) -> int:
-    """The exit code that says what `status` says; does not return where a signal has to say it."""
+    """The exit code for `status`. If a signal killed the command, end by that signal instead of returning."""
     if status >= 0:
         return status
-    # Shells tell a program that was killed by a signal from one that returned a number: so do we.
+    # A shell reports a program that a signal killed differently from one that returned 128 plus its number.
     if -status != signal.SIGKILL:
         signal.signal(-status, signal.SIG_DFL)
     os.kill(os.getpid(), -status)
-    return 128 - status  # the signal is one that ends nobody
+    return 128 - status  # the signal has no effect, like SIGCONT
 
 
 @contextmanager
 def _signals_blocked() -> Iterator[set[signal.Signals]]:
-    """From before the command starts: a signal that comes in between waits until it can be passed on."""
+    """Block the signals before the command starts: one that comes now waits until `_wait` can pass it on."""
+    # Without a handler the kernel discards SIGCHLD, and where our parent ignored it also how the command ended.
+    ignored = signal.signal(signal.SIGCHLD, lambda *_: None)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*_FORWARDED, signal.SIGCHLD})
     try:
         yield {signal.Signals(number) for number in before}
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGCHLD, ignored)
 
 
 def _wait(pid: int) -> int:
-    """Pass signals on until the command has ended."""
-    # SIGCHLD has to be somebody's, or it is thrown away before anyone waits for it.
-    signal.signal(signal.SIGCHLD, lambda *_: None)
+    """Pass signals on to the command until it has ended, and return its status."""
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
@@ -126,7 +132,7 @@ def _wait(pid: int) -> int:
 
 
 def _next_signal() -> tuple[int, bool]:
-    """The next signal, and whether the kernel sent it (on behalf of a terminal, to the whole process group)."""
+    """The next signal, and whether the kernel sent it: then it is from the terminal and reached the command too."""
     wanted = {*_FORWARDED, signal.SIGCHLD}
     if sys.platform == "darwin":
         return signal.sigwait(wanted), True

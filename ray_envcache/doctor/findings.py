@@ -1,4 +1,4 @@
-"""What a check of a host or a node found."""
+"""Findings: what a check of a host or a node found."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OK, WARN, ERROR = "ok", "warn", "error"
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, how it is (OK, WARN, ERROR), in words, and what to do where it is not well."""
+    """One result: the `name` of the check, OK, WARN or ERROR, the result in words, and what to do if it is not OK."""
 
     name: str
     state: str
@@ -20,11 +20,16 @@ class Finding:
     hint: str = ""
 
 
-def look(name: str, check: Callable[[], Finding]) -> Finding:
-    """What a check found; what it raised is an error that was found."""
+def finding_of(name: str, check: Callable[[], Finding]) -> Finding:
+    """Run a check and return its finding; an error that it raises becomes a finding too."""
     try:
         return check()
     except EnvCacheError as error:
         return Finding(name, ERROR, error.message, error.hint)
     except (OSError, NotImplementedError) as error:
-        return Finding(name, ERROR, str(error) or type(error).__name__, "see what the system says of that path")
+        return Finding(
+            name,
+            ERROR,
+            str(error) or type(error).__name__,
+            "the operating system refused; mend the permissions or the path",
+        )

@@ -1,4 +1,4 @@
-"""Is this host set up? Looks at what environments need, and says of whatever is not right what to do about it."""
+"""Is this host set up? Checks what environments need: the store, uv, Python, Ray, the settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from packaging.requirements import Requirement
 
 from ray_envcache.build.plan import require_buildable
 from ray_envcache.doctor import variables
-from ray_envcache.doctor.findings import ERROR, OK, WARN, Finding, look
+from ray_envcache.doctor.findings import ERROR, OK, WARN, Finding, finding_of
+from ray_envcache.doctor.unheld import INTERPRETER, users_without_hold
 from ray_envcache.errors import EnvCacheError, StoreError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.policy import Limits
@@ -30,12 +31,14 @@ from ray_envcache.system.units import format_size
 from ray_envcache.version import __version__
 
 T = TypeVar("T")
-_FEW_INODES = 10_000  # an environment has so many files easily
+_NOEXEC = getattr(os, "ST_NOEXEC", 0)  # Linux only
+_NAMED_PROCESSES = 5
+_FEW_INODES = 10_000  # one environment may have as many files
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A host as the process sees it that asked, which has this plugin. None: could not be found out."""
+    """What `examine` found, as this process sees the host; None: it could not be found out."""
 
     plugin: str
     store: str
@@ -48,13 +51,13 @@ class Facts:
 
 def check_lockfile(path: str) -> Finding:
     """Whether the lockfile at `path` is one that this host could build. Builds nothing."""
-    return look("lockfile", lambda: _lockfile(path))
+    return finding_of("lockfile", lambda: _lockfile(path))
 
 
 def examine() -> Facts:
-    """Look at this host with our own environment variables. Makes the store where it is missing; raises nothing."""
+    """Check this host, with the environment variables of this process. Makes a missing store; raises nothing."""
     layout = Layout(default_root())
-    findings = [*_store(layout), *_tools(), *variables.settings(os.environ)]
+    findings = [*_store(layout), *_tools(), *variables.settings(os.environ), *variables.of_python(os.environ)]
     return Facts(
         plugin=__version__,
         store=os.fspath(layout.root),
@@ -67,14 +70,15 @@ def examine() -> Facts:
 
 
 def _store(layout: Layout) -> Iterator[Finding]:
-    found = look("store", lambda: _root(layout))
+    found = finding_of("store", lambda: _root(layout))
     yield found
     if found.state != ERROR:
-        yield look("flocks", lambda: _flocks(layout))
-        yield look("space", lambda: _space(layout))
-        yield look("uv's cache", lambda: _cache(layout))
+        yield finding_of("flocks", lambda: _flocks(layout))
+        yield finding_of("holds", lambda: _holds(layout))
+        yield finding_of("space", lambda: _space(layout))
+        yield finding_of("uv's cache", lambda: _cache(layout))
         if os.environ.get(readonly.VARIABLE):
-            yield look("lower stores", lambda: _lower(layout))
+            yield finding_of("read-only stores", lambda: _readonly_stores(layout))
 
 
 def _root(layout: Layout) -> Finding:
@@ -82,14 +86,17 @@ def _root(layout: Layout) -> Finding:
     kind = disk.free_space(layout.root).kind
     mode = stat.S_IMODE(layout.root.stat().st_mode)
     text = f"{layout.root}: {kind or 'unknown file system'}, yours, mode {mode:o}"
+    if os.statvfs(layout.root).f_flag & _NOEXEC:
+        hint = "mount it without noexec, or choose another disk: RAY_ENVCACHE_DIR=/path/to/store"
+        return Finding("store", ERROR, f"{text}; mounted noexec: no program or library can run from there", hint)
     if not disk.is_network(kind):
         return Finding("store", OK, text)
-    hint = "flocks do not exclude across hosts: no other host may use this store"
-    return Finding("store", WARN, f"{text}; a network file system, allowed by RAY_ENVCACHE_ALLOW_NETWORK_FS", hint)
+    text += "; a file system between hosts or virtual machines, allowed by RAY_ENVCACHE_ALLOW_NETWORK_FS"
+    return Finding("store", WARN, text, "flocks may not exclude across it: let one host alone use this store")
 
 
 def _flocks(layout: Layout) -> Finding:
-    # Of two descriptors: the kernel knows no other owner of a flock, whichever process a descriptor is in.
+    # A flock belongs to an open file, not to a process: two descriptors here are like two processes.
     with flock.exclusive_flock(layout.doctor_flock, lambda: None):
         if flock.is_held(layout.doctor_flock):
             return Finding("flocks", OK, "they exclude each other in the store")
@@ -99,17 +106,28 @@ def _flocks(layout: Layout) -> Finding:
     )
 
 
+def _holds(layout: Layout) -> Finding:
+    unheld = users_without_hold(layout, [*layout.all_entries()]).values()
+    found = [user for users in unheld for user in users if user.kind == INTERPRETER]
+    if not found:
+        return Finding("holds", OK, "every interpreter that runs from the store has its hold")
+    named = ", ".join(f"{user.pid} ({user.command})" for user in found[:_NAMED_PROCESSES])
+    more = f" and {len(found) - _NAMED_PROCESSES} more" if len(found) > _NAMED_PROCESSES else ""
+    text = f"interpreters from the store that run without a hold: {named}{more}"
+    return Finding("holds", WARN, text, "start them again: gc may overlook them and remove the environment")
+
+
 def _space(layout: Layout) -> Finding:
     found = disk.free_space(layout.root)
     text = f"{format_size(found.free)} of {format_size(found.total)} are free"
     if found.inodes_free is not None and found.inodes_free < _FEW_INODES:
         return Finding("space", WARN, f"{text}, but only {found.inodes_free} inodes", "an environment needs thousands")
     limit = None
-    with suppress(EnvCacheError):  # a finding of its own
+    with suppress(EnvCacheError):  # `variables.settings` reports it
         limit = Limits.from_environ(os.environ).min_free_space
     if limit is None or found.free >= limit.bytes_of(found.total):
         return Finding("space", OK, text)
-    hint = "make room: until then every collection takes idle environments, whatever their age"
+    hint = "make room: until then every collection removes unused environments of any age"
     return Finding("space", WARN, f"{text}, less than {limit} (RAY_ENVCACHE_MIN_FREE_SPACE)", hint)
 
 
@@ -120,23 +138,24 @@ def _cache(layout: Layout) -> Finding:
     cache = uv.cache_directory(layout.entries)
     if cache:
         return Finding(name, OK, f"{cache}: packages are linked from there")
-    text = f"{layout.uv_cache}: yours is on another file system, so packages are downloaded once more"
+    text = f"{layout.uv_cache}: your own is on another file system, so packages are downloaded once more"
     return Finding(name, OK, text)
 
 
-def _lower(layout: Layout) -> Finding:
+def _readonly_stores(layout: Layout) -> Finding:
+    name = "read-only stores"
     found = ", ".join(str(one.root) for one in readonly.lower_stores(layout, os.environ)) or "none"
     missing = ", ".join(map(str, readonly.missing_stores(layout, os.environ)))
     if not missing:
-        return Finding("lower stores", OK, found)
+        return Finding(name, OK, found)
     hint = f"ray-envcache build makes one there; or take it out of {readonly.VARIABLE}"
-    return Finding("lower stores", WARN, f"{found}; there is no store at {missing}", hint)
+    return Finding(name, WARN, f"{found}; there is no store at {missing}", hint)
 
 
 def _tools() -> Iterator[Finding]:
-    yield look("uv", _uv_finding)
-    yield look("python", _python)
-    yield look("ray", _ray)
+    yield finding_of("uv", _uv_finding)
+    yield finding_of("python", _python)
+    yield finding_of("ray", _ray)
 
 
 def _uv_finding() -> Finding:
@@ -171,7 +190,7 @@ def _lockfile(path: str) -> Finding:
 
 
 def _versioned(name: str, version: str, text: str) -> Finding:
-    """OK, where the version is one that this package declares to need."""
+    """A finding about a version: OK if it is one that this package declares to need."""
     for needed in map(Requirement, requires("ray-envcache") or ()):
         if needed.name == name and not needed.specifier.contains(version, prereleases=True):
             hint = f"python -m pip install '{needed}'"

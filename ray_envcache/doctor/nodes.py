@@ -1,4 +1,4 @@
-"""What is known of the nodes of a cluster, from what their tasks answered."""
+"""What the nodes of a cluster answered, as findings about each."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ray_envcache.resolve.cluster_ray import installed_ray
 from ray_envcache.version import __version__
 
 SAYS = "ray-envcache: "
-"""What a line for people starts with, among what Ray says on stderr."""
+"""The start of a line for people, among the lines of Ray on stderr."""
 _ENTRY = re.compile(r"/entries/(?P<key>[0-9a-f]{32})-\d+/venv$")
 _START = 'eval "$(ray-envcache env)"; ray start ...'
 _OURS = re.compile(r"^ray_envcache\.errors\.\w+: (.*?)(?:\nhint: ([^\n]*))?\s*\Z", re.DOTALL | re.MULTILINE)
 
 
 def node_name(ip: str, node_id: str) -> str:
-    """A node for people: its address, and of its id what tells it from others at that address."""
+    """A node for people: its address, and the start of its id, because several nodes may share an address."""
     return f"{ip} ({node_id[:8]})"
 
 
 @dataclass
 class NodeReport:
-    """What is known of one node; None: not known, `plugin` None: not loaded. The fields are those of the JSON."""
+    """One node, with the fields of the JSON. None: not known; `plugin` None: not loaded."""
 
     node_id: str
     ip: str
@@ -53,7 +53,7 @@ class NodeReport:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a node's task returned, or why there is no such thing; and after how many seconds."""
+    """What the task on a node returned, or the error it ended with, and after how many seconds."""
 
     value: Any
     error: Exception | None
@@ -61,9 +61,9 @@ class Answer:
 
 
 def enter_facts(node: NodeReport, answer: Answer, timeout: float) -> None:
-    """Enter what the task of a probe said, or did not say within `timeout` seconds."""
+    """Enter what the probe's task returned; or that it failed, or did not return within `timeout` seconds."""
     if isinstance(answer.error, TimeoutError):
-        hint = "is the node overloaded, or dying? `ray list nodes` and its raylet's log tell; --timeout waits longer"
+        hint = "is the node overloaded or dying? See `ray list nodes` and its raylet's log; --timeout waits longer"
         node.note("answer", ERROR, f"No answer within {timeout:g} s", hint)
     elif answer.error:
         _enter_failure(node, "answer", answer.error)
@@ -83,7 +83,7 @@ def _enter_absence(node: NodeReport, *, installed: bool) -> None:
 
 
 def _enter_answer(node: NodeReport, facts: dict[str, Any]) -> None:
-    # Whatever is missing: another version of this package may have answered.
+    # With `get`: the node may have another version of this package, with other fields.
     for name in ("plugin", "store", "free_bytes", "ray", "python", "uv"):
         setattr(node, name, facts.get(name))
     for found in facts.get("findings", []):
@@ -91,7 +91,7 @@ def _enter_answer(node: NodeReport, facts: dict[str, Any]) -> None:
 
 
 def _compare(node: NodeReport) -> None:
-    """Compare with what runs here, which Ray has found to be what the cluster's head runs."""
+    """Compare the node's versions with ours, which are those of the cluster's head: else Ray had not let us in."""
     if node.plugin and node.plugin != __version__:
         hint = "install one version everywhere"
         node.note("plugin", WARN, f"ray-envcache is {node.plugin} there, {__version__} here", hint)
@@ -105,15 +105,15 @@ def _compare(node: NodeReport) -> None:
 
 def _enter_failure(node: NodeReport, name: str, error: Exception) -> None:
     if guard.ABSENT in str(error):
-        # The job that we run in has the guard in its own runtime_env.
+        # As a job with the guard in its runtime_env we inherit it, and a node without the plugin refuses our tasks.
         _enter_absence(node, installed=True)
         return
     message, hint = _reason(str(error))
-    node.note(name, ERROR, message, hint or "the node's runtime_env_setup-*.log and raylet.err tell more")
+    node.note(name, ERROR, message, hint or "see runtime_env_setup-*.log and raylet.err on the node")
 
 
 def enter_environment(node: NodeReport, answer: Answer) -> None:
-    """Enter in which environment a task ran, or why it did not."""
+    """Enter the key of the environment that a task ran in, or why it did not run."""
     node.seconds = round(answer.seconds, 1)
     if answer.error:
         _enter_failure(node, "environment", answer.error)
@@ -125,7 +125,7 @@ def enter_environment(node: NodeReport, answer: Answer) -> None:
 
 
 def _reason(text: str) -> tuple[str, str]:
-    """Message and hint of what Ray says of a task that could not be started: of our error in it, if there is one."""
+    """Message and hint for a task that could not start: of our own error if Ray's text has one, else its last line."""
     if ours := _OURS.search(text):
         return ours[1].strip(), ours[2] or ""
     lines = text.strip().splitlines()

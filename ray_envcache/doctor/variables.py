@@ -1,4 +1,4 @@
-"""What the environment variables say: settings that nobody reads or understands, and the registration."""
+"""Are the environment variables right? Our settings, and the registration for `ray start`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,24 @@ _PREFIX = "RAY_ENVCACHE_"
 _OTHERS = ("DIR", "READONLY_DIRS", "ALLOW_NETWORK_FS", "GC_INTERVAL")
 SETTINGS = (*(f"{_PREFIX}{name}" for name in _OTHERS), *VARIABLES)
 """The variables that people set."""
-_INTERNAL = frozenset({registration.CHAINED_HOOK, registration.CHAINED_UV_RUN, probe.VARIABLE, FOLDER})
+_INTERNAL = frozenset({probe.VARIABLE, FOLDER})
 
 
 def settings(environ: Mapping[str, str]) -> Iterator[Finding]:
-    """A finding for each setting that does not parse or does not exist, or one that all is well."""
+    """A finding for each setting that does not exist or does not parse; if all do, one that names them."""
     names = sorted(name for name in environ if name.startswith(_PREFIX) and name not in _INTERNAL)
     wrong = [finding for name in names if (finding := _setting(name, environ[name]))]
     yield from wrong
     if not wrong:
         yield Finding("settings", OK, ", ".join(f"{name}={environ[name]}" for name in names) or "the defaults")
+
+
+def of_python(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """A warning for each variable that puts other packages before those of an environment, or instead of them."""
+    for name in ("PYTHONPATH", "PYTHONHOME"):
+        if environ.get(name):
+            text = f"{name}={environ[name]}: programs, nodes and workers inherit it, and may import other packages"
+            yield Finding(name, WARN, text, f"unset {name} before a program or a node starts")
 
 
 def registered(environ: Mapping[str, str]) -> Finding:
@@ -38,14 +46,9 @@ def registered(environ: Mapping[str, str]) -> Finding:
         return Finding(name, ERROR, error.message, error.hint)
     for other in others:
         if not _is_importable(other):
-            text = (
-                f"{registration.PLUGINS} names `{other}`, which this Python cannot import: every node would die of it"
-            )
+            text = f"{registration.PLUGINS} names `{other}`, which this Python cannot import: nodes would die of it"
             return Finding(name, ERROR, text, f"install it here, or take it out of {registration.PLUGINS}")
-    if (
-        registration.PLUGIN_CLASS in environ.get(registration.PLUGINS, "")
-        and environ.get(registration.HOOK) == registration.HOOK_FUNCTION
-    ):
+    if registration.PLUGIN_CLASS in environ.get(registration.PLUGINS, ""):
         return Finding(name, OK, "nodes that `ray start` makes from this shell know the field")
     text = "nodes that `ray start` makes from this shell do not know the field; those of `ray.init` do"
     return Finding(name, WARN, text, 'eval "$(ray-envcache env)" before ray start')
@@ -55,8 +58,8 @@ def _setting(name: str, value: str) -> Finding | None:
     if name not in SETTINGS:
         known = [one.removeprefix(_PREFIX) for one in SETTINGS]
         near = difflib.get_close_matches(name.removeprefix(_PREFIX), known, n=1)
-        hint = f"did you mean {_PREFIX}{near[0]}?" if near else f"there are {', '.join(SETTINGS)}"
-        return Finding("settings", WARN, f"There is no setting {name}: nobody reads it", hint)
+        hint = f"did you mean {_PREFIX}{near[0]}?" if near else f"the settings are {', '.join(SETTINGS)}"
+        return Finding("settings", WARN, f"There is no setting {name}: it has no effect", hint)
     try:
         _parse(name, value)
     except FieldValueError as error:
@@ -74,7 +77,7 @@ def _parse(name: str, value: str) -> None:
 
 
 def _is_importable(plugin: object) -> bool:
-    """Whether there is the package that a plugin's class is in. Imports nothing: that is for nodes to do."""
+    """Whether the package of a plugin's class is installed. Does not import it, because an import may do anything."""
     named = plugin.get("class") if isinstance(plugin, dict) else None
     try:
         return isinstance(named, str) and importlib.util.find_spec(named.partition(".")[0]) is not None

@@ -1,7 +1,7 @@
-"""What a node is asked by `ray-envcache doctor`: a field value that builds nothing, answered by the plugin itself.
+"""The question of `ray-envcache doctor` to a node: a field value that builds nothing and that the plugin answers.
 
-The answer reaches the probe's task as an environment variable. A task without it runs on a node whose agent has no
-plugin: there Ray ignores the field.
+The answer reaches the probe's task as an environment variable. A task without that variable runs on a node whose agent
+has no plugin, because Ray ignores the field there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _OPTION = "probe"
 
 
 def field(nonce: str) -> dict[str, str]:
-    """The field value of a probe. The `nonce` makes it one that Ray has never set up, so that it asks the agent."""
+    """The field value of a probe. Each has its own `nonce`: Ray asks the agent only about new runtime_envs."""
     return {_OPTION: nonce}
 
 

@@ -1,7 +1,4 @@
-"""The field value: what a user writes under `envcache`, and its validated form.
-
-Pure: reads no file, so that the runtime env agent can derive Ray's URI from the JSON alone.
-"""
+"""The field value: what a user writes under `envcache`, and its validated form. Pure: reads no file."""
 
 from __future__ import annotations
 
@@ -14,13 +11,11 @@ from typing import Any, NamedTuple
 
 from ray_envcache.errors import FieldValueError
 
-# Texts: `re` compiles each when it is first used, not in every agent that imports this.
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,254}[A-Za-z0-9])?"  # as PEP 508, and short enough for a file name
-_PATTERN = r"[A-Za-z0-9*](?:[A-Za-z0-9._*-]{0,254}[A-Za-z0-9*])?"  # the same, with stars
+_PATTERN = r"[A-Za-z0-9*](?:[A-Za-z0-9._*-]{0,254}[A-Za-z0-9*])?"  # a name with stars
 _VERSION = r"3(?:\.[0-9]{1,2}(?:\.[0-9]{1,2})?)?"
 _DIGEST = r"sha256:[0-9a-f]{64}"
 _UNUSABLE = "[\x00-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters, and bytes that are not text
-_UV_RUN = r"(\S*/)?uv run\b"
 _MAX_PATH = 4096  # PATH_MAX of Linux, bytes
 _MAX_SHOWN = 200
 
@@ -32,7 +27,7 @@ class EnvSpec(NamedTuple):
     """A validated field value. `extras` and `groups` are normalized and sorted: their order means nothing.
 
     `python` is a version ("3.12", "3.12.4") the cluster's Python must have, or the absolute path of an interpreter
-    of the cluster's version. `package` is a member of the workspace, and `no_build` refuses whatever is not a wheel.
+    of the cluster's version. `package` is a member of the workspace. `no_build` refuses what has no wheel.
     `digest` pins the content of the project files: "sha256:...". Local packages are installed with `install_project`;
     `content` pins theirs. `inherit` are names, or patterns of names, of packages to use from the cluster's Python
     instead of installing them; with `system_site_packages` all that are there.
@@ -52,7 +47,7 @@ class EnvSpec(NamedTuple):
 
     @classmethod
     def parse(cls, value: Any) -> EnvSpec:
-        """Validate a field value. Raises FieldValueError, whatever `value` is."""
+        """The spec of a field value of any type. Raises FieldValueError where it is not valid."""
         if isinstance(value, str | os.PathLike):
             value = {"path": os.fspath(value)}
         if not isinstance(value, dict):
@@ -93,6 +88,10 @@ class EnvSpec(NamedTuple):
         """The same selection, pinned to local packages with this digest, or to none."""
         return self._replace(content=content)
 
+    def expanded(self) -> EnvSpec:
+        """The same selection with the home directory in place of a leading `~`."""
+        return self._replace(path=os.path.expanduser(self.path))
+
     def with_path(self, path: str) -> EnvSpec:
         """The same selection from the project at another path."""
         return self._replace(path=path)
@@ -102,6 +101,12 @@ OPTIONS = EnvSpec._fields
 
 
 _RIVALS = ("pip", "uv", "conda", "image_uri", "container")
+_PLAIN_UV_RUN = r"(?:\S*/)?uv run(?: --python \S+)?(?: python)?"
+
+
+def set_by_ray(py_executable: Any) -> bool:
+    """Whether Ray sets this `py_executable` for a driver under a `uv run` without options: it chooses no packages."""
+    return bool(re.fullmatch(_PLAIN_UV_RUN, str(py_executable)))
 
 
 def refuse_combinations(runtime_env: Mapping[str, Any]) -> None:
@@ -112,12 +117,11 @@ def refuse_combinations(runtime_env: Mapping[str, Any]) -> None:
                 f"`{rival}` beside `{FIELD}` in one runtime_env: both choose what workers run",
                 f"add the packages of `{rival}` to pyproject.toml and run `uv lock`, or leave `{FIELD}` out",
             )
-    executable = str(runtime_env.get("py_executable") or "uv run")
-    # Ray's own hook for drivers under `uv run` sets it unasked; ours replaces it.
-    if not re.match(_UV_RUN, executable):
+    if runtime_env.get("py_executable"):
         raise FieldValueError(
             f"`py_executable` beside `{FIELD}` in one runtime_env: both choose what workers run",
-            f"leave `py_executable` out: `{FIELD}` sets it",
+            f"leave `py_executable` out, and choose packages by `extras` and `groups` of `{FIELD}`. Ray sets it where "
+            "the driver runs under `uv run`: import ray_envcache there, and give tasks ray_envcache.runtime_env(path)",
         )
 
 

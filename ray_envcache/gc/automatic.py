@@ -1,36 +1,29 @@
-"""One collection that nobody asked for: `python -m ray_envcache.gc.automatic ROOT SECONDS`.
-
-So long it waits for those who are just ending, if they keep something that is due.
-"""
+"""One collection without a command: `python -m ray_envcache.gc.automatic ROOT DELAY`, which `companion` starts."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from ray_envcache.gc.collector import collect, has_due
+from ray_envcache.gc import companion
+from ray_envcache.gc.collector import collect
 from ray_envcache.gc.policy import Limits
 from ray_envcache.store.layout import Layout
 
 
-def run(layout: Layout, limits: Limits, patience: float) -> None:
-    """Collect; again, while something is due, for it may only be kept by a cluster that ends.
-
-    Whether it was in use is not asked: who kept it a moment ago, a user or another collector, may be gone by now.
-    """
-    deadline = time.monotonic() + patience
-    collect(layout, limits)
-    while time.monotonic() < deadline and has_due(layout, limits):
-        time.sleep(1)
-        collect(layout, limits)
-
-
 def main(arguments: list[str]) -> int:
-    """Serve `companion`."""
-    root, patience = arguments
-    run(Layout(Path(root)), Limits.from_environ(os.environ), float(patience))
+    """Wait DELAY seconds, then collect, unless another process did so within the interval."""
+    root, delay = arguments
+    layout = Layout(Path(root))
+    os.setpriority(os.PRIO_PROCESS, 0, 10)
+    time.sleep(float(delay))
+    if companion.is_time(layout, os.environ):
+        with suppress(OSError):  # on a disk without inodes the next cluster collects once more
+            layout.last_collection.touch()
+        collect(layout, Limits.from_environ(os.environ))
     return 0
 
 

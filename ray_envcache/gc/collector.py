@@ -1,27 +1,32 @@
-"""The collector: asks the policy who goes, removes them one by one, and sweeps what the dead left behind.
+"""The collector: removes what the policy chose, one by one, and sweeps what dead processes left.
 
-Everything is only tried: whoever is busy is passed over, and another collector at work means there is nothing to do.
-It needs no room on the disk.
+It only tries: an entry that is in use stays, and while another collector is at work it does nothing. It needs no room
+on the disk.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ray_envcache.errors import InUseError, UnknownKeyError
-from ray_envcache.gc import policy
-from ray_envcache.gc.clock import note_clock
-from ray_envcache.gc.evict import evict
-from ray_envcache.gc.policy import Candidate, Disk, Limits, Victim
-from ray_envcache.store import leases, shared_bytecode
-from ray_envcache.store.inventory import Status, last_used, survey
-from ray_envcache.store.layout import Entry, Layout
-from ray_envcache.system import disk, files, flock
+from ray_envcache.gc import choosing, rubbish
+from ray_envcache.gc.evict import evict_idle
+from ray_envcache.gc.policy import Limits, Victim
+from ray_envcache.store import shared_bytecode, uv_cache
+from ray_envcache.store.inventory import Status, last_used
+from ray_envcache.store.layout import Layout
+from ray_envcache.store.sizes import going_too
+from ray_envcache.system import disk, flock
 from ray_envcache.system.units import Space
+
+PATIENCE_SECONDS = 60.0
+"""How long a build on a full disk waits for another collector: to delete 60 GB takes about 10 s."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,11 @@ class Removed:
 
 
 @dataclass
-class Report:
-    """What a run did. `skipped` says why it did nothing at all; `swept_bytes` is rubbish of dead processes."""
+class Collected:
+    """What a run did. `skipped` says why it did nothing at all.
+
+    `swept_bytes`: what dead processes left, and what uv's cache in the store had for entries that are gone.
+    """
 
     removed: list[Removed] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
@@ -55,166 +63,122 @@ class Report:
 
     @property
     def logical_bytes(self) -> int:
-        """What the removed files count, whoever else has them."""
+        """What the removed files count, with those that something else has too."""
         return sum(one.logical_bytes for one in self.removed) + self.swept_bytes
 
+    def add_failure(self, name: str, error: OSError) -> None:
+        """Note what could not be removed, and why."""
+        self.failed.append((name, error.strerror or str(error)))
 
-def collect(layout: Layout, limits: Limits, *, dry_run: bool = False) -> Report:
+
+def collect(layout: Layout, limits: Limits, *, dry_run: bool = False, patience: float = 0.0) -> Collected:
     """Remove what the limits say, and all rubbish; with `dry_run` only say what would go.
 
-    An entry that cannot be removed is no exception: the report has it.
+    For another collector at work it waits `patience` seconds at most. An entry that cannot be removed is no exception:
+    the result has it.
     """
-    with _alone(layout) as alone:
+    with _alone(layout, patience) as alone:
         if not alone:
-            return Report(skipped="another collector is at work")
-        report = Report()
-        if dry_run:
-            report.removed = _would_remove(layout, _plan(layout, limits, report))
-            return report
-        _sweep(layout, report)
-        for victim, status in _plan(layout, limits, report):
-            entry = layout.entry(victim.candidate.name)
-            if entry is not None:
-                _remove(layout, entry, victim, status, report)
-        _sweep_records(layout)
-        report.swept_bytes += shared_bytecode.sweep(layout)
-        return report
+            return Collected(skipped="another collector is at work")
+        return _would_collect(layout, limits) if dry_run else _collect(layout, limits)
 
 
 def make_room(layout: Layout, wanted: int) -> None:
-    """Remove idle environments, least recently used first, until `wanted` bytes are free or none is left."""
-    collect(layout, Limits(unused_for=None, min_free_space=Space(size=wanted)))
+    """Remove idle environments, least recently used first, until `wanted` bytes are free or none is left.
+
+    Never shrinks the store below $RAY_ENVCACHE_RESERVED_SPACE. What another collector frees at this moment is waited
+    for. Raises FieldValueError where a variable with a limit makes no sense.
+    """
+    floor = Limits.from_environ(os.environ).reserved_space
+    limits = Limits(unused_for=None, min_free_space=Space(size=wanted), reserved_space=floor)
+    collect(layout, limits, patience=PATIENCE_SECONDS)
 
 
-def has_due(layout: Layout, limits: Limits) -> bool:
-    """Whether an entry would go by its age if nobody used it at this moment."""
-    now, not_before = note_clock(layout)
-    candidates = [_candidate(status, not_before) for status in survey(layout) if status.state != "building"]
-    idle = [replace(one, protected="") for one in candidates if one.protected != "pinned"]
-    age_only = Limits(unused_for=limits.unused_for, min_free_space=None)
-    return bool(policy.choose(idle, age_only, Disk(0, 0), now))
+def _collect(layout: Layout, limits: Limits) -> Collected:
+    collected, began = Collected(), time.time()
+    uv_cache.retire(layout, collected.add_failure, before=_unused_since(layout, limits))
+    _sweep(layout, collected)
+    for victim, status in _chosen(layout, limits, collected):
+        _remove(layout, victim, status, collected)
+    if limits.everything:
+        uv_cache.retire_all(layout, collected.add_failure)
+    elif collected.removed:
+        # A second earlier: the kernel's clock for files runs a little behind.
+        uv_cache.retire(layout, collected.add_failure, since=began - 1)
+    rubbish.sweep_records(layout)
+    _sweep(layout, collected)
+    return collected
 
 
-def _plan(layout: Layout, limits: Limits, report: Report) -> list[tuple[Victim, Status]]:
-    now, not_before = note_clock(layout)
-    found = {os.path.basename(status.path): status for status in survey(layout)}
-    report.in_use = sum(_is_used(status) for status in found.values())
-    report.pinned = sum(status.pinned for status in found.values())
+def _sweep(layout: Layout, collected: Collected) -> None:
+    collected.swept_bytes += rubbish.sweep(layout, collected.add_failure) + shared_bytecode.sweep(layout)
+
+
+def _unused_since(layout: Layout, limits: Limits) -> float:
+    """Since when a package in uv's cache must be without links to go: like an environment, or now if space is short."""
     space = disk.free_space(layout.root)
-    candidates = [_candidate(status, not_before) for status in found.values()]
-    victims = policy.choose(candidates, limits, Disk(space.total, space.free), now)
-    chosen = [(victim, found[victim.candidate.name]) for victim in victims]
-    return [*chosen, *_layers_of(chosen, candidates, found)]
+    if limits.lacks_space(space.total, space.free):
+        return math.inf
+    return -math.inf if limits.unused_for is None else time.time() - limits.unused_for
 
 
-def _layers_of(
-    chosen: list[tuple[Victim, Status]], candidates: list[Candidate], found: dict[str, Status]
-) -> list[tuple[Victim, Status]]:
-    """The layers on environments that go: nobody can use them without."""
-    going, gone = {victim.candidate.name for victim, _ in chosen}, {status.path for _, status in chosen}
-    left = [one for one in candidates if one.name not in going and not one.protected]
-    return [(Victim(one, "its environment goes"), found[one.name]) for one in left if found[one.name].base_path in gone]
-
-
-def _candidate(status: Status, not_before: float) -> Candidate:
-    protected = "pinned" if status.pinned else "in use" if _is_used(status) else ""
-    protected = "building" if status.state == "building" else protected
-    # A broken entry is nobody's any more: it goes whatever its age.
-    last_used = max(status.last_used, not_before) if status.state == "ready" else 0.0
-    return Candidate(os.path.basename(status.path), last_used, status.size_bytes, status.reclaimable_bytes, protected)
-
-
-def _is_used(status: Status) -> bool:
-    # The compiler of bytecode gives way to the collector.
-    only_compiler = bool(status.users) and all(user.kind == "bytecode" for user in status.users)
-    return status.in_use and not only_compiler
-
-
-def _would_remove(layout: Layout, chosen: list[tuple[Victim, Status]]) -> list[Removed]:
-    """What a run would say. What several of them share is freed with the last."""
-    more = shared_bytecode.freed_in_turn(layout, (Path(status.path) for _, status in chosen))
-    return [
-        Removed(
-            key=status.key,
-            name=victim.candidate.name,
-            project=status.project or "-",
-            reason=victim.reason,
-            freed_bytes=status.reclaimable_bytes + shared,
-            logical_bytes=status.size_bytes,
-            exact=status.exact,
-        )
-        for (victim, status), shared in zip(chosen, more, strict=True)
+def _would_collect(layout: Layout, limits: Limits) -> Collected:
+    """What a run would say. What several entries share is freed with the last of them."""
+    collected = Collected()
+    chosen = _chosen(layout, limits, collected)
+    freed = disk.freed_in_turn((Path(status.path) for _, status in chosen), going_too(layout))
+    collected.removed = [
+        _removed(victim, status, size, status.size_bytes, exact=exact)
+        for (victim, status), (size, exact) in zip(chosen, freed, strict=True)
     ]
+    return collected
 
 
-def _remove(layout: Layout, entry: Entry, victim: Victim, status: Status, report: Report) -> None:
+def _chosen(layout: Layout, limits: Limits, collected: Collected) -> list[tuple[Victim, Status]]:
+    found = choosing.look_at(layout)
+    collected.in_use = sum(status.in_use for status in found.values())
+    collected.pinned = sum(status.pinned for status in found.values())
+    return choosing.choose(layout, limits, found)
+
+
+def _remove(layout: Layout, victim: Victim, status: Status, collected: Collected) -> None:
+    entry = layout.entry(victim.candidate.name)
+    if entry is None:
+        return
+
     def unused_since() -> bool:
         return status.state != "ready" or last_used(entry) == status.last_used
 
     try:
-        gone = evict(layout, entry, still_due=unused_since)
+        gone = evict_idle(layout, entry, still_due=unused_since)
     except InUseError:
-        # Somebody came in between: as it should be.
-        report.in_use += 1
+        # A user came since the choice: as it should be.
+        collected.in_use += 1
     except UnknownKeyError:
-        # Somebody was faster: it is gone, which is all that was wanted.
+        # `ray-envcache rm` was faster: it is gone, which is all that was wanted.
         return
     except OSError as error:
-        report.failed.append((victim.candidate.name, error.strerror or str(error)))
+        collected.add_failure(victim.candidate.name, error)
     else:
-        name, project = victim.candidate.name, status.project or "-"
-        removed = Removed(entry.key, name, project, victim.reason, gone.freed, gone.logical, gone.exact)
-        report.removed.append(removed)
+        collected.removed.append(_removed(victim, status, gone.freed, gone.logical, exact=gone.exact))
 
 
-def _sweep(layout: Layout, report: Report) -> None:
-    """Remove what no living process will ever use again."""
-    for path in _paths(layout.trash):
-        _delete(path, report)
-    for path in [*_paths(layout.entries), *_paths(layout.memo), *_paths(layout.pins), *_paths(layout.top)]:
-        if files.is_temporary(path) and flock.is_free(path):
-            _delete(path, report)
-    report.swept_bytes += shared_bytecode.sweep(layout)
-
-
-def _sweep_records(layout: Layout) -> None:
-    """Remove what speaks of entries and processes that are no more."""
-    keys = {entry.key for entry in layout.all_entries()}
-    for path in _paths(layout.leases):
-        leases.sweep_dead(layout, path.name)
-        if path.name not in keys:
-            with suppress(OSError):
-                path.rmdir()
-    for path in layout.memo.glob("*.json"):
-        entry = layout.entry(str((files.read_json(path) or {}).get("entry")))
-        # Of a lower store only what was remembered is known, and its keys are nobody's here.
-        known = entry is not None and (os.path.exists(entry.ready) if entry.readonly else entry.key in keys)
-        if not known:
-            path.unlink(missing_ok=True)
-
-
-def _delete(path: Path, report: Report) -> None:
-    freed = disk.measure(path).reclaimable
-    try:
-        files.remove_tree(path)
-    except OSError as error:
-        report.failed.append((path.name, error.strerror or str(error)))
-    else:
-        report.swept_bytes += freed
-
-
-def _paths(directory: Path) -> list[Path]:
-    try:
-        return sorted(directory.iterdir())
-    except FileNotFoundError:
-        return []
+def _removed(victim: Victim, status: Status, freed: int, logical: int, *, exact: bool) -> Removed:
+    name, project = victim.candidate.name, status.project or "-"
+    return Removed(status.key, name, project, victim.reason, freed, logical, exact)
 
 
 @contextmanager
-def _alone(layout: Layout) -> Iterator[bool]:
-    descriptor = flock.try_flock(layout.collector_flock, exclusive=True, flags=os.O_RDWR | os.O_CREAT)
+def _alone(layout: Layout, patience: float) -> Iterator[bool]:
+    deadline = time.monotonic() + patience
+    while (descriptor := _try_flock(layout)) is None and time.monotonic() < deadline:
+        time.sleep(0.1)
     try:
         yield descriptor is not None
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _try_flock(layout: Layout) -> int | None:
+    return flock.try_flock(layout.collector_flock, exclusive=True, flags=os.O_RDWR | os.O_CREAT)

@@ -1,120 +1,91 @@
-"""A process beside each node's runtime env agent, which has idle environments collected by itself.
+"""What a node's runtime env agent does so that idle environments are collected without cron.
 
-At the cluster's start, after its last release, and after its end. The agent cannot do the last itself: it is killed a
-moment after the last release, on a busy host before it hears of it, and sometimes with SIGKILL. So a shell starts with
-the agent (in a millisecond, and in less than a megabyte) and reads from a pipe whose end is the agent's end, whatever
-ended it. For what it is told it becomes `python -m ray_envcache.gc.companion ROOT WORD`, and then a shell again.
+A collection starts with the agent, after the last release of its cluster, and after the agent's own end. Each is a
+process of its own (`automatic`), at most one in an hour. The agent cannot start the last one: at `ray.shutdown()` it is
+killed by SIGKILL. So a shell waits beside it (in less than a megabyte) at a pipe that ends with the agent.
 """
 
 from __future__ import annotations
 
 import os
-import select
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 
 from ray_envcache.store.layout import Layout
 from ray_envcache.system import children
-from ray_envcache.system.units import parse_duration
+from ray_envcache.system.units import is_off, parse_duration
 
 INTERVAL = "RAY_ENVCACHE_GC_INTERVAL"
 DEFAULT_INTERVAL_SECONDS = 3600.0
-PATIENCE_SECONDS = 30.0
-"""How long a cluster may take to end after its last release, and its workers after its agent."""
+SETTLING_SECONDS = 10.0
+"""How long the workers of a cluster may take to end: a collection that follows a release waits so long first."""
 
 _SHELL = "/bin/sh"
-# Constant: what differs are its positional parameters. Without an answer, which is the end, the word is empty.
-_LISTEN = 'read -r word; exec "$@" "$word"'
-# In the background, so that its parent can be reaped at once; there a shell would read from nowhere by itself, and dash
-# does so even with `<&0`.
-_DETACH = f"exec 3<&0; {{ {_LISTEN}; }} <&3 3<&- &"
-
-Word = Literal["started", "released"]
+# Constant: what differs are its positional parameters. In the background, so that its parent is reaped at once; there a
+# shell would read from nowhere by itself, and dash does so even with `<&0`.
+_AT_THE_END = 'exec 3<&0; { read -r _; exec "$@"; } <&3 3<&- &'
 
 
 def start(layout: Layout, environ: Mapping[str, str]) -> int | None:
-    """Start it, detached. Never fails; returns the descriptor that `tell` needs, or None where there is none to tell.
+    """Collect now, and once more when this process ends. Never fails and never waits for a collection.
 
-    $RAY_ENVCACHE_GC_INTERVAL says how often the host's clusters collect at most ("1h"); 0 is always, "off" never.
+    Returns the descriptor that has to stay open until then; None where $RAY_ENVCACHE_GC_INTERVAL is "off" or no number,
+    or no shell can be started.
     """
-    # What goes wrong here must not touch whoever starts a cluster; `ray-envcache gc` says what it is.
+    # What goes wrong here must not touch the cluster that starts; `ray-envcache gc` says what it is.
     with suppress(OSError, ValueError, subprocess.CalledProcessError):
-        interval = _interval(environ)
-        if interval is None:
-            return None
-        its, ours = os.pipe()
-        try:
-            children.run_launcher([_SHELL, "-c", _DETACH, *_myself(layout)], environ=environ, stdin=its)
-        except BaseException:
-            os.close(ours)
-            raise
-        finally:
-            os.close(its)
-        if _is_time(layout, interval):
-            tell(ours, "started")
-        return ours
+        if is_time(layout, environ):
+            _run(layout, 0, environ)
+        return _wait_for_our_end(layout, environ) if _interval(environ) is not None else None
     return None
 
 
-def tell(companion: int, word: Word) -> None:
-    """Tell it what happened. Takes microseconds: after the last release we may be killed a moment later."""
-    with suppress(OSError):  # somebody killed it: whoever comes later collects
-        os.write(companion, f"{word}\n".encode())
+def collect_soon(layout: Layout, environ: Mapping[str, str]) -> None:
+    """Collect once the workers of a cluster had time to end. Never fails and never waits for a collection."""
+    with suppress(OSError, ValueError, subprocess.CalledProcessError):
+        if is_time(layout, environ):
+            _run(layout, SETTLING_SECONDS, environ)
 
 
-def _myself(layout: Layout) -> list[str]:
-    return ["sh", sys.executable, "-m", "ray_envcache.gc.companion", os.fspath(layout.root)]
+def is_time(layout: Layout, environ: Mapping[str, str]) -> bool:
+    """Whether the last collection was long enough ago.
 
-
-def _interval(environ: Mapping[str, str]) -> float | None:
-    text = environ.get(INTERVAL, "").strip().lower()
-    return None if text in {"off", "none"} else parse_duration(text or DEFAULT_INTERVAL_SECONDS)
-
-
-def _is_time(layout: Layout, interval: float) -> bool:
+    $RAY_ENVCACHE_GC_INTERVAL says how long that is ("1h"); 0 is always, "off" never. Raises ValueError for others.
+    """
+    interval = _interval(environ)
     try:
         ago = time.time() - layout.last_collection.stat().st_mtime
     except FileNotFoundError:
-        return layout.top.is_dir()
+        return interval is not None and layout.top.is_dir()
     # A time in the future means that the clock went back: better once too often.
-    return not 0 <= ago < interval
+    return interval is not None and not 0 <= ago < interval
 
 
-def _collect(layout: Layout, patience: float) -> None:
-    """Collect if it is time, in a child: so that it is seen in lists of processes for what it does."""
-    interval = _interval(os.environ)
-    with suppress(OSError):
-        if interval is not None and _is_time(layout, interval):
-            layout.last_collection.touch()
-            command = [sys.executable, "-m", "ray_envcache.gc.automatic", os.fspath(layout.root), str(patience)]
-            subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
+def _interval(environ: Mapping[str, str]) -> float | None:
+    text = environ.get(INTERVAL, "").strip()
+    return None if is_off(text) else parse_duration(text or DEFAULT_INTERVAL_SECONDS)
 
 
-def _ends_within(seconds: float) -> bool:
-    """Wait so long for the agent's end. What it says meanwhile is no news."""
-    deadline = time.monotonic() + seconds
-    while select.select([0], [], [], max(0.0, deadline - time.monotonic()))[0]:
-        if not os.read(0, 4096):
-            return True
-    return False
+def _command(layout: Layout, delay: float) -> list[str | Path]:
+    return [sys.executable, "-m", "ray_envcache.gc.automatic", layout.root, str(delay)]
 
 
-def main(arguments: list[str]) -> None:
-    """Do what a word of the agent asks for, and listen again; without a word it is gone."""
-    root, word = arguments
-    layout = Layout(Path(root))
-    os.setpriority(os.PRIO_PROCESS, 0, 10)
-    if not word or (word == "released" and _ends_within(PATIENCE_SECONDS)):
-        _collect(layout, PATIENCE_SECONDS)
-    else:
-        _collect(layout, 0.0)
-        os.execv(_SHELL, [_SHELL, "-c", _LISTEN, *_myself(layout)])  # noqa: S606  # nothing in it is anybody's value
+def _run(layout: Layout, delay: float, environ: Mapping[str, str]) -> None:
+    children.start_detached(_command(layout, delay), environ=environ)
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def _wait_for_our_end(layout: Layout, environ: Mapping[str, str]) -> int:
+    its, ours = os.pipe()
+    try:
+        command = [_SHELL, "-c", _AT_THE_END, "sh", *_command(layout, SETTLING_SECONDS)]
+        children.run_launcher(command, environ=environ, stdin=its)
+    except BaseException:
+        os.close(ours)
+        raise
+    finally:
+        os.close(its)
+    return ours

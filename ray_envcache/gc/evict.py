@@ -1,18 +1,16 @@
-"""Removing one entry: never one that is in use or pinned, never half, never waiting for anybody.
+"""Removing one entry: never one that is in use or pinned, never half, and without waiting for a flock.
 
-The order is what makes it safe. The builder's flock keeps everybody out who would build the key. The exclusive flock
-on `in-use` exists only while no lease and no interpreter holds a shared one, and whoever comes later finds it taken.
-Then the ready record goes, so that nobody is handed the entry even if we die on the next line; then the rename; then
-the flocks are free again, and only then begins what takes time.
+The order makes it safe. The builder's flock keeps out all who would build the key. The exclusive flock on `in-use` can
+be had only while no lease and no interpreter holds a shared one, and no new one can be had meanwhile. One rename then
+takes the whole entry out of sight: a collector that dies leaves all of it or nothing. The flocks are free again before
+the deleting begins, which takes seconds.
 """
 
 from __future__ import annotations
 
 import os
-import signal
-import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,26 +19,21 @@ from ray_envcache.store import leases, pins, shared_bytecode
 from ray_envcache.store.layout import Entry, Layout, layout_of
 from ray_envcache.system import disk, files, flock, processes, testpoints
 
-YIELD_SECONDS = 2.0
-"""How long a background compiler may take to step aside."""
-
 
 @dataclass(frozen=True)
 class Evicted:
-    """What a removal gave: bytes that became free, bytes as files count them, seconds the flocks were held."""
+    """What a removal gave: bytes that became free, and bytes as files count them."""
 
     freed: int
     logical: int
     exact: bool
-    flock_seconds: float
 
 
-def evict(layout: Layout, entry: Entry, *, still_due: Callable[[], bool] = lambda: True) -> Evicted:
-    """Remove one entry. Raises InUseError where somebody builds, uses or pinned it; then it is untouched.
+def evict(layout: Layout, entry: Entry) -> Evicted:
+    """Remove one entry. Raises InUseError where it is being built, in use or pinned; then it is untouched.
 
-    Raises UnknownKeyError where somebody else removed it in the meantime, ReadOnlyError where it is in a lower store.
-    `still_due` is asked under the flocks, when nobody can begin to use the entry any more. Users wait for nothing
-    longer than a rename: flocks are only tried, and free before the deleting begins.
+    Raises UnknownKeyError where another process removed it in the meantime, ReadOnlyError where it is in a read-only
+    store. A user waits no longer than for a rename: flocks are only tried, and free before the deleting begins.
     """
     if entry.readonly:
         root = layout_of(entry).root
@@ -48,40 +41,50 @@ def evict(layout: Layout, entry: Entry, *, still_due: Callable[[], bool] = lambd
             f"The environment {entry.path.name} cannot be removed: `{root}` is read-only here",
             f"its owner can: RAY_ENVCACHE_DIR={root} ray-envcache rm {entry.key[:12]}",
         )
+    _require_no_process(entry, entry.path)
+    return evict_idle(layout, entry)
+
+
+def evict_idle(layout: Layout, entry: Entry, *, still_due: Callable[[], bool] = lambda: True) -> Evicted:
+    """Remove an entry of this store from which no process was seen to run. Raises as `evict`.
+
+    `still_due` is asked under the flocks, when no process can begin to use the entry any more.
+    """
+    testpoints.reach("evict-chosen")
     try:
-        return _evict(layout, entry, still_due)
+        moved = _take_away(layout, entry, still_due)
     except FileNotFoundError as error:
         if os.path.lexists(entry.path):
             raise
         raise UnknownKeyError(
-            f"The environment {entry.path.name} is gone already: somebody else removed it",
+            f"The environment {entry.path.name} is gone already: another process removed it",
             "ray-envcache list shows the rest",
         ) from error
-
-
-def _evict(layout: Layout, entry: Entry, still_due: Callable[[], bool]) -> Evicted:
-    _ask_compiler_to_stop(layout, entry)
-    _require_no_process(layout, entry)
-    testpoints.reach("evict-chosen")
-    with ExitStack() as flocks:
-        began = time.monotonic()
-        _take_flocks(flocks, layout, entry)
-        if pins.is_pinned(layout, entry):
-            raise refusal(entry, "it is pinned", "ray-envcache unpin, if nobody needs it any more")
-        if not still_due():
-            raise refusal(entry, "somebody used it a moment ago")
-        testpoints.reach("evict-locked")
-        record = disk.measure(entry.ready).size
-        entry.ready.unlink(missing_ok=True)
-        testpoints.reach("evict-unpublished")
-        moved = files.to_trash(entry.path, layout.trash)
-        seconds = time.monotonic() - began
-    testpoints.reach("evict-renamed")
     shared_bytecode.let_go(layout, moved)
     use = disk.measure(moved)
     files.remove_tree(moved)
     leases.sweep_dead(layout, entry.key)
-    return Evicted(use.reclaimable + record, use.size + record, use.exact, seconds)
+    return Evicted(use.reclaimable, use.size, use.exact)
+
+
+def _take_away(layout: Layout, entry: Entry, still_due: Callable[[], bool]) -> Path:
+    """Take the entry out of sight, and return where it is now."""
+    with ExitStack() as flocks:
+        _take_flocks(flocks, layout, entry)
+        if pins.is_pinned(layout, entry):
+            raise refusal(entry, "it is pinned", "ray-envcache unpin, if it is not needed any more")
+        if not still_due():
+            raise refusal(entry, "it was used a moment ago")
+        testpoints.reach("evict-locked")
+        moved = _to_trash(layout, entry)
+    testpoints.reach("evict-renamed")
+    try:
+        # A program without a hold, such as raylet, may have started since the look at all processes.
+        _require_no_process(entry, moved)
+    except InUseError:
+        _give_back(layout, entry, moved)
+        raise
+    return moved
 
 
 def refusal(entry: Entry, reason: str, hint: str = "") -> InUseError:
@@ -93,38 +96,67 @@ def refusal(entry: Entry, reason: str, hint: str = "") -> InUseError:
 
 
 def _take_flocks(flocks: ExitStack, layout: Layout, entry: Entry) -> None:
-    if not _take(flocks, layout.builder_flock(entry.key), os.O_RDWR | os.O_CREAT):
+    if not _take_builders_flock(flocks, layout, entry):
         raise refusal(entry, "it is being built")
     try:
-        free = _take(flocks, entry.in_use, os.O_RDONLY)
+        free = _take(flocks, entry.in_use, os.O_RDONLY) is not None
     except FileNotFoundError:
-        # No such file, no such user: the remains of a builder that died early, or somebody removed it before us.
+        # No such file, no such user: the remains of a builder that died early, or it is gone.
         free = True
     if not free:
         raise refusal(entry, _users(layout, entry))
 
 
-def _take(flocks: ExitStack, path: Path, flags: int) -> bool:
+def _take_builders_flock(flocks: ExitStack, layout: Layout, entry: Entry) -> bool:
+    path = layout.builder_flock(entry.key)
+    descriptor = _take(flocks, path, os.O_RDWR | os.O_CREAT)
+    # A collector may have unlinked the file before its flock was ours.
+    return descriptor is not None and flock.still_names(path, descriptor)
+
+
+def _take(flocks: ExitStack, path: Path, flags: int) -> int | None:
     """Try to take an exclusive flock until the stack unwinds.
 
     Through a fresh descriptor: a failed upgrade of a shared flock would lose the shared one.
     """
     descriptor = flock.try_flock(path, exclusive=True, flags=flags)
-    if descriptor is None:
-        return False
-    flocks.callback(os.close, descriptor)
-    return True
+    if descriptor is not None:
+        flocks.callback(os.close, descriptor)
+    return descriptor
 
 
-def _require_no_process(layout: Layout, entry: Entry) -> None:
-    """A second veto, independent of the flocks.
+def _to_trash(layout: Layout, entry: Entry) -> Path:
+    try:
+        return files.to_trash(entry.path, layout.trash)
+    except OSError as error:
+        if error.errno not in files.FULL_DISK:
+            raise
+    # No room for a name in the trash: it is deleted where it is, and nothing can be given back. So the second look
+    # comes first. Without its record it is not handed out, and without `in-use` no process takes itself for a user.
+    _require_no_process(entry, entry.path)
+    entry.ready.unlink(missing_ok=True)
+    entry.in_use.unlink(missing_ok=True)
+    return entry.path
+
+
+def _give_back(layout: Layout, entry: Entry, moved: Path) -> None:
+    """Rename an entry back, unless a builder of its key is at work, who may take the same place.
+
+    Then it stays in the trash, which is not deleted while a process uses it.
+    """
+    with ExitStack() as flocks:
+        if _take_builders_flock(flocks, layout, entry) and not os.path.lexists(entry.path):
+            moved.rename(entry.path)
+
+
+def _require_no_process(entry: Entry, place: Path) -> None:
+    """Raise InUseError where a process runs from `place`. A second veto, independent of the flocks.
 
     raylet and gcs_server are no Pythons and hold nothing; some daemons close all their descriptors. It may only say
     "in use", never "free".
     """
-    usage = processes.processes_using(layout.entries, [entry.path.name])
-    if uses := usage.by_name.get(entry.path.name):
-        raise refusal(entry, f"in use by process {uses[0].pid} ({uses[0].reason})")
+    for pid, how in processes.processes_using(place.parent, [place.name]).get(place.name, {}).items():
+        raise refusal(entry, f"in use by process {pid} ({how})")
 
 
 def _users(layout: Layout, entry: Entry) -> str:
@@ -134,26 +166,3 @@ def _users(layout: Layout, entry: Entry) -> str:
         if holder.get("entry") == entry.path.name
     ]
     return f"in use by {', '.join(known)}" if known else "a process runs from it"
-
-
-def _ask_compiler_to_stop(layout: Layout, entry: Entry) -> None:
-    """The process that compiles bytecode gives way to everybody.
-
-    Its flock comes first and its lease last, and both are free in this order too: until then it is there.
-    """
-    deadline = time.monotonic() + YIELD_SECONDS
-    while _stop_compilers(layout, entry) or flock.is_held(layout.finishing_flock(entry)):
-        if time.monotonic() > deadline:
-            return
-        time.sleep(0.01)
-
-
-def _stop_compilers(layout: Layout, entry: Entry) -> bool:
-    """Ask those that have told their lease; False where there are none, or only some in other containers."""
-    mine = {"kind": "bytecode", "entry": entry.path.name, "pids": processes.pid_namespace()}
-    compilers = [holder for holder in leases.live_leases(layout, entry.key) if mine.items() <= holder.items()]
-    for holder in compilers:
-        # Its lease is live, so this is still the process that wrote it.
-        with suppress(ProcessLookupError, PermissionError):
-            os.kill(int(holder["pid"]), signal.SIGTERM)
-    return bool(compilers)

@@ -11,19 +11,36 @@ from ray_envcache.system.units import Space, format_duration, format_size, is_of
 
 T = TypeVar("T")
 DAY = 86_400.0
-TENTH_OF_THE_DISK = Space(share=0.1)
 VARIABLES = tuple(
     f"RAY_ENVCACHE_{name}" for name in ("UNUSED_FOR", "MIN_FREE_SPACE", "MAX_USED_SPACE", "RESERVED_SPACE")
 )
 """What sets the limits."""
+
+WORTH = 0.05
+"""For free space entries go only while all that are left would free this share of their size: else it is in vain."""
+
+
+@dataclass(frozen=True)
+class _DefaultFreeSpace(Space):
+    """A tenth of the disk, but at most 20 GB: on a large disk a tenth is more than environments ever need."""
+
+    def bytes_of(self, total: int) -> int:
+        return min(total // 10, 20 * 10**9)
+
+    def __str__(self) -> str:
+        return "10 % or 20 GB"
+
+
+DEFAULT_FREE_SPACE = _DefaultFreeSpace()
 
 
 @dataclass(frozen=True)
 class Candidate:
     """An entry as the policy sees it: `last_used` in Unix seconds, `size` in bytes it occupies.
 
-    `reclaimable` is what deleting it would free now: less than `size` where uv's cache or another entry has the same
-    files. `protected` says why it must stay ("in use", "pinned", "building"), "" where it may go.
+    `reclaimable` is what deleting it would free: less than `size` where uv's cache or another entry has the same files.
+    Both are what they are once the candidates before it are gone. `protected` says why it must stay ("in use",
+    "pinned", "building"), "" where it may go. One that is `broken` can never be used.
     """
 
     name: str
@@ -31,14 +48,16 @@ class Candidate:
     size: int
     reclaimable: int
     protected: str = ""
+    broken: bool = False
 
 
 @dataclass(frozen=True)
 class Disk:
-    """The disk of the store, in bytes."""
+    """The disk of the store, in bytes. `other`: what the store occupies besides the candidates."""
 
     total: int
     free: int
+    other: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,14 +74,18 @@ class Limits:
 
     `unused_for`: seconds after its last use an entry goes. `max_used_space`: ceiling of the store. `min_free_space`:
     target of free space on the disk. `reserved_space`: floor; the two space limits never shrink the store below it.
-    Age knows no floor: what nobody used for so long is not worth its disk. `everything`: all that may go, goes.
+    Age knows no floor: what was not used for so long is not worth its disk. `everything`: all that may go, goes.
     """
 
     unused_for: float | None = 14 * DAY
     max_used_space: Space | None = None
-    min_free_space: Space | None = TENTH_OF_THE_DISK
+    min_free_space: Space | None = DEFAULT_FREE_SPACE
     reserved_space: Space | None = None
     everything: bool = False
+
+    def lacks_space(self, total: int, free: int) -> bool:
+        """Whether less is free on a disk of `total` bytes than `min_free_space` asks for."""
+        return self.min_free_space is not None and free < self.min_free_space.bytes_of(total)
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Limits:
@@ -78,18 +101,22 @@ class Limits:
         )
 
 
+def in_turn(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """The candidates in the order in which they go: least recently used first."""
+    return sorted(candidates, key=lambda one: (one.last_used, one.name))
+
+
 def choose(candidates: Iterable[Candidate], limits: Limits, disk: Disk, now: float) -> list[Victim]:
     """The entries to remove, least recently used first. Never a protected one.
 
     `now` in Unix seconds. An entry used in the future (the clock went back) counts as used now.
     """
-    everyone = sorted(candidates, key=lambda one: (one.last_used, one.name))
-    used, free = sum(one.size for one in everyone), disk.free
+    everyone = in_turn(candidates)
+    used, free = disk.other + sum(one.size for one in everyone), disk.free
+    idle = [one for one in everyone if not one.protected]
     victims = []
-    for one in everyone:
-        if one.protected:
-            continue
-        if reason := _due(one, limits, now) or _needed(one, limits, disk, used, free):
+    for number, one in enumerate(idle):
+        if reason := _due(one, limits, now) or _needed(idle[number:], limits, disk.total, used, free):
             victims.append(Victim(one, reason))
             used, free = used - one.size, free + one.reclaimable
     return victims
@@ -97,6 +124,8 @@ def choose(candidates: Iterable[Candidate], limits: Limits, disk: Disk, now: flo
 
 def _due(one: Candidate, limits: Limits, now: float) -> str:
     idle = max(now - one.last_used, 0.0)
+    if one.broken:
+        return "it is broken and can never be used"
     if limits.everything:
         return "all were asked for"
     if limits.unused_for is not None and idle >= limits.unused_for:
@@ -104,17 +133,23 @@ def _due(one: Candidate, limits: Limits, now: float) -> str:
     return ""
 
 
-def _needed(one: Candidate, limits: Limits, disk: Disk, used: int, free: int) -> str:
-    """Why the space of `one` is needed, while the store occupies `used` and the disk has `free` bytes."""
-    floor = limits.reserved_space.bytes_of(disk.total) if limits.reserved_space else 0
+def _needed(left: list[Candidate], limits: Limits, total: int, used: int, free: int) -> str:
+    """Why the space of the first of those `left` is needed, while the store takes `used` and `free` bytes are free."""
+    one = left[0]
+    floor = limits.reserved_space.bytes_of(total) if limits.reserved_space else 0
     if used - one.size < floor:
         return ""
-    if limits.max_used_space is not None and used > limits.max_used_space.bytes_of(disk.total):
+    if limits.max_used_space is not None and used > limits.max_used_space.bytes_of(total):
         return f"the store takes {format_size(used)}, more than {limits.max_used_space}"
-    lacking = limits.min_free_space is not None and free < limits.min_free_space.bytes_of(disk.total)
-    if lacking and one.reclaimable:
+    if limits.lacks_space(total, free) and one.reclaimable and frees_something(left):
         return f"{format_size(free)} are free, less than {limits.min_free_space}"
     return ""
+
+
+def frees_something(candidates: Iterable[Candidate]) -> bool:
+    """Whether removing all of them is worth it: not where uv's cache has nearly all of their files too."""
+    found = [*candidates]
+    return sum(one.reclaimable for one in found) >= WORTH * sum(one.size for one in found)
 
 
 def _variable(environ: Mapping[str, str], name: str, parse: Callable[[str], T], default: T | None) -> T | None:

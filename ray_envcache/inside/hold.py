@@ -16,7 +16,8 @@ def _hold() -> "int | None":
     entry = __file__
     for _ in range(5):
         entry = os.path.dirname(entry)
-    held = os.open(os.path.join(entry, "in-use"), os.O_RDONLY | os.O_CLOEXEC)
+    path = os.path.join(entry, "in-use")
+    held = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     # Out of the way of programs that expect certain low descriptors, such as a closed stdin's; where few are allowed
     # at least of the standard streams, and without any to spare it stays where it is.
     for least in (64, 3):
@@ -27,18 +28,22 @@ def _hold() -> "int | None":
         os.close(held)
         held = moved
         break
-    # The only exclusive holder is a collector: one that has just looked, or one that removes the entry at this
-    # moment. Both take milliseconds; nobody waits longer for them.
-    for _ in range(100):
+    # Exclusive holders are a lister that looks whether the entry is free, and a collector that removes it. Both need
+    # milliseconds, but either may be stopped in between. So the hold waits until it has the flock, or until the path
+    # no longer names this file: then the entry is gone. After a minute the interpreter starts without a hold, which
+    # `ray-envcache why` and `doctor` show: the flock is that of a process that was stopped and forgotten.
+    pause, deadline = 0.001, time.monotonic() + 60
+    while True:
         try:
             fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            time.sleep(0.001)
+            if not os.path.samestat(os.stat(path), os.fstat(held)) or time.monotonic() > deadline:
+                os.close(held)
+                return None
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
         else:
             break
-    else:
-        os.close(held)
-        return None
     lower = os.environ.get("RAY_ENVCACHE_READONLY_DIRS", "").split(":")
     if not any(entry.startswith(os.path.join(root, "v1", "")) for root in lower if root):
         try:

@@ -6,7 +6,6 @@ There the package is not, so this imports the standard library and, from the fol
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import sysconfig
 from typing import Any
@@ -16,13 +15,15 @@ def identity() -> dict[str, Any]:
     """The fields of `Interpreter`, but for `executable`, of the running one."""
     from packaging import markers, tags  # not before PACKAGES is on the path
 
+    # Not platform.python_version(): that of a build from a checkout is "3.12.7+", which is no version.
+    version = ".".join(map(str, sys.version_info[:3]))
     return {
         "implementation": sys.implementation.name,
-        "version": platform.python_version(),
+        "version": version,
         "build": sys.version,
         "soabi": sysconfig.get_config_var("SOABI") or "",
         "tags": [str(tag) for tag in tags.sys_tags()],
-        "markers": dict(markers.default_environment()),
+        "markers": {**markers.default_environment(), "python_full_version": version},
     }
 
 

@@ -9,23 +9,22 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from ray_envcache.errors import ChangedError, LockfileError
-from ray_envcache.resolve.project import read_toml
-from ray_envcache.system import children
-from ray_envcache.system.children import clean_environ
+from ray_envcache.resolve import git, toml
 
 MAX_FILES = 50_000
-"""More files than this are no package: somebody's data, or an environment without a `pyvenv.cfg`."""
+"""A folder with more files is no package: it has data in it, or an environment without a `pyvenv.cfg`."""
 
 HASHED_BYTES = 256_000_000
-"""So much content is read; of what is larger, the largest files are known by their size and time instead."""
+"""Up to so many bytes all files are read; of larger packages the largest files count by size and time of change."""
 
+_DEFINITION = ("pyproject.toml", "setup.cfg", "setup.py")
 _NEVER = frozenset(
     {".git", ".hg", ".svn", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", ".tox", ".nox",
      ".venv", "node_modules"}
@@ -55,20 +54,21 @@ class Content:
     def copy(self, target: Path, within: Path | None = None) -> None:
         """Copy the files to `target`; those beside the package too, where their places are inside of `within`.
 
-        Files too large to be read are linked to, not copied. Whatever the names are, and wherever links lead, nothing
-        is written outside of `within`, by default `target`. Raises ChangedError where a copy is not what was seen.
+        Files too large to be read are linked to, not copied. Nothing is written outside of `within` (by default
+        `target`), also where links lead out of it. Raises ChangedError where a file was edited since it was hashed.
         """
         target.mkdir(parents=True, exist_ok=True)
-        # Backends that ask version control for the version find it there.
-        if (self.folder / ".git").exists() and not os.path.lexists(target / ".git"):
-            (target / ".git").symlink_to(self.folder / ".git")
+        repository = git.repository_of(self.folder) if (self.folder / ".git").exists() else None
+        # Backends that ask git for the version find it there.
+        if repository and not os.path.lexists(target / ".git"):
+            repository.give_copy(target / ".git")
         for directory, names in _by_directory(self.files):
             place = Path(os.path.realpath(target / directory))
             if not is_inside(place, within or target):
                 continue
             place.mkdir(parents=True, exist_ok=True)
             for name in names:
-                # There already where one package lies in another, or a link leads to what was copied.
+                # It is there already where one package lies in another, or a link leads to a copied file.
                 if not os.path.lexists(place / os.path.basename(name)):
                     self._copy(name, place / os.path.basename(name))
 
@@ -86,11 +86,11 @@ class Content:
         except FileNotFoundError:
             same = False
         if not same:
-            # The key of the layer is of what was seen: it would lie for ever.
+            # The key of the layer was made from the content that was hashed: no later check would find the difference.
             raise ChangedError(f"`{source}` was edited while it was copied", "try again")
 
     def warning(self) -> str:
-        """What is wrong with so many bytes, "" where they can be read."""
+        """A warning for a package too large to be read, with the folder that makes it so; else ""."""
         if not self.by_time:
             return ""
         largest = max(self.by_time, key=lambda name: (self.folder / name).stat().st_size)
@@ -116,15 +116,33 @@ def _copy_link(folder: Path, name: str, copy: Path) -> None:
     copy.symlink_to(os.readlink(folder / name) if is_inside(Path(target), folder) else target)
 
 
-def look(folder: Path) -> Content:
-    """Look at the package in `folder`. Raises LockfileError where that is no package, or has too many files.
+def scan(folder: Path) -> Content:
+    """The content of the package in `folder`. Raises LockfileError where that is no package, or has too many files.
 
-    Seen is what git tracks or does not ignore; without git, everything but caches and environments. Added is what
-    `[tool.uv] cache-keys` names: files, variables and the commit.
+    It has the files that git tracks or does not ignore; without a repository, all but caches and environments. What
+    `[tool.uv] cache-keys` names comes with it: files, variables and the commit.
     """
+    return _content(folder, _seen(folder))
+
+
+def scan_definition(folder: Path) -> Content:
+    """What an editable installation of the package in `folder` depends on: its definition, and its `cache-keys`.
+
+    Raises LockfileError as `scan` does.
+    """
+    return _content(folder, _DEFINITION)
+
+
+def extensions(folders: Iterable[Path]) -> list[Path]:
+    """The compiled modules in these folders: an editable installation builds them there, and is useless without."""
+    suffixes = (".so", ".pyd")
+    return [folder / name for folder in folders for name in _walk(folder) if name.endswith(suffixes)]
+
+
+def _content(folder: Path, seen: Iterable[str]) -> Content:
     settings = _cache_keys(folder)
-    # Neither sockets nor pipes: nobody builds from those, and who reads them may wait for ever.
-    names = {name for name in (*_seen(folder), *_matching(folder, settings)) if _is_file_or_link(folder / name)}
+    # Neither sockets nor pipes: no build reads those, and reading one may wait without end.
+    names = {name for name in (*seen, *_matching(folder, settings)) if _is_file_or_link(folder / name)}
     sizes = {name: _size(folder / name) for name in names}
     by_time = _too_large(sizes)
     identities = {name: _identity(folder / name, read=name not in by_time) for name in names}
@@ -134,14 +152,12 @@ def look(folder: Path) -> Content:
 
 
 def _seen(folder: Path) -> list[str]:
-    names = _git(folder, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate", "--", ".")
-    listed = names.split("\0") if names is not None else _walk(folder)
     seen: list[str] = []
-    for name in listed:
-        # Deleted, but not yet for git; or a submodule, which is a folder of its own.
-        if name and os.path.isdir(folder / name) and not os.path.islink(folder / name):
-            seen.extend(f"{name}/{inner}" for inner in _walk(folder / name))
-        elif name and os.path.lexists(folder / name):
+    for name in _listed(folder):
+        # A submodule, or another repository, is a folder of its own.
+        if os.path.isdir(folder / name) and not os.path.islink(folder / name):
+            seen.extend(f"{name}/{inner}" for inner in _seen(folder / name))
+        elif os.path.lexists(folder / name):  # else deleted, and not yet for git
             seen.append(name)
         if len(seen) > MAX_FILES:
             raise LockfileError(
@@ -152,13 +168,13 @@ def _seen(folder: Path) -> list[str]:
     return seen
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
-    """What git says of `folder`, None without git or outside of a repository."""
-    try:
-        done = children.run(["git", "-C", folder, *arguments], environ=clean_environ(), decode=os.fsdecode)
-    except FileNotFoundError:
-        return None
-    return done.stdout if done.returncode == 0 else None
+def _listed(folder: Path) -> Iterable[str]:
+    repository = git.repository_of(folder)
+    names = repository.files(folder) if repository else []
+    definitions = [name for name in ("pyproject.toml", "setup.py") if (folder / name).is_file()]
+    # A repository that ignores the folder of the package says nothing of what is in it.
+    is_hidden = not names or (definitions and not {*definitions} & {*names})
+    return _walk(folder) if is_hidden else names
 
 
 def _walk(folder: Path) -> Iterator[str]:
@@ -213,7 +229,7 @@ def _cache_keys(folder: Path) -> list[dict[str, Any]]:
     pyproject = folder / "pyproject.toml"
     if not pyproject.exists():
         return []  # a package of setup.py alone
-    tool = read_toml(pyproject, "repair it").get("tool", {})
+    tool = toml.read(pyproject, "repair it").get("tool", {})
     keys = tool.get("uv", {}).get("cache-keys", [])
     if not isinstance(keys, list):
         raise LockfileError(
@@ -246,9 +262,8 @@ def _no_pattern(folder: Path, pattern: str) -> LockfileError:
 
 def _extras(folder: Path, keys: list[dict[str, Any]]) -> list[Any]:
     variables = sorted(str(key["env"]) for key in keys if "env" in key)
-    # The commit, and the tag that names it or the last one before it.
-    describe = ["describe", "--tags", "--always", "--abbrev=40", "HEAD"]
-    described = [_git(folder, *describe) for key in keys if key.get("git")]
+    repository = git.repository_of(folder) if any(key.get("git") for key in keys) else None
+    described = repository and repository.described(folder)
     return [[[name, os.environ.get(name)] for name in variables], described]
 
 

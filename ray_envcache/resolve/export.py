@@ -12,9 +12,10 @@ from packaging.utils import canonicalize_name
 
 from ray_envcache.errors import LockfileError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve import requirements, uv
+from ray_envcache.resolve import requirements, toml, uv
 from ray_envcache.resolve.interpreter import Interpreter
-from ray_envcache.resolve.project import Kind, Project, parse_toml, read_toml
+from ray_envcache.resolve.project import Kind, Project
+from ray_envcache.resolve.uv import Scope
 from ray_envcache.system import children
 
 
@@ -39,14 +40,11 @@ def require_current(project: Project, executable: str) -> Iterator[None]:
         return
     script = [f"--script={project.file.name}"] if project.kind is Kind.SCRIPT else []
     check = ["lock", "--check", *script, f"--python={executable}"]
-    with uv.running([*check, "--offline"], cwd=project.folder) as finish:
+    with uv.running([*check, "--offline"], cwd=project.folder, scope=Scope.USER) as finish:
         yield
         done = finish()
-    if done.returncode != 0 and "build" in done.stderr:
-        # A local package with dynamic metadata is built to know what it needs, and its build may need an index.
-        done = uv.run(check, cwd=project.folder)
     if done.returncode != 0:
-        _require_local_folders(project)
+        done = _checked_again(done, check, project)
     lock, source = project.lock_files()[-1].name, project.file.name if script else "pyproject.toml"
     what = f"{lock} in `{project.folder}` no longer matches {source}"
     hint = f"run `uv lock{' --script ' if script else ''}{source if script else ''}`"
@@ -56,9 +54,24 @@ def require_current(project: Project, executable: str) -> Iterator[None]:
     uv.expect_success(done, LockfileError, what, hint)
 
 
+def _checked_again(done: children.Completed, check: list[str], project: Project) -> children.Completed:
+    """What uv says of a lockfile that it refused, where that may be due to something else than the lockfile."""
+    if "build" in done.stderr:
+        # A local package with dynamic metadata is built to know what it needs, and its build may need an index.
+        done = uv.run(check, cwd=project.folder, scope=Scope.USER)
+    if done.returncode == 0:
+        return done
+    # The user may have locked with other settings than this node has: a mirror, or `exclude-newer`.
+    alone = uv.run([*check, "--offline"], cwd=project.folder, scope=Scope.PROJECT)
+    if alone.returncode == 0:
+        return alone
+    _require_local_folders(project)
+    return done
+
+
 def local_sources(lock: Path) -> list[str]:
     """The folders of all local packages that this lockfile of uv, if it is there, knows: from its own place."""
-    data = read_toml(lock, "run `uv lock`") if lock.is_file() else {}
+    data = toml.read(lock, "run `uv lock`") if lock.is_file() else {}
     sources = [package.get("source", {}) for package in data.get("package", [])]
     kinds = ("editable", "virtual", "directory")
     return sorted({source[kind] for source in sources for kind in kinds if kind in source})
@@ -107,7 +120,7 @@ def _exported(project: Project, interpreter: Interpreter, selection: list[str]) 
     arguments = ["export", "--frozen", "--no-header", "--format=pylock.toml", f"--python={interpreter.executable}"]
     done = uv.run([*arguments, *selection], cwd=project.folder)
     uv.expect_success(done, LockfileError, f"Cannot read the lockfile in `{project.folder}`", _hint(done.stderr))
-    data, tags = parse_toml(done.stdout), frozenset(interpreter.tags)
+    data, tags = toml.parse(done.stdout), frozenset(interpreter.tags)
     # Of ten wheels nine are for others: to have packaging read those too takes as long as uv took.
     return {**data, "packages": [without_foreign(tags, package) for package in data.get("packages", [])]}
 
@@ -137,14 +150,14 @@ def _hint(stderr: str) -> str:
 
 
 def _from_pylock(_spec: EnvSpec, project: Project, _interpreter: Interpreter) -> dict[str, Any]:
-    return read_toml(project.file, "write it again with the tool that made it")
+    return toml.read(project.file, "write it again with the tool that made it")
 
 
 def _from_requirements(spec: EnvSpec, project: Project, interpreter: Interpreter) -> dict[str, Any]:
-    found = requirements.entries(project.file)
+    found = requirements.read(project.file)
     done = _compile(project, interpreter, "--no-deps", *(["--no-build"] if spec.no_build else []))
     uv.expect_success(done, LockfileError, f"Cannot resolve `{project.file}`", _hint_of_compile(done.stderr))
-    data = parse_toml(done.stdout)
+    data = toml.parse(done.stdout)
     # uv writes down the Python at hand; the file asks for none.
     data.pop("requires-python", None)
     data["packages"] = requirements.restrict(data["packages"], found, interpreter.markers)
@@ -158,7 +171,7 @@ def _require_complete(project: Project, interpreter: Interpreter, listed: set[st
     if done.returncode != 0:
         # Versions that do not go together may be meant so, and what a source package needs only its build knows.
         return
-    missing = {package["name"] for package in parse_toml(done.stdout)["packages"]} - listed
+    missing = {package["name"] for package in toml.parse(done.stdout)["packages"]} - listed
     # What needs ray may leave it to the cluster.
     if missing and "ray" not in missing:
         raise LockfileError(
@@ -174,10 +187,6 @@ def _compile(project: Project, interpreter: Interpreter, *options: str) -> child
 
 
 def _hint_of_compile(stderr: str) -> str:
-    if uv.is_unauthorized(stderr):
-        return "give this node the index's credentials as uv takes them: UV_INDEX_<NAME>_USERNAME, netrc or keyring"
-    if uv.is_unreachable(stderr):
-        return "see that this node reaches the index; proxies and mirrors are set as for uv"
     if "is disabled" in stderr:
         return "lock versions that have a wheel for this platform, or leave out `no_build`"
     return "`uv pip compile --no-deps` of it shows the same"

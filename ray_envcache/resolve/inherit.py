@@ -32,11 +32,11 @@ class Inherited:
     info: Path
 
     def identity(self) -> list[str]:
-        """What of it goes into a key."""
+        """The part of it that goes into a key."""
         return [self.name, self.version, os.fspath(self.folder), hashlib.sha256(self.info.read_bytes()).hexdigest()]
 
     def watched(self) -> tuple[str, int, int]:
-        """A file that changes when somebody upgrades or removes the package: its path, size and mtime (ns)."""
+        """The file that changes with each upgrade or removal of the package: its path, size and mtime (ns)."""
         size, changed = file_identity(os.fspath(self.info)) or (0, 0)
         return os.fspath(self.info), size, changed
 

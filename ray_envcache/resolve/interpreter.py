@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ class Interpreter(NamedTuple):
     markers: dict[str, str]
 
     def identity(self) -> dict[str, Any]:
-        """What of it goes into a key."""
+        """The part of it that goes into a key."""
         data = self._asdict()
         # Hundreds of tags, all derived from the platform: their digest says the same.
         data["tags"] = hashlib.sha256("\n".join(self.tags).encode()).hexdigest()
@@ -49,8 +50,8 @@ def base_executable(python: str | None) -> str:
 
     Raises InterpreterError where `python` asks for another version than the running one's, or is no executable.
     """
-    if python is not None and os.path.isabs(python):  # the warm path
-        if not (os.path.isfile(python) and os.access(python, os.X_OK)):  # the warm path
+    if python is not None and os.path.isabs(python):
+        if not (os.path.isfile(python) and os.access(python, os.X_OK)):
             raise InterpreterError(f"No executable at `{python}`", "name an interpreter of the cluster's version")
         return os.path.realpath(python)
     running = ".".join(map(str, sys.version_info[:3]))
@@ -60,6 +61,12 @@ def base_executable(python: str | None) -> str:
             "start the cluster with that Python: Ray's workers must have the same version as the cluster",
         )
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+
+
+def packages_folder() -> str:
+    """The site-packages that has the cluster's ray, found without importing it; "" where there is none."""
+    found = find_spec("ray")
+    return os.path.dirname(os.path.dirname(found.origin)) if found and found.origin else ""
 
 
 def base_of(executable: str) -> str:
@@ -77,7 +84,7 @@ def fingerprint(executable: str) -> list[Any]:
     Raises InterpreterError where it is gone, or cannot be looked at.
     """
     try:
-        found = os.stat(executable)  # the warm path: no Path objects
+        found = os.stat(executable)
     except OSError as error:
         raise InterpreterError(
             f"The Python at `{executable}` cannot be used any more: {error.strerror}",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,27 +17,16 @@ from packaging.utils import canonicalize_name
 
 from ray_envcache.errors import InterpreterError, LockfileError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve import export
+from ray_envcache.resolve import export, settings
 from ray_envcache.resolve.interpreter import Interpreter
 from ray_envcache.resolve.project import Kind, Project
-from ray_envcache.resolve.requirements import path_of
+from ray_envcache.resolve.urls import path_of
 from ray_envcache.system import secrets
 
 if TYPE_CHECKING:
     from packaging.markers import Environment
-    from packaging.pylock import Pylock
 
-_BUILD_SETTINGS = (
-    "build-constraint-dependencies",
-    "config-settings",
-    "config-settings-package",
-    "extra-build-dependencies",
-    "extra-build-variables",
-    "no-binary",
-    "no-binary-package",
-    "no-build-isolation",
-    "no-build-isolation-package",
-)
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,6 +74,10 @@ class ResolvedSet:
     local: tuple[LocalPackage, ...] = ()
     build_settings: str = ""
 
+    def with_packages(self, more: tuple[ResolvedPackage, ...]) -> ResolvedSet:
+        """This set and `more` packages."""
+        return replace(self, packages=tuple(sorted([*self.packages, *more], key=lambda package: package.name)))
+
     def version_of(self, name: str) -> str | None:
         """The version of the package with this normalized name, or None."""
         return next((package.version for package in self.packages if package.name == name), None)
@@ -119,17 +114,19 @@ def resolve(spec: EnvSpec, project: Project, interpreter: Interpreter) -> Resolv
     _require_python(lock, project, interpreter)
     if project.kind is Kind.PYLOCK:
         _require_options(lock, spec, project)
-    selected = _select(lock, spec, interpreter)
+    selected = select(lock, interpreter, spec.extras, {*(lock.default_groups or ()), *spec.groups})
     known = "".join(path.read_text("utf-8") for path in project.lock_files())
     packages = [
-        _resolved(package, artifact, project, known) for package, artifact in selected if not _is_local(artifact)
+        resolved_package(package, artifact, project.folder, known)
+        for package, artifact in selected
+        if not _is_local(artifact)
     ]
     if spec.no_build:
         _require_wheels(packages)
     return ResolvedSet(
         packages=tuple(sorted(packages, key=lambda package: package.name)),
         local=tuple(_local(package, artifact, project.folder) for package, artifact in selected if _is_local(artifact)),
-        build_settings=_build_settings(project),
+        build_settings=_build_settings(project.folder),
     )
 
 
@@ -187,13 +184,14 @@ def _require_options(lock: Pylock, spec: EnvSpec, project: Project) -> None:
                 raise LockfileError(f"`{project.file}` has no {option} `{name}`", hint)
 
 
-def _select(lock: Pylock, spec: EnvSpec, interpreter: Interpreter) -> list[tuple[Any, Any]]:
-    """The packages for this interpreter and the artifact of each, as packaging has them."""
+def select(
+    lock: Pylock, interpreter: Interpreter, extras: Collection[str] = (), groups: Collection[str] = ()
+) -> list[tuple[Any, Any]]:
+    """The packages for this interpreter and the artifact of each, as packaging has them. Raises LockfileError."""
     tags = [tag for text in interpreter.tags for tag in parse_tag(text)]
-    groups = {*(lock.default_groups or ()), *spec.groups}
     environment = cast("Environment", interpreter.markers)
     try:
-        return list(lock.select(environment=environment, tags=tags, extras=spec.extras, dependency_groups=groups))
+        return list(lock.select(environment=environment, tags=tags, extras=extras, dependency_groups=groups))
     except PylockSelectError as error:
         raise LockfileError(
             f"The lockfile has no set of packages for this interpreter: {error}",
@@ -201,9 +199,10 @@ def _select(lock: Pylock, spec: EnvSpec, interpreter: Interpreter) -> list[tuple
         ) from error
 
 
-def _resolved(package: Any, artifact: Any, project: Project, known: str) -> ResolvedPackage:
+def resolved_package(package: Any, artifact: Any, folder: Path, known: str) -> ResolvedPackage:
+    """A selected package with its artifact. Relative paths start from `folder`; `known` is the text of the lockfile."""
     kind = type(artifact).__name__.removeprefix("Package").lower()
-    table = _artifact_table(artifact, project.folder)
+    table = _artifact_table(artifact, folder)
     index = secrets.strip_credentials(package.index or "")
     about = {"name": package.name, "version": str(package.version or ""), "index": index}
     hashes = table.get("hashes", {})
@@ -247,10 +246,13 @@ def _artifact_table(artifact: Any, folder: Path) -> dict[str, Any]:
     return table
 
 
-def _build_settings(project: Project) -> str:
+def _build_settings(folder: Path) -> str:
     """The settings that decide what a build from source gives, as canonical JSON."""
-    uv = project.settings()
-    return json.dumps({name: uv[name] for name in _BUILD_SETTINGS if name in uv}, sort_keys=True, default=str)
+    found = settings.of_project(folder)
+    for name in settings.unknown(found):
+        _logger.warning("`%s` in the settings of `%s` has no effect: it is of a later uv than we know", name, folder)
+    chosen = {name: value for name, value in found.items() if name in settings.BUILD}
+    return json.dumps(chosen, sort_keys=True, default=str)
 
 
 def _sha256(path: Path) -> str:

@@ -4,34 +4,56 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from enum import Enum
+from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
 
 import uv
 
-from ray_envcache.errors import BuildError, DiskFullError, EnvCacheError
+from ray_envcache.errors import BuildError, DiskFullError, EnvCacheError, PassingError
+from ray_envcache.resolve import git, settings
 from ray_envcache.system import children, disk, secrets
-from ray_envcache.system.children import clean_environ
 
+# How indexes are reached. A job may say so too, in the `env_vars` of its runtime_env.
 _REACH = re.compile(
-    r"UV_(INDEX|DEFAULT_INDEX|EXTRA_INDEX_URL|FIND_LINKS|KEYRING_PROVIDER|INSECURE_HOST|NATIVE_TLS|SYSTEM_CERTS"
-    r"|INDEX_.*|HTTP_.*|CONCURRENT_.*)|NETRC|SSL_CERT_(FILE|DIR)|(HTTPS?|ALL|NO)_PROXY|GIT_.*"
+    r"UV_(DEFAULT_INDEX|EXTRA_INDEX_URL|FIND_LINKS|INDEX|INDEX_.+|INSECURE_HOST|KEYRING_PROVIDER|NATIVE_TLS"
+    r"|SYSTEM_CERTS|CONCURRENT_.+|HTTP_.+|REQUEST_TIMEOUT|REQUIRE_METADATA_RANGE_REQUESTS"
+    r"|API_KEY|AUTH_TOKEN|CREDENTIALS_DIR|(AZURE|GCS|S3)_ENDPOINT_URL|GITHUB_FAST_PATH_URL|GITHUB_TOKEN"
+    r"|NO_GITHUB_FAST_PATH|NO_HF_TOKEN)|NETRC|SSL_CERT_(FILE|DIR)|(HTTPS?|ALL|NO)_PROXY"
 )
+# Where uv keeps things on this node, and what it refuses to install at all.
+_NODE = re.compile(
+    r"UV_(CACHE_DIR|LINK_MODE|LOCK_TIMEOUT|OFFLINE|PYTHON_CACHE_DIR|PYTHON_INSTALL_DIR|PYTHON_SEARCH_PATH"
+    r"|MALWARE_CHECK|MALWARE_CHECK_URL|STACK_SIZE)"
+)
+_RESOLVE = re.compile(r"UV_(EXCLUDE_NEWER|FORK_STRATEGY|PRERELEASE|RESOLUTION)")
+CREDENTIALS_HINT = (
+    "give this node the index's credentials as uv takes them: UV_INDEX_<NAME>_USERNAME and _PASSWORD, netrc or keyring"
+)
+REACH_HINT = "see that this node reaches the index; proxies and mirrors are set as for uv"
 _GIVEN: ContextVar[Mapping[str, str]] = ContextVar("given", default=MappingProxyType({}))
 _FULL_PLACE = re.compile(r"`(/[^`\n]*)`: (?:No space left on device|Disk quota exceeded)")
-# Settings of a surrounding `uv run` or of the user's shell that would change what we ask for.
-_FOREIGN = frozenset(
-    {
-        "UV_ACTIVE", "UV_COMPILE_BYTECODE", "UV_DEV", "UV_FROZEN", "UV_ISOLATED", "UV_LOCKED", "UV_MANAGED_PYTHON",
-        "UV_NO_CACHE", "UV_NO_DEV", "UV_NO_EDITABLE", "UV_NO_MANAGED_PYTHON", "UV_NO_SYNC", "UV_OUTPUT_FORMAT",
-        "UV_PROJECT", "UV_PROJECT_ENVIRONMENT", "UV_PYTHON", "UV_PYTHON_PREFERENCE", "UV_QUIET", "UV_SYSTEM_PYTHON",
-        "UV_VENV_CLEAR", "UV_VENV_RELOCATABLE", "UV_VENV_SEED", "UV_VERBOSE", "UV_WORKING_DIR",
-    }
-)  # fmt: skip
+
+
+class Scope(Enum):
+    """Whose settings count in a call of uv, beside those of the project."""
+
+    PROJECT = "none"
+    REACH = "of user and system, how indexes are reached"
+    USER = "of user and system, all that decide what is resolved"
+
+
+_FROM_NODE = {
+    Scope.PROJECT: frozenset[str](),
+    Scope.REACH: settings.REACH,
+    Scope.USER: settings.REACH | settings.RESOLVE | settings.BUILD,
+}
 
 
 def run(
@@ -41,9 +63,10 @@ def run(
     cache: Path | None = None,
     on_line: children.OnLine | None = None,
     pass_fds: Sequence[int] = (),
+    scope: Scope = Scope.REACH,
 ) -> children.Completed:
     """Run uv to its end, as `running` does. `on_line` as for `Finish`."""
-    with running(arguments, cwd=cwd, cache=cache, pass_fds=pass_fds) as finish:
+    with running(arguments, cwd=cwd, cache=cache, pass_fds=pass_fds, scope=scope) as finish:
         return finish(on_line)
 
 
@@ -54,18 +77,37 @@ def running(
     cwd: Path,
     cache: Path | None = None,
     pass_fds: Sequence[int] = (),
+    scope: Scope = Scope.REACH,
 ) -> Iterator[children.Finish]:
-    """Run uv in `cwd` (whose settings it reads) with its cache at `cache`; credentials never leave what it gives."""
-    environ = _environ()
+    """Run uv in `cwd` with the settings of the files there, and its cache at `cache`.
+
+    What else counts, of files and of variables, says `scope`. Credentials never leave what the context gives. Raises
+    LockfileError where a file with settings is broken.
+    """
+    environ = _environ(scope)
     if cache is not None:
         environ["UV_CACHE_DIR"] = os.fspath(cache)
-    with children.running([find(), *arguments], environ=environ, cwd=cwd, pass_fds=pass_fds) as finish:
+    with file_of(settings.for_uv(cwd, _FROM_NODE[scope])) as file:
+        config, fds = f"{settings.PLACE}/{file}", [*pass_fds, file]
+        command = [find(), *arguments, f"--config-file={config}"]
+        with children.running(command, environ=environ, cwd=cwd, pass_fds=fds) as finish:
 
-        def without_secrets(on_line: children.OnLine | None = None) -> children.Completed:
-            done = finish(None if on_line is None else lambda line: on_line(without_credentials(line)))
-            return children.Completed(done.returncode, done.stdout, without_credentials(done.stderr))
+            def without_secrets(on_line: children.OnLine | None = None) -> children.Completed:
+                done = finish(None if on_line is None else lambda line: on_line(without_credentials(line)))
+                stderr = without_credentials(done.stderr).replace(config, "uv.toml or [tool.uv]")
+                return children.Completed(done.returncode, done.stdout, stderr)
 
-        yield without_secrets
+            yield without_secrets
+
+
+@contextmanager
+def file_of(text: str) -> Iterator[int]:
+    """A file with this text, by its descriptor: it needs no room on a disk, and a SIGKILL leaves nothing."""
+    memory = sys.platform == "linux"
+    with os.fdopen(os.memfd_create("uv.toml"), "w+b") if memory else tempfile.TemporaryFile() as file:
+        file.write(text.encode())
+        file.seek(0)
+        yield file.fileno()
 
 
 def find() -> str:
@@ -78,11 +120,9 @@ def find() -> str:
 
 def version() -> str:
     """The version of the uv package beside us, "" where uv is only on PATH."""
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
-        return version("uv")
-    except PackageNotFoundError:
+        return metadata.version("uv")
+    except metadata.PackageNotFoundError:
         return ""
 
 
@@ -97,7 +137,7 @@ def cache_directory(near: Path) -> Path | None:
 
 
 def said(stderr: str) -> str:
-    """What uv gave as its reason: from the first line that says `error`, without its own hints."""
+    """The reason that uv gives: from the first line that says `error`, without its own hints."""
     lines = stderr.strip().splitlines()
     start = next(
         (number for number, line in enumerate(lines) if line.lstrip(" \N{MULTIPLICATION SIGN}x").startswith("error")), 0
@@ -118,7 +158,7 @@ def variables(env_vars: Mapping[str, str]) -> Iterator[None]:
 
 def relevant(env_vars: Mapping[str, str]) -> dict[str, str]:
     """Those of the variables that tell uv how to reach indexes; nothing that changes what is built, or where."""
-    return {name: value for name, value in env_vars.items() if _REACH.fullmatch(name.upper())}
+    return {name: value for name, value in env_vars.items() if _REACH.fullmatch(name.upper()) or git.reaches(name)}
 
 
 def without_credentials(text: str) -> str:
@@ -158,37 +198,51 @@ def full_place(stderr: str) -> Path | None:
 
 
 def require_not_killed(done: children.Completed, who: str = "uv") -> None:
-    """Raise BuildError where a signal ended the child: then what it said so far is not the reason."""
+    """Raise PassingError where a signal ended the child: then what it said so far is not the reason."""
     if done.killed:
-        raise BuildError(
+        raise PassingError(
             f"{who} was {done.killed} before it was done",
-            "try again; if nobody killed it, the kernel did because this node has too little memory (dmesg says so)",
+            "try again; the kernel kills it where this node has too little memory (dmesg says so)",
         )
 
 
 def expect_success(done: children.Completed, kind: type[EnvCacheError], what: str, hint: str) -> None:
-    """Turn a failure of uv into an error of ours that quotes its reason."""
+    """Raise an error where uv failed: of `kind`, or one that says what this node lacks. It quotes uv's reason."""
     require_not_killed(done)
     if done.returncode == 0:
         return
+    reason = said(done.stderr) or f"uv ended with status {done.returncode}"
     if is_disk_full(done.stderr):
         # That says nothing about what was asked: uv keeps notes in its cache even where it only reads.
         place = full_place(done.stderr) or Path(tempfile.gettempdir())
         raise DiskFullError(
-            f"No space left for uv to work: {said(done.stderr)}; {disk.room_left(place)}",
+            f"No space left for uv to work: {reason}; {disk.room_left(place)}",
             "make room there, or move what uv writes there: UV_CACHE_DIR, TMPDIR",
         )
-    raise kind(f"{what}: {said(done.stderr) or f'uv ended with status {done.returncode}'}", hint)
+    if is_unauthorized(done.stderr):
+        raise kind(f"{what}: {reason}", CREDENTIALS_HINT)
+    if is_unreachable(done.stderr):
+        raise PassingError(f"{what}: {reason}", REACH_HINT)
+    raise kind(f"{what}: {reason}", hint)
 
 
-def _environ() -> dict[str, str]:
-    environ = {name: value for name, value in clean_environ().items() if name not in _FOREIGN}
+def _environ(scope: Scope) -> dict[str, str]:
+    environ = {name: value for name, value in git.environ().items() if _passes(name, scope)}
     # Links into uv's cache would break every environment when that cache is cleaned.
     if environ.get("UV_LINK_MODE") == "symlink":
         del environ["UV_LINK_MODE"]
-    environ.update(_GIVEN.get())
+    if scope is not Scope.PROJECT:
+        environ.update(_GIVEN.get())
     environ.update(UV_PYTHON_DOWNLOADS="never", UV_NO_PROGRESS="1", NO_COLOR="1")
     # An index that does not answer is an error within seconds, not within 10 s a try.
     environ.setdefault("UV_HTTP_RETRIES", "1")
     environ.setdefault("UV_HTTP_CONNECT_TIMEOUT", "3")
     return environ
+
+
+def _passes(name: str, scope: Scope) -> bool:
+    """Whether a variable reaches our calls: of those of uv none that decides what is installed."""
+    if not name.startswith("UV_") or _NODE.fullmatch(name):
+        return True
+    reaches, resolves = _REACH.fullmatch(name) is not None, _RESOLVE.fullmatch(name) is not None
+    return (reaches and scope is not Scope.PROJECT) or (resolves and scope is Scope.USER)

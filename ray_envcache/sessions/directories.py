@@ -1,7 +1,7 @@
-"""The session directories of Ray: where they are, what is in them, and the link to the latest.
+"""Ray's temp directories, and what lies in their session directories.
 
-Ray makes `<temp dir>/session_<local time>_<pid>` for every cluster, open to everybody (mode 0777, as its parent), and
-removes none. So nothing here trusts a name, and nothing follows a link.
+Ray makes `<temp dir>/session_<local time>_<pid>` for every cluster and removes none. All users may write there (mode
+0777, as its parent). So no name is trusted here, and no link is followed.
 """
 
 from __future__ import annotations
@@ -10,50 +10,48 @@ import os
 import re
 import stat
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from ray_envcache.errors import TempDirError
-from ray_envcache.system import disk, files
+from ray_envcache.system import disk, files, flock
 
-LATEST = "session_latest"
+LATEST, LOGS = "session_latest", "logs"
 RUN_PREFIX = "ray-run-"
 """Begins the name of a directory that `ray-envcache run` makes for the clusters of one run."""
 NAME = r"session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}_\d{1,10}"
-_NAME = re.compile(r"session_(?P<time>[-\d]{10}_[-\d]{8})_\d{6}_(?P<pid>\d{1,10})")
+_PARTS = re.compile(r"session_(?P<time>[-\d]{10}_[-\d]{8})_\d{6}_(?P<pid>\d{1,10})")
 _GOING = re.compile(rf"\.(?P<name>{NAME})\.going-[0-9a-f]{{8}}")
-_LINK_TO_BE = re.compile(rf"\.{LATEST}\.[0-9a-f]{{8}}")
 _DAY = 86_400
-_LINK_SECONDS = 60
+
+State = Literal["alive", "dead", "in doubt"]
 
 
 @dataclass(frozen=True)
-class SessionDir:
-    """A session directory, or what looks like one. `started` and `pid` are what its name says, 0 where it says nothing.
+class Session:
+    """A session directory, or what is called like one. Sizes in bytes; times in Unix seconds, 0 where unknown.
 
-    `going`: a collector has renamed it, and died before it was deleted.
+    `started` and `pid` are what its name says. `changed` is when a name was last made in the directory itself,
+    `last_written` when anything was written below it. `venvs` is the number of virtual environments that Ray left in
+    it. `exact` is False where `reclaimable_bytes` is a lower bound. `going`: a collector renamed it, and died.
     """
 
     name: str
-    path: Path
-    started: float = 0.0
-    pid: int = 0
-    going: bool = False
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What is in a session directory: owner, bytes, virtual environments, when something was last written.
-
-    `changed` is when a name was last made in the directory itself. `complaint` says why it cannot be judged, else "".
-    """
-
-    complaint: str
-    owner: int
-    use: disk.DiskUse
+    path: str
+    state: State
+    why: str
+    user: int
+    started: float
+    pid: int
+    going: bool
+    size_bytes: int = 0
+    reclaimable_bytes: int = 0
+    exact: bool = True
     logs_bytes: int = 0
     venvs: int = 0
     last_written: float = 0.0
@@ -61,188 +59,194 @@ class Contents:
 
 
 def temp_dirs(chosen: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> list[Path]:
-    """The directories to look in, resolved: Ray's own default, or `chosen`, which may be Ray's or the one above it.
+    """Return the temp directories to search, resolved: Ray's default, or `chosen` and the `ray` in it.
 
-    And those of runs that are our own. Raises TempDirError where `chosen` is no directory, or where one cannot be
-    looked into; but for those of runs, whose names anybody may take where everybody may write.
+    Those of our own runs there follow. Raises TempDirError where `chosen` is no directory, or where a directory may not
+    be read; directories called like runs are skipped then, since any user may make them in /tmp.
     """
     top = _top(chosen, environ)
-    # In what cannot be searched there may be a directory of Ray's.
+    # A directory that cannot be searched may have one of Ray's in it.
     unclear = os.path.isdir(top) and not os.access(top, os.X_OK)
     meant = [*([top] if chosen is not None or unclear else []), *_resolved([top / "ray"])]
     for temp in meant:
-        if not _may_look(temp):
+        if not _is_readable(temp):
             raise TempDirError(f"You may not look into the temp directory `{temp}`", "choose another one with --tmpdir")
-    return [*meant, *filter(_may_look, _resolved(run / "ray" for run in _runs_in(top)))]
+    return [*meant, *filter(_is_readable, _resolved(run / "ray" for run in _runs_in(top)))]
 
 
 def run_dirs(chosen: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> list[Path]:
-    """Those called like directories of runs where `temp_dirs` looks, our own, also without anything of Ray in them."""
+    """Return our own `ray-run-*` directories where `temp_dirs` searches, even if Ray never started in them."""
     top = _top(chosen, environ)
     chosen_run = top.parent if top.name == "ray" else top
-    is_run = chosen_run.name.startswith(RUN_PREFIX) and _is_own(chosen_run)
+    is_run = chosen_run.name.startswith(RUN_PREFIX) and is_own(chosen_run)
     return [*([chosen_run] if is_run else []), *_runs_in(top)]
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """Return the path from the root on. Raises TempDirError for a relative one in a working directory that is gone."""
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError as error:
+        raise TempDirError(
+            f"Cannot find the temp directory `{os.fspath(path)}`: the working directory is gone",
+            "name it by an absolute path, or change to a directory that exists",
+        ) from error
 
 
 def _top(chosen: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> Path:
     if chosen is not None:
         if not os.path.isdir(chosen):
             raise TempDirError(f"No directory: `{os.fspath(chosen)}`", "name the temp directory of Ray clusters")
-        return Path(chosen).resolve()
+        return Path(absolute(chosen)).resolve()
     # As in ray._common.utils.get_default_system_temp_dir.
     default = environ.get("TMPDIR") if sys.platform.startswith("linux") else None
-    return Path(environ.get("RAY_TMPDIR") or default or "/tmp").resolve()  # noqa: S108  # where Ray puts them
+    return Path(absolute(environ.get("RAY_TMPDIR") or default or "/tmp")).resolve()  # noqa: S108  # where Ray puts them
 
 
-def _may_look(temp: Path) -> bool:
+def _is_readable(temp: Path) -> bool:
     return os.access(temp, os.R_OK | os.X_OK)
 
 
 def _resolved(temps: Iterable[Path]) -> list[Path]:
-    """Those that are directories; also where an administrator, or the user, put a link to another."""
-    mine = {0, os.geteuid()}
-    # Not as a Path tells it: that raises where we may not look.
+    """Resolve those that are directories. Links count only if the administrator or the user made them."""
+    trusted = {0, os.geteuid()}
+    # By os.path: the methods of a Path raise where we may not look.
     return [
         temp.resolve()
         for temp in temps
-        if os.path.isdir(temp) and (not os.path.islink(temp) or temp.lstat().st_uid in mine)
+        if os.path.isdir(temp) and (not os.path.islink(temp) or temp.lstat().st_uid in trusted)
     ]
 
 
 def _runs_in(top: Path) -> list[Path]:
-    return sorted(run for run in top.glob(f"{RUN_PREFIX}*") if _is_own(run))
+    return sorted(run for run in top.glob(f"{RUN_PREFIX}*") if is_own(run))
 
 
-def _is_own(path: Path) -> bool:
-    """Whether it is a directory, not a link, and ours."""
+def is_own(path: Path, *, private: bool = False) -> bool:
+    """Whether this is a directory of ours, not a link; with `private` also one that is closed to other users."""
     try:
         found = path.lstat()
     except OSError:
-        return False  # its run has ended
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+        return False  # it has been removed
+    # The bits above 0777 may come from the directory above: new directories inherit its set-group-id bit.
+    is_open = private and stat.S_IMODE(found.st_mode) & 0o777 != stat.S_IRWXU
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not is_open
 
 
-def find_sessions(temp: Path) -> Iterator[SessionDir]:
-    """Whatever is called a session in a temp directory, in the order of the names."""
-    for name in sorted(_names(temp)):
-        path = temp / name
-        if going := _GOING.fullmatch(name):
-            yield _session(going["name"], path, going=True)
-        elif name.startswith("session_") and not (name == LATEST and path.is_symlink()):
-            yield _session(name, path)
+def try_flock(path: Path) -> int | None:
+    """Take the exclusive flock on a directory; None while another process has one. Raises OSError."""
+    return flock.try_flock(path, exclusive=True, flags=os.O_RDONLY | os.O_DIRECTORY)
+
+
+def make_private(prefix: str, top: str | Path) -> tuple[Path, int | None]:
+    """Make a directory with a random name, mode 0700, and take the flock on it, which keeps sweeps away.
+
+    Return its path and the descriptor: None on a file system that has no flocks. Raises OSError.
+    """
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=top))
+        try:
+            descriptor = try_flock(folder)
+        except FileNotFoundError:
+            continue  # a sweep removed it before the flock was ours
+        except OSError:
+            return folder, None
+        if descriptor is not None:
+            if flock.still_names(folder, descriptor):
+                return folder, descriptor
+            os.close(descriptor)
+
+
+def session_paths(temp: Path) -> list[Path]:
+    """Return all that is called a session in a temp directory, also what a killed collector renamed."""
+    paths = [temp / name for name in sorted(names_in(temp)) if name.startswith("session_") or _GOING.fullmatch(name)]
+    return [path for path in paths if not (path.name == LATEST and path.is_symlink())]
 
 
 def going_name(name: str) -> str:
-    """A new unique name for a session directory that is about to be deleted."""
+    """Return a new unique name for a session directory that is about to be deleted."""
     return f".{name}.going-{files.unique(4)}"
 
 
-def examine(session: SessionDir) -> Contents:
-    """Look at all that is in a session directory. Raises FileNotFoundError where it is gone."""
-    found = session.path.lstat()
+def measure_session(path: Path) -> Session:
+    """Measure a session directory. The result is "in doubt" where something forbids to remove it, else still "dead".
+
+    Whether it is alive, processes must tell. Raises FileNotFoundError where it is gone.
+    """
+    going = _GOING.fullmatch(path.name)
+    name = going["name"] if going else path.name
+    started, pid = _parse_name(name)
+    found = path.lstat()
+    named = Session(name, os.fspath(path), "in doubt", "", found.st_uid, started, pid, going is not None)
     if not stat.S_ISDIR(found.st_mode):
-        what = "a symlink" if stat.S_ISLNK(found.st_mode) else "not a directory"
-        return Contents(f"it is {what}", found.st_uid, disk.DiskUse(0, 0, 0, exact=True))
-    venvs, newest, complaint = _look_through(session.path, found)
-    return Contents(
-        _complaint(session, found) or complaint,
-        found.st_uid,
-        disk.measure(session.path),
-        disk.measure(session.path / "logs").size,
-        venvs,
-        newest,
-        found.st_mtime,
+        return replace(named, why="it is a symlink" if stat.S_ISLNK(found.st_mode) else "it is not a directory")
+    venvs, newest, complaint = _look_through(path, found)
+    doubt = _complaint(named, path) or complaint
+    use = disk.measure(path)
+    return replace(
+        named,
+        state="in doubt" if doubt else "dead",
+        why=doubt,
+        size_bytes=use.size,
+        reclaimable_bytes=use.reclaimable,
+        exact=use.exact,
+        logs_bytes=disk.measure(path / LOGS).size,
+        venvs=venvs,
+        last_written=newest,
+        changed=found.st_mtime,
     )
 
 
-def mend_latest(temp: Path) -> None:
-    """Point a dangling `session_latest` to the newest session that is left, or remove it.
-
-    Ray itself never mends one: it replaces a link only if that leads somewhere. Not being able to is no error.
-    """
-    with suppress(OSError):
-        _sweep_links(temp)
+def remove_dangling_latest(temp: Path) -> None:
+    """Remove `session_latest` where it leads nowhere: Ray replaces only a link that leads somewhere."""
+    with suppress(OSError):  # another user's directory
         latest = temp / LATEST
-        if not latest.is_symlink() or latest.exists():
-            return
-        newest = _newest(temp)
-        _point(latest, newest)
-        # A cluster that starts at this moment makes its directory first, and its link then. If ours came in between,
-        # its directory is there by now.
-        while (now := _newest(temp)) != newest:
-            newest = now
-            _point(latest, newest)
+        if latest.is_symlink() and not latest.exists():
+            latest.unlink()
 
 
-def _newest(temp: Path) -> str | None:
-    names = (name for name in _names(temp) if _NAME.fullmatch(name))
-    return max((name for name in names if _is_directory(temp / name)), default=None)
+def _parse_name(name: str) -> tuple[float, int]:
+    """Return when a session began, and the pid of its launcher; zeros for a name that Ray does not give."""
+    if parts := _PARTS.fullmatch(name):
+        with suppress(ValueError, OverflowError):
+            return time.mktime(time.strptime(parts["time"], "%Y-%m-%d_%H-%M-%S")), int(parts["pid"])
+    return 0.0, 0
 
 
-def _sweep_links(temp: Path) -> None:
-    """Remove links of those who were killed between making and renaming one."""
-    for name in _names(temp):
-        if _LINK_TO_BE.fullmatch(name):
-            with suppress(OSError):
-                path = temp / name
-                if path.is_symlink() and time.time() - path.lstat().st_mtime > _LINK_SECONDS:
-                    path.unlink()
-
-
-def _point(latest: Path, name: str | None) -> None:
-    if name is None:
-        latest.unlink(missing_ok=True)
-        return
-    # Relative: absolute links of Ray's are void as soon as the temp directory gets another name.
-    new = latest.with_name(f".{LATEST}.{files.unique(4)}")
-    try:
-        new.symlink_to(name)
-        new.replace(latest)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
+def _complaint(session: Session, path: Path) -> str:
+    """Return why a directory cannot be taken for a session of ours, "" where it can."""
+    if not session.started:
+        return "it does not have a name that Ray gives"
+    if session.started > time.time() + _DAY:
+        return "its name has a date to come"
+    if session.user != os.geteuid():
+        return f"it belongs to user {session.user}"
+    folders = [name for name in (LOGS, "sockets") if _is_directory(path / name)]
+    if folders != [LOGS, "sockets"] and not session.going:
+        return "only its logs are left" if folders else "it does not have the folders of a session"
+    kind = disk.free_space(path).kind
+    if disk.is_network(kind):
+        return f"it is on a network file system ({kind}): its cluster may be on another host"
+    return _mounted(path)
 
 
 def _is_directory(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-def _session(name: str, path: Path, *, going: bool = False) -> SessionDir:
-    if parts := _NAME.fullmatch(name):
-        with suppress(ValueError, OverflowError):
-            started = time.mktime(time.strptime(parts["time"], "%Y-%m-%d_%H-%M-%S"))
-            return SessionDir(name, path, started, int(parts["pid"]), going)
-    return SessionDir(name, path)
-
-
-def _complaint(session: SessionDir, found: os.stat_result) -> str:
-    if not session.started:
-        return "it does not have a name that Ray gives"
-    if session.started > time.time() + _DAY:
-        return "its name has a date to come"
-    if found.st_uid != os.geteuid():
-        return f"it belongs to user {found.st_uid}"
-    if not session.going and not all(_is_directory(session.path / name) for name in ("logs", "sockets")):
-        return "it does not have the folders of a session"
-    kind = disk.free_space(session.path).kind
-    if disk.is_network(kind):
-        return f"it is on a network file system ({kind}): its cluster may be on another host"
-    return _mounted(session.path)
-
-
 def _mounted(path: Path) -> str:
-    """Why something that is mounted below keeps a session. Also bind mounts, which have no device of their own."""
+    """Return why a mount below keeps a session, "" without one. Bind mounts are seen too: they have no own device."""
     with suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
             # proc(5): blanks and backslashes are escaped as octal numbers.
             point = re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), line.split()[4])
-            if point.startswith(os.fsencode(path) + b"/"):
+            if point.startswith(os.fsencode(path.resolve()) + b"/"):
                 return f"a file system is mounted in it: {os.fsdecode(point)}"
     return ""
 
 
 def _look_through(top: Path, top_found: os.stat_result) -> tuple[int, float, str]:
-    """The number of virtual environments, when something was last written, and why it cannot be judged."""
+    """Return the number of virtual environments, when something was last written, and what forbids to remove it."""
     venvs, newest, complaint = 0, top_found.st_mtime, ""
     try:
         for item, found in _walk(top):
@@ -269,8 +273,9 @@ def _walk(top: Path) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
                         pending.append(item.path)
 
 
-def _names(temp: Path) -> list[str]:
+def names_in(directory: Path) -> list[str]:
+    """Return the names in a directory, none where there is no directory. Raises OSError where it cannot be read."""
     try:
-        return os.listdir(temp)  # names only
+        return os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
         return []

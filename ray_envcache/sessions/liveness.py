@@ -1,8 +1,8 @@
-"""Session directories: which clusters are alive, which are certainly dead.
+"""Which clusters are alive, and which are certainly dead.
 
-Ray locks no session and removes none; the pid in the name is that of a launcher which may be gone, and socket files
-outlive their cluster. So a session is dead only if no process names it, nobody holds a flock of ours on it and nobody
-listens on its sockets; and only if that could be seen at all. In doubt it stays.
+Ray locks no session and removes none. The pid in the name may be that of a launcher which has ended, and socket files
+outlive their cluster. So a session is dead only if no process names it, none has a flock on it and none listens on its
+sockets; and only if that could be seen at all. In doubt it stays.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import stat
 import time
 from collections.abc import Iterable
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from ray_envcache.sessions import directories
-from ray_envcache.sessions.directories import Contents, SessionDir
-from ray_envcache.system import disk, flock
-from ray_envcache.system.mentions import Mentions, find_mentions, sees_all_processes
+from ray_envcache.sessions.directories import Session
+from ray_envcache.system import disk
+from ray_envcache.system.processes import Mentions, find_mentions, sees_all_processes
 
 STARTING_SECONDS = 60.0
 """How long a cluster may take from making its directory to its first process that names it."""
@@ -32,109 +31,72 @@ QUIET_SECONDS = 900.0
 _QUARTER = 900.0
 _CLOCK_SECONDS = 5.0
 
-State = Literal["alive", "dead", "in doubt"]
 NAMED = re.compile(directories.NAME.encode())
 """The names of sessions, as processes have them."""
-# What a process of Ray that refuses to be looked at may be called.
+# What a process of Ray may be called.
 _LIKE_RAY = re.compile(r"python|pypy|java|ray", re.IGNORECASE)
-_NOBODY_LISTENS = frozenset({errno.ECONNREFUSED, errno.ENOENT, errno.ENOTDIR})
+_DEAF = frozenset({errno.ECONNREFUSED, errno.ENOENT, errno.ENOTDIR})
 
 
-@dataclass(frozen=True)
-class Session:
-    """One session directory as people see it: sizes in bytes, times in Unix seconds, 0 where unknown.
+def judge_sessions(temps: Iterable[Path], *, starting: float = STARTING_SECONDS) -> list[Session]:
+    """Return all sessions in these temp directories, judged, the oldest first. Raises OSError where one is unreadable.
 
-    `venvs` is the number of virtual environments that Ray left in it. `exact` is False where `reclaimable_bytes` is a
-    lower bound.
+    A session that began less than `starting` seconds ago is in doubt.
     """
-
-    name: str
-    path: str
-    state: State
-    why: str
-    size_bytes: int
-    reclaimable_bytes: int
-    exact: bool
-    logs_bytes: int
-    venvs: int
-    started: float
-    last_written: float
-    user: int
-
-
-def survey(temps: Iterable[Path], *, starting: float = STARTING_SECONDS) -> list[Session]:
-    """All sessions in these temp directories, the oldest first. Raises OSError where one cannot be listed."""
-    looked = []
-    for directory in [found for temp in temps for found in directories.find_sessions(temp)]:
+    measured = []
+    for path in [path for temp in temps for path in directories.session_paths(temp)]:
         with suppress(FileNotFoundError):
-            looked.append((directory, directories.examine(directory)))
-    # Asked after the long look at the files: what is known of processes must be fresh.
-    mentions = find_mentions(NAMED)
-    return [_session(directory, contents, mentions, starting) for directory, contents in looked]
+            measured.append(directories.measure_session(path))
+    # Asked last: what is known of processes must be fresh, and measuring takes a second per 50,000 files.
+    mentions = find_mentions(NAMED) if measured else Mentions()
+    return [_judge(session, mentions, starting) for session in measured]
 
 
-def hold(path: str | os.PathLike[str]) -> int:
-    """Keep a session directory for as long as the returned descriptor, or a copy of it in a child, is open.
-
-    A flock on the directory itself: it is seen from other containers too. Raises OSError.
-    """
-    while (held := flock.try_flock(Path(path), exclusive=False, flags=os.O_RDONLY | os.O_DIRECTORY)) is None:
-        time.sleep(0.01)  # a collector looks; if it takes the directory, the next try does not find it
-    return held
-
-
-def _session(directory: SessionDir, contents: Contents, mentions: Mentions, starting: float) -> Session:
-    state, why = _judge(directory, contents, mentions, starting)
-    use = contents.use
-    return Session(
-        directory.name, os.fspath(directory.path), state, why, use.size, use.reclaimable, use.exact,
-        contents.logs_bytes, contents.venvs, directory.started, contents.last_written, contents.owner,
-    )  # fmt: skip
-
-
-def _judge(directory: SessionDir, contents: Contents, mentions: Mentions, starting: float) -> tuple[State, str]:
+def _judge(session: Session, mentions: Mentions, starting: float) -> Session:
     try:
-        if life := _life(directory, contents, mentions):
-            return "alive", life
-        doubt = contents.complaint or _doubt(directory, contents, mentions, starting)
+        if life := _life(session, mentions):
+            return replace(session, state="alive", why=life)
+        doubt = session.why or _doubt(session, mentions, starting)
     except FileNotFoundError:
         doubt = "it vanished"
     except OSError as error:
         doubt = f"it cannot be looked at: {error.strerror}"
     if doubt:
-        return "in doubt", doubt
-    return "dead", "a collector died over it" if directory.going else "no process names it"
+        return replace(session, state="in doubt", why=doubt)
+    return replace(session, why="a collector died over it" if session.going else "no process names it")
 
 
-def _life(directory: SessionDir, contents: Contents, mentions: Mentions) -> str:
-    """What shows that a session is in use, "" where nothing does."""
-    # What does not come from Ray is not judged by a name that it only claims, nor is it touched.
-    if directory.started and directory.name in mentions.by_name:
-        return mentions.by_name[directory.name]
-    if contents.complaint:
-        return ""
-    if not _is_free(directory.path):
+def _life(session: Session, mentions: Mentions) -> str:
+    """Return what shows that a session is in use, "" where nothing does."""
+    # The name counts only where Ray gives such names.
+    if session.started and session.name in mentions.by_name:
+        return mentions.by_name[session.name]
+    if session.state == "in doubt":
+        return ""  # neither its flock nor its sockets are touched
+    descriptor = directories.try_flock(Path(session.path))
+    if descriptor is None:
         return "a process holds a flock on it"
-    listening = _listening(directory.path / "sockets")
-    return f"somebody listens on its socket {listening}" if listening else ""
+    os.close(descriptor)
+    listening = _find_listener(Path(session.path, "sockets"))
+    return f"a process listens on its socket {listening}" if listening else ""
 
 
-def _doubt(directory: SessionDir, contents: Contents, mentions: Mentions, starting: float) -> str:
-    """Why it is not certain that no process belongs to a session that none names."""
-    since_change, since_write = time.time() - contents.changed, time.time() - contents.last_written
+def _doubt(session: Session, mentions: Mentions, starting: float) -> str:
+    """Return why a process may belong to a session that none names, "" where none may."""
+    since_change, since_write = time.time() - session.changed, time.time() - session.last_written
     # Ray changes the directory when a cluster ends, too: what is new was changed soon after the time in its name. That
     # is local time, in whatever zone: all of them differ by quarters of an hour.
-    is_new = (contents.changed - directory.started) % _QUARTER < STARTING_SECONDS
-    if -_CLOCK_SECONDS < since_change < starting and is_new and not directory.going:
+    is_new = (session.changed - session.started) % _QUARTER < STARTING_SECONDS
+    if -_CLOCK_SECONDS < since_change < starting and is_new and not session.going:
         return "it was made a moment ago, its cluster may be starting"
     if since_write < -_CLOCK_SECONDS:
         return "it was written at a time to come"
     for process in mentions.unseen:
-        # Who takes part in a session as another user leaves files of that user in it, and those were looked for.
-        later = process.started >= directory.started - STARTING_SECONDS or process.pid == directory.pid
-        if process.user == contents.owner and later and _LIKE_RAY.search(process.command):
-            return f"process {process.pid} ({process.command.split(' ')[0]}) refuses to be looked at"
-    if since_write < QUIET_SECONDS and not (sees_all_processes() or _is_private(directory.path)):
+        # A worker of another user would leave files of that user in the session, which are in doubt already.
+        later = process.started >= session.started - STARTING_SECONDS or process.pid == session.pid
+        if process.user == session.user and later and _LIKE_RAY.search(process.command):
+            return f"process {process.pid} ({process.name}) refuses to be looked at"
+    if since_write < QUIET_SECONDS and not (sees_all_processes() or _is_private(Path(session.path))):
         return "processes of other containers cannot be seen from here, and something was written a moment ago"
     return ""
 
@@ -144,15 +106,8 @@ def _is_private(path: Path) -> bool:
     return disk.free_space(path).kind == "overlay" and path.stat().st_dev == Path("/").stat().st_dev
 
 
-def _is_free(path: Path) -> bool:
-    descriptor = flock.try_flock(path, exclusive=True, flags=os.O_RDONLY | os.O_DIRECTORY)
-    if descriptor is not None:
-        os.close(descriptor)
-    return descriptor is not None
-
-
-def _listening(sockets: Path) -> str:
-    """The name of a socket on which somebody listens, in whatever container; its file alone says nothing."""
+def _find_listener(sockets: Path) -> str:
+    """Return the name of a socket on which a process of any container listens, "" where there is none."""
     try:
         descriptor = os.open(sockets, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -178,5 +133,5 @@ def _answers(path: Path) -> bool:
         except OSError as error:
             if error.errno is None:  # Python's own, about the length
                 raise OSError(errno.ENAMETOOLONG, "the paths of its sockets are too long") from error
-            return error.errno not in _NOBODY_LISTENS
+            return error.errno not in _DEAF
     return True

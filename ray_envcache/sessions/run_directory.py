@@ -1,11 +1,10 @@
-"""A temp directory for the clusters of one run, and its end: nothing is left of what nobody needs any more."""
+"""A temp directory for the clusters of one run; at its end goes what Ray left there, and nothing else."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-import stat
 import sys
 import tempfile
 import time
@@ -16,28 +15,34 @@ from pathlib import Path
 
 from ray_envcache.sessions import directories
 from ray_envcache.sessions.collector import collect_sessions
-from ray_envcache.sessions.directories import find_sessions
-from ray_envcache.sessions.liveness import STARTING_SECONDS, Session, survey
+from ray_envcache.sessions.liveness import judge_sessions
 from ray_envcache.sessions.short_path import ShortTmpdir, require_usable, short_tmpdir
-from ray_envcache.system import files, flock
+from ray_envcache.system import flock
+from ray_envcache.system.units import printable
 
 _logger = logging.getLogger(__name__)
 PATIENCE_SECONDS = 10.0
 """How long the processes of a cluster may take to end after the program that started it."""
 LENT_SECONDS = 1.0
-"""How long what the program started otherwise may take."""
+"""How long other processes of the program may take to end after it."""
 
 _NAME = re.compile(rf"{directories.RUN_PREFIX}[a-z0-9_]{{8}}")
+_OF_RAY = {
+    "ray": re.compile(r"session_latest|ray_current_cluster|(?:tmp_)?prom_metrics_service_discovery\.json"),
+    "_ray_lockfiles": re.compile(r"[0-9a-f]{64}\.lock"),
+}
+"""What Ray makes below $RAY_TMPDIR beside its sessions: folders, and the names of files in each."""
+_SHOWN = 5
 
 
 @contextmanager
 def clean_sessions(tmpdir: str | os.PathLike[str] | None = None, *, keep: bool = False) -> Iterator[None]:
-    """Have clusters that start in this context leave nothing: around `ray.init()` and `ray.shutdown()`.
+    """Remove the sessions of clusters that start in this context: around `ray.init()` and `ray.shutdown()`.
 
-    Their sessions go below `tmpdir` (however long its path is), else where they always go, into a directory of their
-    own that is removed at the end; after an exception the logs stay, and a message names them. With `keep` all stays.
-    What this process still has of a cluster is shut down at the end; another one that lives on keeps its session.
-    Raises TempDirError, before Ray starts, where it could not work.
+    They go into a directory of their own below `tmpdir` (however long its path is), else below Ray's usual one. Only
+    what Ray made is removed. After an exception the logs stay, and a message names them. With `keep` all stays. What
+    this process still has of a cluster is shut down at the end; another one that lives on keeps its session. Raises
+    TempDirError, before Ray starts, where Ray could not work in the directory.
     """
     place = RunTmpdir.make(os.fspath(tmpdir) if tmpdir is not None else None, os.environ)
     before, failed = os.environ.get("RAY_TMPDIR"), True
@@ -55,58 +60,56 @@ def clean_sessions(tmpdir: str | os.PathLike[str] | None = None, *, keep: bool =
 
 
 def _shut_down() -> None:
-    """After an exception nobody may have called `ray.shutdown()`."""
+    """Call `ray.shutdown()`, which an exception may have skipped."""
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         ray.shutdown()
 
 
 def sweep(runs: Iterable[Path]) -> None:
-    """Remove what killed runs left of their directories, once nobody holds them and no session is in them.
+    """Remove what Ray left in the directories of killed runs, once no process holds them and no session is in them.
 
-    Saved logs stay, and whatever is not as a run leaves it.
+    Everything that Ray did not make stays.
     """
     for folder in runs:
-        with suppress(OSError, RecursionError):
-            # The flock comes a moment after the directory.
-            held = _take(folder) if _NAME.fullmatch(folder.name) and _age(folder) > STARTING_SECONDS else None
+        with suppress(OSError):
+            is_run = _NAME.fullmatch(folder.name) and directories.is_own(folder, private=True)
+            held = directories.try_flock(folder) if is_run else None
             if held is not None:
                 try:
-                    if _is_left(folder):
-                        _remove(folder, folder / "ray")
+                    _remove(folder)
                 finally:
                     os.close(held)
 
 
-def _take(folder: Path) -> int | None:
-    return flock.try_flock(folder, exclusive=True, flags=os.O_RDONLY | os.O_DIRECTORY)
+def _remove(folder: Path) -> list[str]:
+    """Remove a run's directory with what Ray made there. Return what else is in it, which stays.
+
+    While a session, or its saved logs, is in it, nothing is removed.
+    """
+    if directories.session_paths(folder / "ray"):
+        return []
+    for name, of_ray in _OF_RAY.items():
+        if directories.is_own(folder / name):
+            for file in (folder / name).iterdir():
+                if of_ray.fullmatch(file.name) and (file.is_symlink() or file.is_file()):
+                    file.unlink()
+            _remove_empty(folder / name)
+    _remove_empty(folder)
+    left = [f"{name}/{file}" for name in _OF_RAY for file in directories.names_in(folder / name)]
+    return sorted([*left, *(name for name in directories.names_in(folder) if name not in _OF_RAY)])
 
 
-def _age(folder: Path) -> float:
-    """Seconds since something was made in the directory of a run, or in that of its clusters."""
-    made = [path.lstat().st_mtime for path in (folder, folder / "ray") if os.path.lexists(path)]
-    return time.time() - max(made, default=time.time())
-
-
-def _is_left(folder: Path) -> bool:
-    """Whether this is a directory that a run made, with nothing in it but what dead clusters leave, and saved logs."""
-    private = folder.lstat().st_mode & 0o777 == stat.S_IRWXU  # a directory may give its group to what is made in it
-    return private and set(os.listdir(folder)) <= {"ray", "logs"} and not any(find_sessions(folder / "ray"))
-
-
-def _remove(folder: Path, temp: Path) -> None:
-    """The directory of a run, but for saved logs. Whatever else Ray left in it is about clusters that are gone."""
-    if not (folder / "logs").exists():
-        files.remove_tree(folder)
-    elif temp.exists():
-        files.remove_tree(temp)
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # something is in it
+        folder.rmdir()
 
 
 @dataclass(frozen=True)
 class RunTmpdir:
-    """A directory of one run's own below the chosen temp directory, mode 0700, and the short path to it for Ray.
+    """A directory of one run below the chosen temp directory, mode 0700, and the short path to it for Ray.
 
-    It carries a flock: while somebody has a descriptor of that nobody sweeps it.
+    It carries a flock: no sweep takes it while a process has a descriptor of that.
     """
 
     folder: Path
@@ -115,10 +118,10 @@ class RunTmpdir:
 
     @classmethod
     def make(cls, chosen: str | None, environ: Mapping[str, str]) -> RunTmpdir:
-        """Below `chosen`, else $RAY_TMPDIR, else $TMPDIR, else the system's. Raises TempDirError."""
-        top = os.path.abspath(chosen or environ.get("RAY_TMPDIR") or environ.get("TMPDIR") or tempfile.gettempdir())
-        require_usable(top)
-        folder, descriptor = _make_folder(top)
+        """Make one below `chosen`, else $RAY_TMPDIR, else $TMPDIR, else the system's. Raises TempDirError."""
+        top = chosen or environ.get("RAY_TMPDIR") or environ.get("TMPDIR") or tempfile.gettempdir()
+        require_usable(top := directories.absolute(top))
+        folder, descriptor = directories.make_private(directories.RUN_PREFIX, top)
         try:
             return cls(folder, short_tmpdir(folder), descriptor)
         except BaseException:
@@ -133,89 +136,67 @@ class RunTmpdir:
 
     @property
     def descriptors(self) -> list[int]:
-        """Those that keep the directory and the link to it: whoever inherits them keeps both, also when we are dead."""
+        """The flocks on directory and link: a child that inherits them keeps both, also when we are dead."""
         return [one for one in (self.descriptor, self.short.fileno()) if one is not None]
 
     def close(self, say: Callable[[str], None], *, failed: bool, keep: bool, lent: bool = False) -> None:
         """Remove what dead clusters left; with `failed` all but their logs, with `keep` nothing.
 
-        A cluster that lives on, because the program meant it to, keeps its session. With `lent`, what lives on of a
-        program that inherited the descriptors keeps the directory. What cannot be removed is said, and no exception:
+        A cluster that lives on, because the program meant it to, keeps its session. With `lent`, processes that
+        inherited the descriptors keep the directory. What stays is said. What fails is said too, and raises nothing:
         how the program ended matters more.
         """
-        left = True
         try:
             try:
-                left = bool(self._clean(say, failed=failed, keep=keep))
+                if keep:
+                    for path in directories.session_paths(self.temp):
+                        say(f"kept: {path} (--keep-session)")
+                else:
+                    self._collect(say, failed=failed)
             finally:
-                self._give_back(say, left=left, lent=lent)
+                self._give_back(say, lent=lent)
         except (OSError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or error
             say(f"not all of the temp directory could be removed: {self.folder} ({reason})")
 
-    def _give_back(self, say: Callable[[str], None], *, left: bool, lent: bool) -> None:
-        """Let go of directory and link, and remove them where nobody needs them."""
+    def _collect(self, say: Callable[[str], None], *, failed: bool) -> None:
+        """Remove the sessions of dead clusters, and say which stay, and where saved logs are."""
+        self._wait()
+        report = collect_sessions([self.temp], starting=0, keep_logs=failed)
+        for one in (*report.alive, *report.in_doubt, *report.failed):
+            say(f"{one.state}: {one.path} ({one.why})")
+        for one in report.removed:
+            if failed and os.path.isdir(logs := os.path.join(one.path, directories.LOGS)):
+                say(f"logs of the failed run: {logs}")
+
+    def _wait(self) -> None:
+        """Wait until all clusters are dead, or for as long as that usually takes."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while any(one.state != "dead" for one in judge_sessions([self.temp], starting=0)):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.1)
+
+    def _give_back(self, say: Callable[[str], None], *, lent: bool) -> None:
+        """Let go of directory and link, and remove them where no process needs them."""
         _close(self.descriptor)
         if lent and self._others_hold():
             self.short.leave()
             say(f"kept: {self.folder} (the program left a process that has it; `gc --sessions` removes it later)")
             return
         self.short.release(patience=0)
-        if not left:
-            _remove(self.folder, self.temp)
+        if left := _remove(self.folder):
+            names = ", ".join(left[:_SHOWN]) + (", ..." if len(left) > _SHOWN else "")
+            say(printable(f"kept: {self.folder} (what Ray did not make: {names})"))
 
     def _others_hold(self) -> bool:
-        """Whether somebody else has the flock, and keeps it for more than a moment."""
+        """Whether another process has the flock, and keeps it for longer than a collector does."""
         deadline = time.monotonic() + LENT_SECONDS
         while self.descriptor is not None and not flock.is_free(self.folder):
             if time.monotonic() > deadline:
                 return True
             time.sleep(0.05)
         return False
-
-    def _clean(self, say: Callable[[str], None], *, failed: bool, keep: bool) -> list[Session]:
-        """Remove dead sessions; those that are left, after a word about each."""
-        reasons = {} if keep else self._collect(say, failed=failed)
-        left = self._sessions()
-        for one in left:
-            why = "--keep-session" if keep else reasons.get(one.name, one.why)
-            say(f"{'kept' if keep else one.state}: {one.path} ({why})")
-        return left
-
-    def _collect(self, say: Callable[[str], None], *, failed: bool) -> dict[str, str]:
-        """Why what could not be removed could not, by the names of sessions."""
-        self._wait()
-        dead = {one.name for one in self._sessions() if one.state == "dead"}
-        logs = self.folder / "logs" if failed else None
-        report = collect_sessions([self.temp], only=dead, starting=0, logs_to=logs)
-        for kept in sorted(logs / name for name in dead) if logs else []:
-            if kept.is_dir():
-                say(f"logs of the failed run: {kept}")
-        return dict(report.failed)
-
-    def _sessions(self) -> list[Session]:
-        return survey([self.temp], starting=0) if self.temp.is_dir() else []
-
-    def _wait(self) -> None:
-        """Until no cluster lives any more, or for as long as that usually takes."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while time.monotonic() < deadline and any(one.state != "dead" for one in self._sessions()):
-            time.sleep(0.1)
-
-
-def _make_folder(top: str) -> tuple[Path, int | None]:
-    """A new directory and the descriptor of its flock; None on a file system that has none, where nobody sweeps."""
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=directories.RUN_PREFIX, dir=top))
-        try:
-            descriptor = _take(folder)
-        except FileNotFoundError:
-            continue  # a sweep came between
-        except OSError:
-            return folder, None
-        if descriptor is not None and flock.still_names(folder, descriptor):
-            return folder, descriptor
-        _close(descriptor)
 
 
 def _close(descriptor: int | None) -> None:

@@ -1,8 +1,8 @@
 """A short path to a long temp directory: paths of sockets must fit into 107 bytes, and Ray puts 71 behind its own.
 
-Ray does not resolve symlinks, so a short link does. It lies in a private directory with a name nobody can foresee, so
-that no other user can have made it before. The directory carries a flock of the process that made it: while that lives
-nobody sweeps it (systemd-tmpfiles neither). A cluster that outlives the process keeps it by naming it.
+Ray does not resolve symlinks, so a short link does. It lies in a private directory with a random name, which no other
+user can have made before. The directory carries a flock of the process that made it: while that lives, neither a sweep
+nor systemd-tmpfiles removes it. A cluster that outlives the process keeps the link by naming it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ray_envcache.errors import TempDirError
 from ray_envcache.sessions import directories
 from ray_envcache.system import disk, files, flock
-from ray_envcache.system.mentions import find_mentions
+from ray_envcache.system.processes import find_mentions
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -43,14 +43,14 @@ _PREFIX, _LINK = "re-", "t"
 _NAME = re.compile(rf"{_PREFIX}[a-z0-9_]{{8}}")
 _NAMED = re.compile(rf"/{_PREFIX}[a-z0-9_]{{8}}(?=/{_LINK}(?:/|\0|\s|$))".encode())
 _NEEDED_BYTES = 16_000_000
-_FLAGS = os.O_RDONLY | os.O_DIRECTORY
 
 
 class ShortTmpdir(str):
     """The path of a temp directory, short enough for Ray: a plain string, and a context manager.
 
     `target` is the directory itself. Leaving the context, or `release()`, removes the link as soon as no process names
-    it; so does the end of the process, where no cluster outlives it; else the next one that makes or sweeps links.
+    it. So does the end of the process, unless a cluster outlives it; then a later call of `short_tmpdir` or a
+    `gc --sessions` does.
     """
 
     __slots__ = ("_descriptor", "target")
@@ -72,13 +72,13 @@ class ShortTmpdir(str):
         return str, (str(self),)
 
     def fileno(self) -> int | None:
-        """The descriptor that keeps the link, for a program that takes our place to inherit; None without a link."""
+        """Return the descriptor that keeps the link, for a child to inherit; None without a link."""
         return self._descriptor
 
     def release(self, patience: float = RELEASE_SECONDS) -> bool:
-        """Remove the link if no process names it any more; whether it is gone. Twice is once.
+        """Remove the link if no process names it within `patience` seconds. Return whether it is gone.
 
-        Waits `patience` seconds for that. The directory itself stays, and what is in it.
+        The directory itself stays, and what is in it. A second call does nothing.
         """
         if self._descriptor is None:
             return True
@@ -88,14 +88,13 @@ class ShortTmpdir(str):
                 return False
             time.sleep(0.1)
         atexit.unregister(self._at_exit)
-        _remove(folder)
-        os.close(self._descriptor)
+        _remove(folder, self._descriptor)
         self._descriptor = None
-        _mend(self.target)
+        _remove_dangling_latest(self.target)
         return True
 
     def leave(self) -> None:
-        """Let go of the link and keep it, for others who inherited the descriptor: when they have ended it is swept."""
+        """Let go of the link, but keep it for processes that inherited the descriptor; it is swept after their end."""
         if self._descriptor is not None:
             atexit.unregister(self._at_exit)
             os.close(self._descriptor)
@@ -115,20 +114,25 @@ class ShortTmpdir(str):
 
 
 def short_tmpdir(path: str | os.PathLike[str]) -> ShortTmpdir:
-    """A path for `ray.init(_temp_dir=...)`, `ray start --temp-dir`, RAY_TMPDIR or TMPDIR that leads to `path`.
+    """Return a path for `ray.init(_temp_dir=...)`, `ray start --temp-dir`, RAY_TMPDIR or TMPDIR that leads to `path`.
 
-    `path` itself if it is short enough, else a private link to it. Raises TempDirError where Ray could not work there:
-    missing, not writable, full, on a network file system; or where there is no place for a link.
+    It is `path` itself if that is short enough, else a private link. Raises TempDirError where Ray could not work in
+    the directory (it is missing, not writable, full, on a network file system), or where a link has no place.
     """
-    given = os.path.abspath(path)
+    given = directories.absolute(path)
     require_usable(given)
     target = os.path.realpath(given)
-    # Through the last link, which is gone, Ray's own link to its latest session leads nowhere, and Ray keeps it so.
-    _mend(target)
+    _remove_dangling_latest(target)
     for short in (given, target):
         if len(os.fsencode(short)) <= MAX_BYTES:
             return ShortTmpdir(short, target)
     return make_link(target, _places())
+
+
+def _remove_dangling_latest(target: str) -> None:
+    # It led through a link that is gone.
+    for temp in (Path(target), Path(target, "ray")):
+        directories.remove_dangling_latest(temp)
 
 
 def require_usable(path: str) -> None:
@@ -181,25 +185,19 @@ def make_link(target: str, places: Iterable[Path]) -> ShortTmpdir:
 
 
 def sweep_links(places: Iterable[Path] | None = None) -> None:
-    """Remove our links whose process is dead, unless a process names them: a cluster may outlive who started it."""
+    """Remove our links whose process is dead, unless a process names them: a cluster may outlive its driver."""
     idle = [folder for place in places or _places() for folder in _folders(place) if _is_idle(folder)]
-    if not idle:
-        return
-    named = find_mentions(_NAMED).by_name
+    named = find_mentions(_NAMED).by_name if idle else {}
     for folder in idle:
         with suppress(OSError):
-            held = None if f"/{folder.name}" in named else flock.try_flock(folder, exclusive=True, flags=_FLAGS)
+            held = None if f"/{folder.name}" in named else directories.try_flock(folder)
             if held is not None:
-                _remove(folder)
-                os.close(held)
+                _remove(folder, held)
 
 
 def _places() -> list[Path]:
-    """Short directories for links, the best first: those of a login vanish with it, clusters may not."""
-    user = os.geteuid()
-    places = [Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path(f"/run/user/{user}")]  # noqa: S108  # checked
-    chosen = os.environ.get("XDG_RUNTIME_DIR", "")
-    return [*places, *([Path(chosen)] if os.path.isabs(chosen) and Path(chosen) not in places else [])]
+    """Return short directories for links, the best first: that of a login vanishes with it, clusters may not."""
+    return [Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path(f"/run/user/{os.geteuid()}")]  # noqa: S108  # checked
 
 
 def _refusal(place: Path) -> str:
@@ -218,20 +216,11 @@ def _refusal(place: Path) -> str:
 
 
 def _link(place: Path, target: str) -> ShortTmpdir:
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
-        with suppress(FileNotFoundError):  # a sweep came between
-            descriptor = flock.try_flock(folder, exclusive=True, flags=_FLAGS)
-            if descriptor is not None:
-                return _fill(folder, target, descriptor)
-
-
-def _fill(folder: Path, target: str, descriptor: int) -> ShortTmpdir:
+    folder, descriptor = directories.make_private(_PREFIX, place)
     try:
         (folder / _LINK).symlink_to(target)
     except BaseException:
-        _remove(folder)
-        os.close(descriptor)
+        _remove(folder, descriptor)
         raise
     return ShortTmpdir(os.fspath(folder / _LINK), target, descriptor)
 
@@ -243,20 +232,17 @@ def _folders(place: Path) -> list[Path]:
 
 
 def _is_idle(folder: Path) -> bool:
-    """Whether this is a directory of ours, with nothing but a link in it, that nobody holds."""
+    """Whether this is a private directory of ours with at most a link in it, and no process has a flock on it."""
     with suppress(OSError):
-        found = folder.lstat()
-        ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) == 0o700
-        return ours and set(os.listdir(folder)) <= {_LINK} and flock.is_free(folder)
+        has_links = all(item.name == _LINK and item.is_symlink() for item in folder.iterdir())
+        return has_links and directories.is_own(folder, private=True) and flock.is_free(folder)
     return False
 
 
-def _remove(folder: Path) -> None:
+def _remove(folder: Path, descriptor: int | None) -> None:
+    """Remove a link and its directory, and let go of the flock on it."""
     with suppress(OSError):
         (folder / _LINK).unlink(missing_ok=True)
         folder.rmdir()
-
-
-def _mend(target: str) -> None:
-    for temp in (Path(target), Path(target, "ray")):
-        directories.mend_latest(temp)
+    if descriptor is not None:
+        os.close(descriptor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ray_envcache.resolve.lockfile import ResolvedPackage, ResolvedSet
 
 SCHEMA = 1
-"""Raised when the same inputs would give other bytes on disk."""
+"""Increased when equal inputs give other bytes on disk."""
 
 LAYER_SCHEMA = 2
 """Raised when the same inputs of a layer would give other bytes on disk."""
@@ -21,9 +21,7 @@ KEY_LENGTH = 32
 """Hex digits of a key: 128 bits, short enough for shebangs and for people."""
 
 
-def compute_key(
-    resolved: ResolvedSet, additions: Mapping[str, str], interpreter: Interpreter, outside: Sequence[Any] = ()
-) -> str:
+def compute_key(resolved: ResolvedSet, interpreter: Interpreter, outside: Sequence[Any] = ()) -> str:
     """The key of the environment with these packages, for this interpreter.
 
     Everything that changes what is installed changes the key, and nothing else does: not comments, not the order of a
@@ -34,7 +32,7 @@ def compute_key(
     identity = {
         "schema": SCHEMA,
         "packages": sorted(packages),
-        "additions": sorted(additions.items()),
+        "additions": [],  # empty since they are among the packages; without it all earlier keys would change
         "interpreter": interpreter.identity(),
         "build_settings": resolved.build_settings if built_here else "",
         "outside": list(outside),

@@ -6,15 +6,18 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import platformdirs
 
 from ray_envcache.errors import StoreError
+from ray_envcache.system.files import names_in
 
 VERSION = "v1"
 PYTHON, READY, MEASURED, IN_USE = "venv/bin/python", "ready.json", "measured.json", "in-use"
+SHOWN_DIGITS = 12
+"""Digits of a key that people see; commands take any unambiguous start."""
+
 _ENTRY_NAME = re.compile(r"(?P<key>[0-9a-f]{32})-(?P<number>[1-9][0-9]*)")
 
 
@@ -22,7 +25,7 @@ _ENTRY_NAME = re.compile(r"(?P<key>[0-9a-f]{32})-(?P<number>[1-9][0-9]*)")
 class Entry:
     """The paths of one environment. An entry is never rebuilt in place: the next build takes the next `number`.
 
-    One of a lower store is `readonly`: nothing at all is ever written there.
+    Nothing at all is ever written to an entry that is `readonly`: it lies in a read-only store.
     """
 
     key: str
@@ -31,70 +34,76 @@ class Entry:
     readonly: bool = False
 
     def at(self, name: str) -> str:
-        """One of the files below as text, for the warm path and for lists: to make a Path takes as long as a look."""
-        return f"{self._place}/{name}"
+        return f"{self.path}/{name}"
 
-    @cached_property
-    def _place(self) -> str:
-        return os.fspath(self.path)
+    @property
+    def name(self) -> str:
+        """The name of its directory."""
+        return self.path.name
 
-    @cached_property
+    @property
+    def short(self) -> str:
+        """The beginning of the key, for people."""
+        return self.key[:SHOWN_DIGITS]
+
+    @property
     def venv(self) -> Path:
         return self.path / "venv"
 
-    @cached_property
+    @property
     def bin(self) -> Path:
-        return self.path / "venv/bin"
+        return self.venv / "bin"
 
-    @cached_property
+    @property
     def python(self) -> Path:
-        return self.path / PYTHON
+        return self.bin / "python"
 
     @property
     def site_packages(self) -> Path:
         """Where the venv keeps its packages; a path that does not exist before the venv does."""
         return next((self.venv / "lib").glob("python3.*"), self.venv / "lib") / "site-packages"
 
-    @cached_property
+    @property
     def ready(self) -> Path:
-        return self.path / READY
+        return self.path / "ready.json"
 
-    @cached_property
+    @property
     def building(self) -> Path:
         return self.path / "building.json"
 
-    @cached_property
+    @property
     def compiled(self) -> Path:
         return self.path / "compiled.json"
 
-    @cached_property
+    @property
     def measured(self) -> Path:
-        return self.path / MEASURED
+        return self.path / "measured.json"
 
-    @cached_property
+    @property
     def staged_bytecode(self) -> Path:
-        """Bytecode on its way to everybody; what a killed compiler left here the next one takes over."""
+        """Bytecode on its way to all entries; what a killed compiler left here the next compiler takes over."""
         return self.path / "bytecode"
 
-    @cached_property
+    @property
     def in_use(self) -> Path:
-        return self.path / IN_USE
+        """The file on which leases and interpreters hold shared flocks; its mtime is the entry's last use."""
+        return self.path / "in-use"
 
-    @cached_property
+    @property
     def build_log(self) -> Path:
         return self.path / "build.log"
 
-    @cached_property
+    @property
     def sources(self) -> Path:
         """Copies of local packages while they are built."""
         return self.path / "src"
 
-    @cached_property
+    @property
     def pylock(self) -> Path:
         return self.path / "pylock.toml"
 
     def base(self, name: str) -> Entry | None:
-        """The entry below this one, by what its ready record says; None where that is no name of an entry."""
+        """The entry below this one, by the name that its ready record has; None where that is no name of an entry."""
         return _entry_at(self.path.parent, name, readonly=self.readonly)
 
 
@@ -105,77 +114,82 @@ class Layout:
     root: Path
     readonly: bool = False
 
-    @cached_property
+    @property
     def top(self) -> Path:
         return self.root / VERSION
 
-    @cached_property
+    @property
     def entries(self) -> Path:
         return self.top / "entries"
 
-    @cached_property
+    @property
     def leases(self) -> Path:
         return self.top / "leases"
 
-    @cached_property
+    @property
     def pins(self) -> Path:
         return self.top / "pins"
 
-    @cached_property
+    @property
     def memo(self) -> Path:
         return self.top / "memo"
 
-    @cached_property
+    @property
     def trash(self) -> Path:
         return self.top / "trash"
 
-    @cached_property
+    @property
     def bytecode(self) -> Path:
         """Bytecode that entries share, a folder for each Python; made when there is some."""
         return self.top / "bytecode"
 
-    @cached_property
+    @property
     def flocks(self) -> Path:
         return self.top / "flocks"
 
-    @cached_property
+    @property
     def collector_flock(self) -> Path:
         """The flock of the one collector at work."""
         return self.flocks / "collector"
 
-    @cached_property
+    @property
     def doctor_flock(self) -> Path:
-        """The file on which it is tried whether flocks work."""
+        """The file with which `doctor` tries whether flocks work."""
         return self.flocks / "doctor"
 
-    @cached_property
-    def clock(self) -> Path:
-        """What the clocks said when the collector last looked."""
-        return self.top / "clock.json"
-
-    @cached_property
+    @property
     def last_collection(self) -> Path:
         """Its mtime is when the collector last ran by itself."""
         return self.top / "last-collection"
 
-    @cached_property
+    @property
     def uv_cache(self) -> Path:
-        """The cache of uv where the user's own is on another file system."""
+        """The cache of uv where uv cannot link from the user's own into the store."""
         return self.root / "uv"
 
-    @cached_property
+    @property
     def cachedir_tag(self) -> Path:
+        """Tells backups to leave out what is ours: the root may be a folder that holds other data too."""
+        return self.top / "CACHEDIR.TAG"
+
+    @property
+    def former_cachedir_tag(self) -> Path:
+        """Where earlier versions wrote it."""
         return self.root / "CACHEDIR.TAG"
 
     def directories(self) -> tuple[Path, ...]:
+        """The directories that every store has."""
         return (self.entries, self.leases, self.pins, self.memo, self.trash, self.flocks)
 
     def builder_flock(self, key: str) -> Path:
-        """The flock of whoever builds `key`. Never unlinked: waiters would end up on different inodes."""
+        """The flock of the one builder of `key`. Only a collector unlinks it, while it holds the flock itself.
+
+        A process whose flock comes right after has to see that its file has no name any more, and to begin again.
+        """
         return self.flocks / f"{key}.build"
 
     def finishing_flock(self, entry: Entry) -> Path:
-        """The flock of whoever compiles the bytecode of `entry`; it lies in the entry and goes with it."""
+        """The flock of the process that compiles the bytecode of `entry`; it lies in the entry and goes with it."""
         return entry.path / "finishing"
 
     def leases_of(self, key: str) -> Path:
@@ -183,7 +197,7 @@ class Layout:
 
     def leased_keys(self) -> set[str]:
         """The keys on which there are, or were, leases."""
-        return set(_names(self.leases))
+        return set(names_in(self.leases))
 
     def pin_of(self, key: str) -> Path:
         return self.pins / f"{key}.json"
@@ -194,13 +208,13 @@ class Layout:
     def entry(self, name: str) -> Entry | None:
         """The entry with this directory name, whether it exists or not; None where it is no name of an entry.
 
-        The absolute path of an entry of a lower store is its name.
+        The absolute path of an entry in a read-only store is its name here.
         """
         return _entry_at(self.entries, name, readonly=self.readonly)
 
     def name_of(self, entry: Entry) -> str:
         """The name by which `entry` finds it, in files and messages of this store."""
-        return entry.path.name if entry.path.parent == self.entries else os.fspath(entry.path)
+        return entry.name if entry.path.parent == self.entries else os.fspath(entry.path)
 
     def first_entry(self, key: str) -> Entry:
         """The paths of the first build of `key`: nearly always the only one."""
@@ -208,7 +222,7 @@ class Layout:
 
     def all_entries(self) -> Iterator[Entry]:
         """The entries on disk, in no order, finished or not. Foreign files are passed over."""
-        for name in _names(self.entries):
+        for name in names_in(self.entries):
             if entry := self.entry(name):
                 yield entry
 
@@ -218,8 +232,7 @@ class Layout:
 
     def next_entry(self, key: str) -> Entry:
         """The paths for a new build of `key`; its caller holds the builder's flock."""
-        taken = [entry.number for entry in self.entries_of(key)]
-        number = max(taken, default=0) + 1
+        number = max((entry.number for entry in self.entries_of(key)), default=0) + 1
         return Entry(key, number, self.entries / f"{key}-{number}")
 
 
@@ -238,8 +251,9 @@ def default_root() -> Path:
 
     Raises StoreError where that is no absolute path: from another working directory it would be another store.
     """
+    chosen = os.environ.get("RAY_ENVCACHE_DIR")
     try:
-        root = _chosen_root() or _usual_root()
+        root = Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("ray-envcache")
     except RuntimeError as error:  # of pathlib and platformdirs, where a user has no home
         raise StoreError(
             f"Cannot tell where the store is: {error}", "set RAY_ENVCACHE_DIR to an absolute path, or HOME"
@@ -247,15 +261,6 @@ def default_root() -> Path:
     if not root.is_absolute():
         raise StoreError(f"The path of the store is relative: `{root}`", "set RAY_ENVCACHE_DIR to an absolute path")
     return root
-
-
-def _chosen_root() -> Path | None:
-    chosen = os.environ.get("RAY_ENVCACHE_DIR")
-    return Path(chosen).expanduser() if chosen else None
-
-
-def _usual_root() -> Path:
-    return platformdirs.user_cache_path("ray-envcache")
 
 
 def _entry_at(folder: Path, name: str, *, readonly: bool) -> Entry | None:
@@ -266,10 +271,3 @@ def _entry_at(folder: Path, name: str, *, readonly: bool) -> Entry | None:
         return None
     is_elsewhere = bool(slash) and above != os.fspath(folder)
     return Entry(parts["key"], int(parts["number"]), folder / name, readonly or is_elsewhere)
-
-
-def _names(directory: Path) -> list[str]:
-    try:
-        return os.listdir(directory)  # names only: a store may have thousands
-    except FileNotFoundError:
-        return []

@@ -9,41 +9,44 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
+import secrets
 import sys
 import time
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from ray_envcache.errors import BusyError
 from ray_envcache.store import readonly
-from ray_envcache.store.layout import IN_USE, Entry, Layout
+from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.record import ReadyRecord
 from ray_envcache.system import files, flock
 from ray_envcache.system.processes import pid_namespace
-from ray_envcache.system.units import utc
+from ray_envcache.system.units import utc_now
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from typing_extensions import Self
 
+_logger = logging.getLogger(__name__)
+
+CLAIM_SECONDS = 60.0
+"""How long a claim waits for a process that keeps the entry to itself: a lister or collector that was stopped."""
+
 
 def _command() -> str:
-    # The program's name only: its arguments may hold what is nobody's business.
+    # The program's name only: its arguments may hold secrets.
     return os.path.basename(sys.argv[0] or "python")[:80]
-
-
-def _now() -> str:
-    return utc(time.time())
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease. `kind` is agent, driver, build, bytecode or cli; `since` is UTC ISO 8601.
+    """Who holds a lease. `kind` is agent, driver, build, bytecode, run or cli; `since` is UTC ISO 8601.
 
     `pid` means something only in the pid namespace `pids`: a container has numbers of its own.
     """
@@ -53,7 +56,7 @@ class Holder:
     job: str = ""
     pid: int = field(default_factory=os.getpid)
     command: str = field(default_factory=_command)
-    since: str = field(default_factory=_now)
+    since: str = field(default_factory=utc_now)
     pids: str = field(default_factory=pid_namespace)
 
     def __str__(self) -> str:
@@ -61,7 +64,7 @@ class Holder:
 
 
 class Lease:
-    """A claim on an entry, for as long as this object is not released and its process lives.
+    """A claim on an entry, and on the entry `below` a layer, until it is released or its process ends.
 
     Use it as a context manager, or call `release()`. A lease that is collected unreleased warns and releases.
     """
@@ -70,9 +73,13 @@ class Lease:
         self.entry = entry
         self._in_use: int | None = in_use
         self._below: Lease | None = None
-        self._telling = Lock()
         self._file: Path | None = None
         self._file_flock: int | None = None
+
+    @property
+    def key(self) -> str:
+        """The key of the environment."""
+        return self.entry.key
 
     @property
     def python(self) -> Path:
@@ -86,7 +93,7 @@ class Lease:
 
     @property
     def descriptors(self) -> list[int]:
-        """Those that keep the entries: whoever inherits one keeps them too."""
+        """The descriptors that keep the entries: a process that inherits one keeps its entry too."""
         mine = [] if self._in_use is None else [self._in_use]
         return [*mine, *(self._below.descriptors if self._below else [])]
 
@@ -96,48 +103,37 @@ class Lease:
         return self._in_use is not None
 
     def release(self) -> None:
-        """Give the entry back. Twice is once."""
-        with self._telling:
-            if self._in_use is None:
-                return
-            if not self.entry.readonly:
-                _touch(self._in_use)
-            # What counts goes first: once nobody is told of, nobody holds the entry either.
-            os.close(self._in_use)
-            self._in_use = None
-            if self._below is not None:
-                self._below.release()
-            if self._file is not None and self._file_flock is not None:
-                # Unlinked while its flock is ours, so that nobody takes it for the remains of the dead.
-                self._file.unlink(missing_ok=True)
-                os.close(self._file_flock)
+        """Give the entry back. A second call does nothing."""
+        if self._in_use is None:
+            return
+        if not self.entry.readonly:
+            _touch(self._in_use)
+        # The claim goes before its file: a collector that finds no file may rely on finding no flock either.
+        os.close(self._in_use)
+        self._in_use = None
+        if self._below is not None:
+            self._below.release()
+        if self._file is not None and self._file_flock is not None:
+            # Unlinked while the flock is ours: a sweep cannot take it for the file of a dead holder.
+            self._file.unlink(missing_ok=True)
+            os.close(self._file_flock)
 
     def keep(self, below: Lease) -> None:
         """Hold `below` for as long as this lease is held: a layer keeps the environment it lies on."""
         self._below = below
 
     def announce(self, layout: Layout, holder: Holder) -> None:
-        """Tell people who holds this lease, and what is below.
-
-        Where the disk has no room, or is read-only by now, it goes untold, but holds.
-
-        Another thread may release it meanwhile: then nobody is told.
-        """
-        if self._below is not None:
-            self._below.announce(layout, holder)
-        with self._telling:
-            if self._in_use is None:
-                return
-            path = layout.leases_of(self.entry.key) / files.unique()
-            try:
-                descriptor = _own_file(path)
-            except OSError as error:
-                if error.errno in files.FULL_DISK or error.errno == errno.EROFS:
-                    return
-                raise
-            self._file, self._file_flock = path, descriptor
-            with suppress(OSError):
-                os.write(descriptor, json.dumps({"entry": layout.name_of(self.entry), **vars(holder)}).encode())
+        """Write the file that tells people who holds this lease. Where that fails, the lease holds without it."""
+        path = layout.leases_of(self.entry.key) / secrets.token_hex(8)
+        try:
+            descriptor = _own_file(path)
+        except OSError as error:
+            if error.errno not in {*files.FULL_DISK, errno.EROFS}:
+                _logger.warning("The lease on %s holds, but `list` cannot show it: %s", self.entry.path.name, error)
+            return
+        self._file, self._file_flock = path, descriptor
+        with suppress(OSError):  # a disk that fills up now leaves an empty file: `list` says "unknown"
+            os.write(descriptor, json.dumps({"entry": layout.name_of(self.entry), **vars(holder)}).encode())
 
     def __enter__(self) -> Self:
         return self
@@ -151,60 +147,47 @@ class Lease:
             self.release()
 
 
-def claim(entry: Entry) -> Lease | None:
-    """Claim an entry, ready or not; None where a collector removes it or it is gone.
+def hold(entry: Entry, *, ready: bool = False) -> Lease | None:
+    """Keep an entry, finished or not, without a word to people; None where it is gone, or not `ready` as it must be.
 
-    Raises StoreError where it is one of a lower store that is not to be trusted, or not to be read.
+    Raises BusyError where a process keeps the entry to itself for CLAIM_SECONDS, and StoreError where the entry is one
+    of a read-only store that cannot be trusted or read.
     """
-    in_use = _try_patiently(entry)
+    in_use = _shared_flock(entry, ready=ready)
     if in_use is None:
-        return None
-    # The collector renames the entry away under its exclusive flock; ours may have come right after.
-    if not flock.still_names(entry.at(IN_USE), in_use):
-        os.close(in_use)
         return None
     if not entry.readonly:
         _touch(in_use)
     return Lease(entry, in_use)
 
 
-def claim_ready(entry: Entry, layout: Layout, holder: Holder) -> Lease | None:
-    """Claim an entry that may be handed out, and tell people of `holder`; None where there is none.
+def claim(entry: Entry, layout: Layout, holder: Holder) -> Lease | None:
+    """Claim an entry that may be handed out, and what it lies on; None where it is not ready, or gone.
 
-    `layout` is the user's own store, where people are told, also of an entry of a lower one. Raises as `claim`.
+    `layout` is the user's own store, where people are told of `holder`, also for an entry of a read-only store. The
+    ready record is read under the claim, so that no collector can change it meanwhile. Raises as `hold`.
     """
-    lease = claim_whole(entry)
-    return lease and told(lease, layout, holder)
-
-
-def told(lease: Lease, layout: Layout, holder: Holder) -> Lease:
-    """The lease, once people are told of `holder`; where that cannot be, it is given back and the OSError raised."""
+    lease = hold(entry, ready=True)
+    if lease is None:
+        return None
     try:
-        lease.announce(layout, holder)
+        record = ReadyRecord.read(entry)
+        if record is not None and _claim_base(lease, record, layout, holder):
+            lease.announce(layout, holder)
+            return lease
     except BaseException:
         lease.release()
         raise
-    return lease
+    lease.release()
+    return None
 
 
-def claim_whole(entry: Entry) -> Lease | None:
-    """The same, untold. The record is read under the claim: then it stays true."""
-    lease = claim(entry)
-    if lease is None:
-        return None
-    record = ReadyRecord.read(entry)
-    if record is None or not _keep_base(lease, record):
-        lease.release()
-        return None
-    return lease
-
-
-def _keep_base(lease: Lease, record: ReadyRecord) -> bool:
-    """Claim the environment below a layer too; False where a collector was faster."""
+def _claim_base(lease: Lease, record: ReadyRecord, layout: Layout, holder: Holder) -> bool:
+    """Claim the environment below a layer too; False where a collector has removed it."""
     base = lease.entry.base(record.base)
     if base is None:
         return True
-    below = claim_whole(base)
+    below = claim(base, layout, holder)
     if below is not None:
         lease.keep(below)
     return below is not None
@@ -227,7 +210,7 @@ def sweep_dead(layout: Layout, key: str) -> None:
 
 
 def _own_file(path: Path) -> int:
-    """Create a lease's file and hold its flock. A sweep may have removed it, or the folder, in between: once more."""
+    """Create the file of a lease and hold its flock; again where a sweep removed either meanwhile."""
     while True:
         try:
             held = flock.try_flock(path, exclusive=True, flags=os.O_RDWR | os.O_CREAT)
@@ -240,24 +223,41 @@ def _own_file(path: Path) -> int:
             os.close(held)
 
 
-def _try_patiently(entry: Entry) -> int | None:
-    """A shared flock; whoever only looks whether an entry is used holds an exclusive one for microseconds."""
-    for _ in range(10):
+def _shared_flock(entry: Entry, *, ready: bool) -> int | None:
+    """A shared flock on the entry; None once it is gone, or its ready record is, where it has to be `ready`.
+
+    A time-out is no sign of either, and raises BusyError.
+    """
+    deadline, pause = time.monotonic() + CLAIM_SECONDS, 0.001
+    while True:
         try:
-            if entry.readonly:
-                descriptor = readonly.shared_flock(entry)
-            else:
-                descriptor = flock.try_flock(entry.at(IN_USE), exclusive=False)
+            if (descriptor := _try_shared(entry)) is not None:
+                # A collector renames the entry away under its exclusive flock: ours may have come right after.
+                if flock.still_names(entry.in_use, descriptor):
+                    return descriptor
+                os.close(descriptor)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        if descriptor is not None:
-            return descriptor
-        time.sleep(0.002)
-    return None
+        if ready and not entry.ready.exists():
+            return None
+        if time.monotonic() > deadline:
+            raise BusyError(
+                f"A process has kept `{entry.in_use}` to itself for {CLAIM_SECONDS:.0f} s",
+                "a collector or lister of this store is stopped or hangs: look for one in state T or D (ps), end it, "
+                "and try again",
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+
+
+def _try_shared(entry: Entry) -> int | None:
+    if entry.readonly:
+        return readonly.shared_flock(entry)
+    return flock.try_flock(entry.in_use, exclusive=False)
 
 
 def _touch(in_use: int) -> None:
-    # When it was last used decides about its turn in the collector; that it cannot be noted must stop nobody.
+    # When it was last used decides about its turn in the collector only: where it cannot be noted, work goes on.
     with suppress(OSError):
         os.utime(in_use)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import pwd
 from contextlib import suppress
+from pathlib import Path
 
 from ray_envcache.errors import ReadOnlyError, StoreError, UnknownKeyError
 from ray_envcache.store.layout import Entry, Layout, layout_of
-from ray_envcache.store.leases import claim, claim_whole
+from ray_envcache.store.leases import Holder, Lease, claim, hold
 from ray_envcache.store.record import ReadyRecord
 from ray_envcache.system import disk, files
 from ray_envcache.system.units import utc_now
@@ -25,15 +26,14 @@ def pin(layout: Layout, entry: Entry) -> None:
             f"The environment {entry.path.name} cannot be pinned: `{layout_of(entry).root}` is read-only here",
             f"its owner can: RAY_ENVCACHE_DIR={layout_of(entry).root} ray-envcache pin {entry.key[:12]}",
         )
-    # One in the making has no record yet, nor needs one: its builder holds what is below.
-    lease = claim_whole(entry) or (None if entry.ready.exists() else claim(entry))
-    if lease is None:
-        gone = "is broken, or what it lies on is just being removed" if entry.ready.exists() else "was just removed"
-        raise UnknownKeyError(f"The environment {entry.path.name} {gone}", "ray-envcache build makes it anew")
-    # While the claims are held no collector can be between its look for pins and the removal.
-    with lease:
+    with _hold(layout, entry):
+        # While the claims are held no collector can be between its look for pins and the removal.
+        record = ReadyRecord.read(entry)
+        base = entry.base(record.base) if record else None
+        # An environment in the making has no record yet: what it lies on is then looked up with each question.
+        known = {"base": base.key if base else ""} if record else {}
         try:
-            files.write_json(layout.pin_of(entry.key), {"key": entry.key, "by": _user(), "since": utc_now()})
+            files.write_json(layout.pin_of(entry.key), {"key": entry.key, **known, "by": _user(), "since": utc_now()})
         except OSError as error:
             if error.errno not in files.FULL_DISK:
                 raise
@@ -42,17 +42,33 @@ def pin(layout: Layout, entry: Entry) -> None:
             ) from error
 
 
+def _hold(layout: Layout, entry: Entry) -> Lease:
+    """A lease on the entry while it is pinned; on an unfinished one too: its builder holds what it lies on."""
+    lease = claim(entry, layout, Holder("cli")) or (None if entry.ready.exists() else hold(entry))
+    if lease is None:
+        gone = "is broken, or what it lies on is just being removed" if entry.ready.exists() else "was just removed"
+        raise UnknownKeyError(f"The environment {entry.path.name} {gone}", "ray-envcache build makes it anew")
+    return lease
+
+
 def is_pinned(layout: Layout, entry: Entry) -> bool:
-    """Whether the entry is pinned, or a layer on it is."""
+    """Whether the entry is pinned, or a layer on it is. Cheap: asked while the collector keeps the entry to itself."""
     return entry.key in pinned_keys(layout)
 
 
 def pinned_keys(layout: Layout) -> set[str]:
     """The keys of all that is pinned, and of what pinned layers lie on."""
-    pinned = {path.stem for path in layout.pins.glob("*.json")}
-    layers = [entry for key in pinned for entry in layout.entries_of(key)]
-    bases = [entry.base(record.base) for entry in layers if (record := ReadyRecord.read(entry))]
-    return pinned | {base.key for base in bases if base}
+    return {key for path in layout.pins.glob("*.json") for key in (path.stem, *_base_of(layout, path))}
+
+
+def _base_of(layout: Layout, pin: Path) -> list[str]:
+    """The key of what the pinned environment lies on: as its pin says, else as the records of its entries say."""
+    noted = files.read_json(pin) or {}
+    if "base" in noted:
+        return [str(noted["base"])]
+    entries = layout.entries_of(pin.stem)
+    bases = [entry.base(record.base) for entry in entries if (record := ReadyRecord.read(entry))]
+    return [base.key for base in bases if base]
 
 
 def unpin(layout: Layout, key: str) -> bool:

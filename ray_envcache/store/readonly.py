@@ -1,7 +1,8 @@
-"""Lower stores: those of images and shared disks, which $RAY_ENVCACHE_READONLY_DIRS names, searched before building.
+"""Read-only stores: those of images and shared disks, which $RAY_ENVCACHE_READONLY_DIRS names.
 
-An entry of a lower store is used in place, under a flock that the collector of its owner sees. Nothing is ever written
-there, not even where we could. Environments run code: others must not be able to change a lower store.
+They are searched before anything is built. An entry is used in place, under a flock that the collector of its owner
+sees. Nothing is ever written there, not even where we could. Environments run code: other users must not be able to
+change such a store.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _layout = cache(Layout)  # it makes each of its paths once, and agents open thei
 
 
 def opened(root: Path | None = None) -> tuple[Layout, tuple[Layout, ...]]:
-    """What `Store.open` opens, and as it does, for those that only look: a store, and the lower ones."""
+    """The user's store, made where it is missing, and the read-only ones, all checked as `Store.open` checks them."""
     layout = _layout(root or default_root())
     prepare_root(layout)
     return layout, lower_stores(layout, os.environ)
@@ -50,7 +51,7 @@ def missing_stores(own: Layout, environ: Mapping[str, str]) -> list[Path]:
 
 
 def shared_flock(entry: Entry) -> int | None:
-    """A shared flock on the `in-use` file of an entry of a lower store, as by `_flock.try_flock`.
+    """A shared flock on the `in-use` file of an entry in a read-only store, as `flock.try_flock` takes it.
 
     Raises FileNotFoundError where the entry is not there, or not ready; StoreError where others may change it (or what
     it lies in, up to the root), and where it cannot be read or held.
@@ -71,7 +72,7 @@ def shared_flock(entry: Entry) -> int | None:
 def _hold(in_use: Path) -> int | None:
     """A shared flock or, where the file system has none but is mounted read-only, the open file alone.
 
-    Nobody on this host can remove the entry then, and nobody elsewhere could be told of a flock.
+    No process of this host can remove the entry then, and those of other hosts would not see a flock.
     """
     try:
         return flock.try_flock(in_use, exclusive=False)
@@ -86,7 +87,7 @@ def _hold(in_use: Path) -> int | None:
 
 
 def unreadable(layout: Layout, error: OSError) -> StoreError:
-    """The error for a lower store that we may not, or cannot, read."""
+    """The error for a read-only store that we may not, or cannot, read."""
     return StoreError(
         f"Cannot read the store at `{layout.root}`, which {VARIABLE} names: {error.strerror or error}",
         f"its owner makes it readable with chmod -R a+rX '{layout.root}'; or take it out of {VARIABLE}",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from ray_envcache.store.layout import PYTHON, READY, Entry
+from ray_envcache.store.layout import Entry
 from ray_envcache.system import files
 from ray_envcache.system.files import is_unchanged
 from ray_envcache.system.processes import boot_id
@@ -14,11 +15,11 @@ from ray_envcache.system.processes import boot_id
 SCHEMA_VERSION = 1
 
 
-class ReadyRecord(NamedTuple):  # made in a sixth of a dataclass's time, wherever the plugin is imported
+class ReadyRecord(NamedTuple):
     """The proof that an entry is complete, written last. Times are UTC ISO 8601, sizes bytes.
 
     `path` is where it was built, the only place where it works. Of a layer `base` is the name of the entry it lies on
-    (its path, where that is in a lower store), and `content` the digest of its packages; both are "" for an
+    (its path, where that is in a read-only store), and `content` the digest of its packages; both are "" for an
     environment. `inherited` are files of packages used from elsewhere: path, size, mtime in ns. `hashes` says of how
     many packages the lockfile has the hash, which uv then insists on: "all", "some" or "none"; with `no_build` nothing
     was built from source.
@@ -55,7 +56,7 @@ class ReadyRecord(NamedTuple):  # made in a sixth of a dataclass's time, whereve
 
         Unknown fields are ignored: a newer version of this package may share the store.
         """
-        values = recorded(entry.at(READY), cls._fields)
+        values = recorded(entry.ready, cls._fields)
         record = None if values is None else cls._make(values)
         return record if record and record.holds(entry) else None
 
@@ -63,11 +64,11 @@ class ReadyRecord(NamedTuple):  # made in a sixth of a dataclass's time, whereve
         """Whether it is still true of the entry: neither the place nor anything used from elsewhere has changed."""
         if self.key != entry.key or not _is_same_place(self.path, os.fspath(entry.path)):
             return False
-        if not is_unchanged(entry.at(PYTHON), self.base_python_file):
+        if not is_unchanged(entry.python, self.base_python_file):
             return False
         if not all(is_unchanged(path, (size, changed)) for path, size, changed in self.inherited):
             return False
-        if self.base and not os.path.exists(entry.path.parent / self.base / READY):
+        if self.base and not ((base := entry.base(self.base)) and base.ready.exists()):
             return False
         # Written before a crash of the machine and perhaps never brought to the disk: only what was synced counts.
         return self.boot_id == boot_id() or entry.compiled.exists()
@@ -76,13 +77,13 @@ class ReadyRecord(NamedTuple):  # made in a sixth of a dataclass's time, whereve
 def _is_same_place(built: str, found: str) -> bool:
     """Whether the place where an entry was built, which is in its scripts and links, leads to the one found here."""
     try:
-        # Another spelling by way of links will do; the warm path asks nobody.
+        # Another spelling of the path, by way of links, will do.
         return built == found or os.path.samefile(built, found)
     except OSError:
         return False
 
 
-def recorded(path: str, names: Sequence[str]) -> list[Any] | None:
+def recorded(path: str | Path, names: Sequence[str]) -> list[Any] | None:
     """The values with these names in the record at `path`; None where there is none, or not of our schema.
 
     They are as records have them: tuples, no lists.

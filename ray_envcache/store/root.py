@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +22,7 @@ _UNUSABLE = r"[\x00-\x1f\x7f:$\"'`\\]"
 
 
 def prepare_root(layout: Layout) -> None:
-    """Make the directories of a store where they are missing, and check that nobody else has a hand in it.
+    """Make the directories of a store where they are missing, and check that no other user may write to it.
 
     Raises StoreError. Costs a few system calls when all is there.
     """
@@ -59,6 +60,14 @@ def _make(layout: Layout) -> None:
         layout.collector_flock.touch(mode=0o600)
     if not _is_tagged(layout.cachedir_tag):
         layout.cachedir_tag.write_text(_TAG, encoding="ascii")
+        _remove_former_tag(layout.former_cachedir_tag)
+
+
+def _remove_former_tag(tag: Path) -> None:
+    """Remove the tag of an earlier version: at the root it keeps the user's own data out of backups."""
+    with suppress(FileNotFoundError):
+        if tag.read_bytes() == _TAG.encode():
+            tag.unlink()
 
 
 def _is_tagged(tag: Path) -> bool:
@@ -83,6 +92,7 @@ def _require_local(root: str, _device: int) -> None:
     kind = disk.free_space(Path(root)).kind
     if disk.is_network(kind) and os.environ.get("RAY_ENVCACHE_ALLOW_NETWORK_FS") != "1":
         raise StoreError(
-            f"The store at `{root}` is on a network file system ({kind}): flocks do not reliably exclude there",
+            f"The store at `{root}` is on a file system that other machines may use too ({kind}): "
+            "flocks do not reliably exclude there",
             "choose a local disk: RAY_ENVCACHE_DIR; if one host alone uses it, RAY_ENVCACHE_ALLOW_NETWORK_FS=1",
         )

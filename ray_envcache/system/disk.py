@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import stat
-import struct
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,14 +12,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-_NETWORK = frozenset(
+import psutil
+
+from ray_envcache.system import extents
+
+# Shared between hosts, or between a virtual machine and its host.
+_SHARED = frozenset(
     """
-    9p acfs afs auristorfs beegfs ceph cifs coda curlftpfs davfs davfs2 fhgfs gcsfuse gfs gfs2 glusterfs gpfs juicefs
-    lustre mfs moosefs ncpfs nfs nfs4 ocfs2 orangefs panfs prl_fs pvfs2 quobyte rclone s3fs seaweedfs smb2 smb3 smbfs
-    sshfs vboxsf vmhgfs vmhgfs-fuse wekafs
-    """.split()  # noqa: SIM905  # forty names read better as words than as forty lines
+    9p acfs afpfs afs auristorfs beegfs ceph cifs coda davfs davfs2 drvfs fakeowner fhgfs gcsfuse gfs gfs2 glusterfs
+    gpfs grpcfuse juicefs lustre macfuse mfs moosefs ncpfs nfs nfs4 ocfs2 orangefs osxfs osxfuse panfs prl_fs pvfs2
+    quobyte seaweedfs smb2 smb3 smbfs vboxsf virtiofs vmhgfs webdav wekafs
+    """.split()  # noqa: SIM905  # so many names read better as words than as lines
 )
-# Others are asked file by file. A type that can share extents must not get in here: we would promise too many bytes.
+# Of the others that reach the kernel through FUSE nearly all are object stores and remote hosts: new ones each year.
+_LOCAL_FUSE = frozenset({"bindfs", "encfs", "fuse-overlayfs", "fuse2fs", "gocryptfs", "mergerfs", "ntfs-3g", "unionfs"})
+# Here files never share extents; elsewhere each file is asked. A wrong name in this list would promise too many bytes.
 _NEVER_SHARES = frozenset({"ext2", "ext3", "ext4", "f2fs", "jfs", "ramfs", "reiserfs", "tmpfs"})
 
 _FEW_INODES = 10_000  # an environment has so many files easily
@@ -31,7 +36,7 @@ _VANISHED = (FileNotFoundError, NotADirectoryError)
 
 
 class DiskUse(NamedTuple):
-    """Bytes and files of one tree, or of several together.
+    """Bytes and files of one tree.
 
     `size`: bytes the tree occupies, each inode once. `reclaimable`: bytes that deleting it would free now. What is
     kept by a hard link outside of it, or by a reflinked copy anywhere, does not count. `files`: inodes other than
@@ -44,17 +49,10 @@ class DiskUse(NamedTuple):
     exact: bool
 
 
-class DiskUses(NamedTuple):
-    """The use of each of several trees, and of all together, where inodes they have in common count once."""
-
-    each: dict[Path, DiskUse]
-    total: DiskUse
-
-
 class FileSystem(NamedTuple):
     """Bytes in all and free for this user, inodes free for this user (None: no fixed number), and the type's name.
 
-    `kind` is the name of the kernel, such as "ext4" or "fuse.sshfs"; "" where there is no /proc to tell it.
+    `kind` is the kernel's name, such as "ext4" or "fuse.sshfs"; "" where the system does not say it.
     """
 
     total: int
@@ -71,18 +69,39 @@ def measure(top: Path, linked: Collection[tuple[int, int]] = ()) -> DiskUse:
     answer inexact. Two limits: on overlayfs the files of an image count as if deleting them freed something (never
     `exact`); and space kept by a process that has a deleted file open counts as freed.
     """
-    return _tally(top, linked).use()
+    return _tally(top, linked, {}).use()
 
 
-def measure_all(tops: Iterable[Path]) -> DiskUses:
-    """Measure several trees as `measure` does; none may lie within another."""
-    each: dict[Path, DiskUse] = {}
-    total = _Tally()
-    for top in tops:
-        tally = _tally(top)
-        each[top] = tally.use()
-        total.merge(tally)
-    return DiskUses(each, total.use())
+def freed_in_turn(tops: Iterable[Path], linked: Collection[tuple[int, int]] = ()) -> list[tuple[int, bool]]:
+    """Of each tree, the bytes that deleting it frees once the trees before it are gone, and whether that is exact.
+
+    `linked` and the limits are those of `measure`.
+    """
+    not_all_seen: dict[tuple[int, int], tuple[int, int]] = {}
+    tallies = [_tally(top, linked, not_all_seen) for top in tops]
+    return [(tally.reclaimable, tally.is_exact) for tally in tallies]
+
+
+def occupied_in_turn(tops: Iterable[Path]) -> list[int]:
+    """Of each tree, the bytes that become unoccupied when the trees go in this order: what no later one links to.
+
+    All together they are what the trees occupy, each inode once.
+    """
+    taken: dict[int, set[int]] = {}
+    return [_occupied_beside(top, taken) for top in reversed([*tops])][::-1]
+
+
+def inodes(top: Path) -> Iterator[os.stat_result]:
+    """The inodes below `top`, once for each link, and its own. What cannot be read is left out."""
+    with suppress(OSError):
+        yield os.lstat(top)
+    pending = [os.fspath(top)]
+    while pending:
+        with suppress(OSError):
+            for path, found in _children(pending.pop()):
+                yield found
+                if stat.S_ISDIR(found.st_mode):
+                    pending.append(path)
 
 
 def free_space(path: Path) -> FileSystem:
@@ -104,8 +123,13 @@ def room_left(path: Path) -> str:
 
 
 def is_network(kind: str) -> bool:
-    """Whether a file system type is shared between hosts, so that flocks need not exclude and caches may be stale."""
-    return kind.removeprefix("fuse.") in _NETWORK
+    """Whether other hosts, or the host of this virtual machine, may use a file system of this type at the same time.
+
+    There flocks need not exclude, and caches may be stale. A type of FUSE that we do not know counts as one.
+    """
+    if kind == "fuse" or kind.startswith("fuse."):
+        return kind.removeprefix("fuse.") not in _LOCAL_FUSE
+    return kind in _SHARED
 
 
 def _kind(path: Path) -> str:
@@ -114,11 +138,19 @@ def _kind(path: Path) -> str:
     Not by device number: a btrfs subvolume and an overlay have other ones in stat(2) than in mountinfo. Not by path:
     mounts may hide each other. Both files are described in proc(5).
     """
-    with suppress(OSError):
+    try:
         mounts = Path("/proc/self/mountinfo").read_bytes()
-        if found := re.search(rb"^%s .*? - (\S+)" % _mount_id(path), mounts, re.MULTILINE):
-            return os.fsdecode(found[1])
-    return ""
+        found = re.search(rb"^%s .*? - (\S+)" % _mount_id(path), mounts, re.MULTILINE)
+    except OSError:
+        return _kind_by_mount_point(path)
+    return os.fsdecode(found[1]) if found else ""
+
+
+def _kind_by_mount_point(path: Path) -> str:
+    """The type of the file system of `path` where there is no /proc, as on macOS; "" where that is not known."""
+    real = Path(os.path.realpath(path))
+    mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
+    return next((mounts[place] for place in (real, *real.parents) if place in mounts), "")
 
 
 def _mount_id(path: Path) -> bytes:
@@ -131,21 +163,11 @@ def _mount_id(path: Path) -> bytes:
 
 
 @dataclass
-class _Inode:
-    path: str
-    device: int
-    occupied: int
-    may_share: bool
-    links: int
-    seen: int = 1
-
-
-@dataclass
 class _Tally:
     """What was seen so far.
 
-    `linked`: inodes of which not every link was seen, so that they would free nothing. `shared`: where extents lie
-    that more than one file refers to. `besides`: inodes with one more link that goes with the tree.
+    `linked`: inodes of which not every link was seen, so that they would free nothing: links seen, bytes. `shared`:
+    where extents lie that more than one file refers to. `besides`: inodes with one more link that goes with the tree.
     """
 
     shares: bool = False
@@ -154,7 +176,7 @@ class _Tally:
     size: int = 0
     reclaimable: int = 0
     files: int = 0
-    linked: dict[tuple[int, int], _Inode] = field(default_factory=dict)
+    linked: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     shared: list[_Place] = field(default_factory=list)
 
     def add(self, path: str, found: os.stat_result) -> None:
@@ -164,10 +186,15 @@ class _Tally:
             self.size += occupied
             self.reclaimable += occupied
             return
-        may_share = self.shares and occupied > 0 and stat.S_ISREG(found.st_mode)
         key = (found.st_dev, found.st_ino)
-        links = found.st_nlink - (key in self.besides)
-        self._add_link(key, _Inode(path, found.st_dev, occupied, may_share, links))
+        seen = self.linked.pop(key, (0, 0))[0] + 1
+        if seen < found.st_nlink - (key in self.besides):
+            self.linked[key] = (seen, occupied)
+            return
+        self.size += occupied
+        self.files += 1
+        may_share = self.shares and occupied > 0 and stat.S_ISREG(found.st_mode)
+        self.reclaimable += self._own_bytes(path, found.st_dev, occupied) if may_share else occupied
 
     def add_children(self, directory: str, device: int) -> list[str]:
         """Add what lies in a directory, and return the directories among it."""
@@ -185,62 +212,53 @@ class _Tally:
             self.exact &= isinstance(error, _VANISHED)
         return directories
 
-    def merge(self, other: _Tally) -> None:
-        """Add another tree. Links to one inode from both may together be all that there are."""
-        self.size += other.size
-        self.reclaimable += other.reclaimable
-        self.files += other.files
-        self.exact &= other.exact and not _overlap(self.shared + other.shared)
-        # Inexact once is inexact for good: then the places, perhaps a million of them, would only take memory.
-        self.shared = self.shared + other.shared if self.exact else []
-        for key, inode in other.linked.items():
-            self._add_link(key, inode)
-
     def use(self) -> DiskUse:
-        size = self.size + sum(inode.occupied for inode in self.linked.values())
-        exact = self.exact and not _overlap(self.shared)
-        return DiskUse(size, self.reclaimable, self.files + len(self.linked), exact)
+        size = self.size + sum(occupied for _, occupied in self.linked.values())
+        return DiskUse(size, self.reclaimable, self.files + len(self.linked), self.is_exact)
 
-    def _add_link(self, key: tuple[int, int], inode: _Inode) -> None:
-        if known := self.linked.pop(key, None):
-            inode.seen += known.seen
-        if inode.seen < inode.links:
-            self.linked[key] = inode
-        else:
-            self._add_owned(inode)
+    @property
+    def is_exact(self) -> bool:
+        return self.exact and not _overlap(self.shared)
 
-    def _add_owned(self, inode: _Inode) -> None:
-        self.size += inode.occupied
-        self.files += 1
-        self.reclaimable += self._own_bytes(inode) if inode.may_share else inode.occupied
-
-    def _own_bytes(self, inode: _Inode) -> int:
+    def _own_bytes(self, path: str, device: int, occupied: int) -> int:
         own = 0
         try:
-            for _, start, length, flags in _extents(inode.path):
-                if flags & _SHARED:
-                    self.shared.append((inode.device, start, start + length))
-                elif flags & _ENCODED:
+            for _, start, length, flags in extents.extents_of(path):
+                if flags & extents.SHARED:
+                    self.shared.append((device, start, start + length))
+                elif flags & extents.ENCODED:
                     self.exact = False  # compressed: the length is the logical one
-                elif not flags & _INLINE:
+                elif not flags & extents.INLINE:
                     own += length
         except OSError as error:
             self.exact &= isinstance(error, _VANISHED)
-        return min(own, inode.occupied)
+        return min(own, occupied)
 
 
-def _tally(top: Path, besides: Collection[tuple[int, int]] = ()) -> _Tally:
+def _tally(top: Path, besides: Collection[tuple[int, int]], linked: dict[tuple[int, int], tuple[int, int]]) -> _Tally:
     try:
         found = os.lstat(top)
     except OSError as error:
-        return _Tally(exact=isinstance(error, _VANISHED))
+        return _Tally(exact=isinstance(error, _VANISHED), linked={})
     kind = _kind(top)
-    tally = _Tally(shares=kind not in _NEVER_SHARES, exact=kind != "overlay", besides=besides)
+    tally = _Tally(kind not in _NEVER_SHARES, kind != "overlay", besides, linked=linked)
     tally.add(os.fspath(top), found)
     pending = [os.fspath(top)] if stat.S_ISDIR(found.st_mode) else []
     while pending:
         pending += tally.add_children(pending.pop(), found.st_dev)
     return tally
+
+
+def _occupied_beside(top: Path, taken: dict[int, set[int]]) -> int:
+    """The bytes of a tree without the inodes in `taken`, by device, to which its own are added."""
+    occupied = 0
+    for found in inodes(top):
+        known = taken.setdefault(found.st_dev, set())
+        if found.st_ino not in known:
+            occupied += found.st_blocks * 512
+        if found.st_nlink > 1:
+            known.add(found.st_ino)
+    return occupied
 
 
 def _children(directory: str) -> Iterator[tuple[str, os.stat_result]]:
@@ -250,42 +268,6 @@ def _children(directory: str) -> Iterator[tuple[str, os.stat_result]]:
                 yield item.path, item.stat(follow_symlinks=False)
 
 
-# FIEMAP, as in linux/fiemap.h. An extent is its place in the file and on the disk, its length (bytes), and flags.
-_Extent: TypeAlias = tuple[int, int, int, int]
-_LAST, _ENCODED, _INLINE, _SHARED = 0x1, 0x8, 0x200, 0x2000
-_FS_IOC_FIEMAP = 0xC020660B
-_HEADER = struct.Struct("=QQIIII")  # start, length, flags, extents mapped, room for extents, reserved
-_EXTENT = struct.Struct("=QQQ16xI12x")
-_ROOM = 64
-
-
-def _extents(path: str) -> Iterator[_Extent]:
-    """Iterate over the extents of a file. Raises OSError, also where the file system does not tell."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        start = 0
-        while found := _parse(_ask(descriptor, start)):
-            yield from found
-            place, _, length, flags = found[-1]
-            if flags & _LAST:
-                return
-            start = place + length
-    finally:
-        os.close(descriptor)
-
-
-def _ask(descriptor: int, start: int) -> bytes:
-    answer = bytearray(_HEADER.size + _ROOM * _EXTENT.size)
-    _HEADER.pack_into(answer, 0, start, 2**64 - 1 - start, 0, 0, _ROOM, 0)
-    fcntl.ioctl(descriptor, _FS_IOC_FIEMAP, answer, True)
-    return bytes(answer)
-
-
-def _parse(answer: bytes) -> list[_Extent]:
-    mapped = _HEADER.unpack_from(answer)[3]
-    return list(_EXTENT.iter_unpack(answer[_HEADER.size : _HEADER.size + mapped * _EXTENT.size]))
-
-
 def _overlap(ranges: list[_Place]) -> bool:
-    """Whether what others share is also shared within: nobody tells whether these "others" are all within."""
+    """Whether two files of the tree share an extent: then FIEMAP cannot say whether others have it too."""
     return any(a[0] == b[0] and b[1] < a[2] for a, b in pairwise(sorted(ranges)))

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import stat
 import sys
@@ -15,19 +16,18 @@ from pathlib import Path
 from typing import Any, TextIO
 
 _TEMPORARY = ".tmp-"
-_PART = 65536  # bytes read at once: no more, or each buffer is memory mapped for it
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Error numbers that mean: no space, or no quota, left."""
 
 
 def write_json(path: Path, data: dict[str, Any], *, durable: bool = True) -> None:
-    """Write `data` so that readers see either the old file or the whole new one, whatever dies when.
+    """Write `data` so that readers see either the old file or the whole new one, whichever process dies when.
 
     With `durable` the same holds across a power failure. Raises OSError; then no temporary file stays behind. Killed
-    in between, one does; nobody holds its flock, so that the next sweep knows it for rubbish.
+    in between, one does; its flock is free, by which the next sweep knows it for rubbish.
     """
     while True:
-        temporary = path.with_name(f"{_TEMPORARY}{unique()}")
+        temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
         try:
             with temporary.open("x", encoding="utf-8") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -47,12 +47,11 @@ def write_json(path: Path, data: dict[str, Any], *, durable: bool = True) -> Non
 
 
 def unique(length: int = 8) -> str:
-    """Hex digits that nobody else has, of `length` bytes. As `secrets.token_hex`, which imports a lot for it."""
-    return os.urandom(length).hex()
+    return secrets.token_hex(length)
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether `path` is a file of `write_json` that has not got its name."""
+    """Whether `path` is a file of `write_json` that does not have its final name yet."""
     return path.name.startswith(_TEMPORARY)
 
 
@@ -65,18 +64,12 @@ def _dump(data: dict[str, Any], file: TextIO, *, durable: bool) -> None:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The content of a file. Not by a file object, which costs more than the reading."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    """The content of a file. An OSError names the file, also where reading fails after it was opened."""
     try:
-        parts = []
-        while part := os.read(descriptor, _PART):
-            parts.append(part)
-        return b"".join(parts)
+        return Path(path).read_bytes()
     except OSError as error:
-        error.filename = os.fspath(path)  # unknown to who only has the descriptor: such as of a directory
+        error.filename = error.filename or os.fspath(path)
         raise
-    finally:
-        os.close(descriptor)
 
 
 def read_json(path: str | Path) -> dict[str, Any] | None:
@@ -88,6 +81,14 @@ def read_json(path: str | Path) -> dict[str, Any] | None:
     return data if isinstance(data, dict) else None
 
 
+def names_in(directory: str | Path) -> list[str]:
+    """The names in a directory, in no order; none where there is no such directory."""
+    try:
+        return os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
     with _opened(path) as descriptor:
@@ -97,7 +98,7 @@ def sync_directory(path: Path) -> None:
 def sync_file_system(path: Path) -> None:
     """Make all durable that is on the file system of the directory `path`. Raises OSError where some of it was lost.
 
-    Not by sync(2), where the system has better: that waits for all that is mounted, also for a server that is gone.
+    By syncfs(2) where there is one: sync(2) waits for everything that is mounted, also for a server that is gone.
     """
     with _opened(path) as descriptor:
         failed = _syncfs(descriptor)
@@ -119,7 +120,7 @@ def _opened(directory: Path) -> Iterator[int]:
 def _syncfs(descriptor: int) -> int:
     """The error number of syncfs(2), 0 for none; ENOSYS where Python does not get there."""
     try:
-        import ctypes  # for whoever finishes an entry only
+        import ctypes  # some builds of Python have none
 
         syncfs = ctypes.CDLL(None, use_errno=True).syncfs
     except (ImportError, OSError, AttributeError):
@@ -128,7 +129,7 @@ def _syncfs(descriptor: int) -> int:
 
 
 def discard(path: Path, trash: Path) -> None:
-    """Remove a tree nobody is handed any more: one rename takes it from everybody's sight, then it is deleted.
+    """Remove a tree that is handed out no more: one rename takes it out of sight, then it is deleted.
 
     Killed in between, the rest lies in `trash`, where the next sweep finds it. No tree at `path` is no error.
     """
@@ -141,13 +142,13 @@ def discard(path: Path, trash: Path) -> None:
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
-        # Not even room for a name in the trash. Nobody is handed an entry without a ready record: delete it in place.
+        # Not even room for a name in the trash. An entry without a ready record is never handed out: delete in place.
     remove_tree(path)
 
 
 def to_trash(path: Path, trash: Path) -> Path:
     """Rename `path` into `trash` under a new unique name, and return that."""
-    moved = trash / f"{path.name}.{unique(4)}"
+    moved = trash / f"{path.name}.{secrets.token_hex(4)}"
     path.rename(moved)
     return moved
 
@@ -173,10 +174,10 @@ def _raise_unless_gone(error: BaseException) -> None:
 
 
 def empty_directory(descriptor: int, *, but: str = "") -> None:
-    """Delete all that is in an open directory, where others may write at the same time; what is called `but` stays.
+    """Delete all that is in an open directory, where others may write at the same time, except the name `but`.
 
-    By descriptors alone: no link that is put in meanwhile leads us elsewhere. What cannot be deleted does not keep the
-    rest; the first such error is raised at the end. What is gone already is none.
+    It works by descriptors alone, so that a link put in meanwhile leads nowhere else. It goes on after an error, and
+    raises the first one at the end. That a name is gone already is no error.
     """
     with suppress(PermissionError):
         os.fchmod(descriptor, stat.S_IRWXU)  # frozen directories too
@@ -214,7 +215,7 @@ def set_directories_writable(top: Path, *, writable: bool) -> None:
     """Freeze or thaw every directory of a tree for its owner.
 
     Only directories: the files may be hard links into the cache of uv, and a file's mode belongs to all its links.
-    A frozen directory stops whoever installs, upgrades or removes, since all of them create or unlink names.
+    A frozen directory stops programs that install, upgrade or remove: all of them create or unlink names.
     """
     pending = [os.fspath(top)]
     while pending:
@@ -234,19 +235,19 @@ def _set_writable(directory: str, *, writable: bool) -> None:
         return
     wanted = mode | stat.S_IWUSR if writable else mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
     if wanted != mode:
-        os.chmod(directory, wanted)  # strings: a tree has thousands of directories
+        os.chmod(directory, wanted)
 
 
-def file_identity(path: str) -> tuple[int, int] | None:
+def file_identity(path: str | Path) -> tuple[int, int] | None:
     """Size and mtime (ns) of the file that `path` leads to, or None where it leads nowhere."""
     try:
-        found = os.stat(path)  # the warm path
+        found = os.stat(path)
     except OSError:
         return None
     return found.st_size, found.st_mtime_ns
 
 
-def is_unchanged(path: str, was: Sequence[int]) -> bool:
+def is_unchanged(path: str | Path, was: Sequence[int]) -> bool:
     """Whether the file that `path` leads to has this `file_identity`, give or take what images do to times.
 
     The layers of an image keep whole seconds only, once it was pushed and pulled.

@@ -19,7 +19,7 @@ _HELD_ELSEWHERE = frozenset({errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK})
 
 
 def try_flock(path: str | Path, *, exclusive: bool, flags: int = os.O_RDONLY) -> int | None:
-    """Open `path` and take a flock without waiting: the descriptor, or None while somebody's flock is in the way.
+    """Open `path` and take a flock without waiting: the descriptor, or None while another flock is in the way.
 
     The descriptor is always a fresh one. Upgrading a shared flock is not atomic: a failed upgrade *loses* the shared
     one (flock(2), BUGS). Raises FileNotFoundError, unless `flags` has O_CREAT.
@@ -39,7 +39,7 @@ def try_flock(path: str | Path, *, exclusive: bool, flags: int = os.O_RDONLY) ->
 
 
 def is_held(path: str | Path) -> bool:
-    """Whether somebody holds an exclusive flock on `path` at this moment."""
+    """Whether a process holds an exclusive flock on `path` at this moment."""
     try:
         descriptor = try_flock(path, exclusive=False)
     except FileNotFoundError:
@@ -51,7 +51,7 @@ def is_held(path: str | Path) -> bool:
 
 
 def is_free(path: str | Path) -> bool:
-    """Whether nobody holds any flock on `path`, or it is gone."""
+    """Whether no process holds a flock on `path`, or it is gone. Claims of `path` fail while this looks."""
     try:
         descriptor = try_flock(path, exclusive=True)
     except FileNotFoundError:
@@ -75,7 +75,7 @@ def still_names(path: str | Path, descriptor: int) -> bool:
 def exclusive_flock(path: Path, on_wait: Callable[[], None]) -> Iterator[int]:
     """Hold the exclusive flock on `path`, waiting as long as it takes; yields the descriptor for children to inherit.
 
-    `on_wait` is called about once a second while somebody else holds it; what it raises ends the waiting.
+    `on_wait` is called about once a second while another process holds it; what it raises ends the waiting.
     """
     held: list[int] = []
     # No soft fallback: a marker file outlives a SIGKILL, and all promises rest on the kernel freeing the flock.

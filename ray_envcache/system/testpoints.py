@@ -1,4 +1,4 @@
-"""Places where a test can freeze us, to meet a race on purpose. Without the variable they cost one look-up."""
+"""Places where a test can stop the package, to meet a race on purpose. Without the variable they cost one look-up."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 import time
 
 FOLDER = "RAY_ENVCACHE_TEST_POINTS"
-"""A folder of a test. A file `stop-<point>` in it freezes whoever reaches that point until the file is gone."""
+"""Names a folder of a test. A process that reaches a point waits while the file `stop-<point>` is in it."""
 
 
 def reach(point: str) -> None:
-    """Say that we are at `point`, and wait there if a test asks for it."""
+    """Say in `reached-<point>` that this process is at `point`, and wait there while a test asks for it."""
     folder = os.environ.get(FOLDER)
     if folder is None:
         return

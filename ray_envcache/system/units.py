@@ -1,4 +1,4 @@
-"""Sizes, durations and names as people write and read them."""
+"""Sizes, durations, times and foreign texts as people write and read them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 
 from ray_envcache.errors import FieldValueError
 
-# ASCII only, or the units would match letters that merely fold to them; and no more digits than a float can take.
+# Only ASCII: other letters fold to the units. At most 18 digits: a float can take them.
 _NUMBER = r"\d{1,18}(?:\.\d+)?"
 _SIZE = re.compile(rf"({_NUMBER})\s*([kmgt]?)(i?)b?", re.IGNORECASE | re.ASCII)
 _PART = re.compile(rf"({_NUMBER})\s*([wdhms])", re.IGNORECASE | re.ASCII)
@@ -25,7 +25,7 @@ class Space:
     share: float | None = None
 
     def bytes_of(self, total: int) -> int:
-        """The amount on a disk of `total` bytes."""
+        """Return the amount in bytes on a disk of `total` bytes."""
         return self.size if self.share is None else int(total * self.share)
 
     def __str__(self) -> str:
@@ -33,7 +33,7 @@ class Space:
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes from "50GB" (metric), "50GiB" or a plain number. Raises FieldValueError."""
+    """Read bytes from "50GB" (metric), "50GiB" or a plain number. Raises FieldValueError."""
     parts = _SIZE.fullmatch(str(text).strip())
     if parts is None or (parts[3] and not parts[2]):
         raise FieldValueError(f"Not a size: `{text}`", 'write bytes, "50GB" or "50GiB"')
@@ -41,7 +41,7 @@ def parse_size(text: str | int) -> int:
 
 
 def parse_space(text: str | int) -> Space:
-    """A size, or a share of the disk ("10%"). Raises FieldValueError."""
+    """Read a size, or a share of the disk ("10%"). Raises FieldValueError."""
     written = str(text).strip()
     if not written.endswith("%"):
         return Space(size=parse_size(written))
@@ -55,7 +55,7 @@ def parse_space(text: str | int) -> Space:
 
 
 def parse_duration(text: str | float) -> float:
-    """Seconds from "14d", "36h", "1d12h" or a plain number of seconds. Raises FieldValueError."""
+    """Read seconds from "14d", "36h", "1d12h" or a plain number of seconds. Raises FieldValueError."""
     written = str(text).strip()
     if re.fullmatch(_NUMBER, written, re.ASCII):
         return float(written)
@@ -66,12 +66,12 @@ def parse_duration(text: str | float) -> float:
 
 
 def is_off(text: str) -> bool:
-    """Whether this switches a limit off."""
+    """Whether this word ("off" or "none") switches a limit off."""
     return text.strip().lower() in {"off", "none"}
 
 
 def format_size(size: float) -> str:
-    """Metric, two digits that matter: "4.1 GB", "512 B"."""
+    """Write a size in metric units, with one decimal below a hundred: "4.1 GB", "512 B"."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(size) < 999.5:
             return f"{size:.0f} {unit}" if unit == "B" or size >= 99.5 else f"{size:.1f} {unit}"
@@ -80,7 +80,7 @@ def format_size(size: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """The largest unit that fits: "3 days", "1 minute", "0 seconds"."""
+    """Write a duration in the largest unit that fits: "3 days", "1 minute", "0 seconds"."""
     for length, name in _NAMES:
         count = int(seconds // length)
         if count or length == 1:
@@ -89,17 +89,15 @@ def format_duration(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """The text without the teeth of control characters: names and command lines of others are shown in terminals."""
-    if text.isprintable():  # nearly always, and asked at once
-        return text
+    """Replace control characters by "?": file names and command lines of other users are shown in terminals."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def utc_now() -> str:
-    """This moment, UTC, as ISO 8601 with seconds."""
+    """Return this moment as ISO 8601 in UTC, with seconds."""
     return utc(datetime.now(timezone.utc).timestamp())
 
 
 def utc(seconds: float) -> str:
-    """A Unix time as UTC ISO 8601 with seconds."""
+    """Write a Unix time as ISO 8601 in UTC, with seconds."""
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -143,7 +143,7 @@ def recover(disk: Path, project: Path) -> None:
     layout = Layout(disk / "store")
     assert collect(layout, Limits(everything=True)).failed == []
     assert [*entries(disk), *layout.leases.iterdir(), *layout.memo.iterdir()] == []
-    assert [path.name for path in layout.top.iterdir() if not path.is_dir()] == ["clock.json"]
+    assert [path.name for path in layout.top.iterdir() if not path.is_dir()] == ["CACHEDIR.TAG"]
     assert layout.cachedir_tag.read_text().startswith("Signature: 8a477f597d28d172789f06886806bc55\n")
 
 
@@ -253,6 +253,33 @@ def test_no_room_to_ask_what_is_cached(disk: Disk, project: Path) -> None:
         collect(Layout(place / "store"), Limits(everything=True))
         with ballast(place, kib=0), pytest.raises(DiskFullError, match=r"18 MB to download .* 0 MB"):
             build(place, project)
+
+
+@pytest.mark.parametrize("disk", ["uv elsewhere"], indirect=True)
+def test_another_collector_makes_room(disk: Disk, project: Path, children: list[subprocess.Popen[str]]) -> None:
+    """A build on a full disk waits for the collector that is at work, such as the one of its own cluster's start."""
+    lock = project.with_name("uv.lock")
+    lock.write_text(lock.read_text().replace('.whl" }', '.whl", size = 9000000 }'))
+    code = """
+import shutil, threading
+from pathlib import Path
+from ray_envcache.store.layout import Layout
+from ray_envcache.system import flock
+disk = Path(sys.argv[1])
+held = flock.try_flock(Layout(disk / "store").collector_flock, exclusive=True)
+def finish():
+    shutil.rmtree(disk / "deleted slowly")
+    os.close(held)
+threading.Timer(2, finish).start()
+"""
+    with disk() as place:
+        Store.open(place / "store")
+        ballasted = place / "deleted slowly"
+        ballasted.mkdir()
+        with (ballasted / "file").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, Free.of(place).bytes - 5_000_000)
+        support.start_python(children, f"import os\n{code}", place)
+        assert build(place, project).ready.exists()
 
 
 def test_compiled_is_what_all_helpers_compiled(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ from ray_envcache.store import pins
 from ray_envcache.build.builder import Builder
 from ray_envcache.resolve.cluster_ray import installed_ray
 from ray_envcache.store.layout import Layout
-from ray_envcache.store.leases import Holder, claim_ready
+from ray_envcache.store.leases import Holder, claim
 from ray_envcache.gc.policy import Limits
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.acquire import Store
@@ -152,7 +152,7 @@ def examine(root: Path, project: Path, operation: str) -> None:
     report = collect(layout, Limits(everything=True))
     assert report.failed == []
     left = sorted(str(path.relative_to(layout.top)) for path in layout.top.rglob("*") if not path.is_dir())
-    assert [name for name in left if not name.startswith("flocks/") and name != "clock.json"] == []
+    assert [name for name in left if not name.startswith("flocks/") and name != "CACHEDIR.TAG"] == []
     assert list(layout.entries.iterdir()) == list(layout.trash.iterdir()) == list(layout.leases.iterdir()) == []
 
 
@@ -248,7 +248,8 @@ def run_under_strace(operation: str, words: list[str], root: Path, project: Path
     program = [sys.executable, "-c", prelude + OPERATIONS[name], "0", str(root), str(project)]
     done = subprocess.run([*words, *program], capture_output=True, text=True, check=False)
     # Killed; or alive, and telling in one of our errors that a child was.
-    assert done.returncode in {0, -signal.SIGKILL} or "\nray_envcache.errors.BuildError: " in done.stderr, done.stderr
+    told = re.search(r"\nray_envcache\.errors\.(Build|Passing)Error: ", done.stderr)
+    assert done.returncode in {0, -signal.SIGKILL} or told, done.stderr
     text = log.read_text()
     names = dict(re.findall(r'^(\d+) +execve\("(?:[^"]*/)?([^"/]+)"', text, re.MULTILINE))
     return [names.get(pid, "thread") for pid in re.findall(r"^(\d+) +\+\+\+ killed by SIGKILL", text, re.MULTILINE)]

@@ -55,14 +55,16 @@ def test_a_hash_in_the_lockfile_is_enough() -> None:
         assert ResolvedSet((package,)).local_files() == files
 
 
-def test_each_checkout_is_remembered(tmp_path: Path, wheels: Path, store: Store, acquire: Acquire) -> None:
-    """Two checkouts that install the same from files do not make each other ask uv again and again."""
+def test_last_checkout_is_remembered(tmp_path: Path, wheels: Path, store: Store, acquire: Acquire) -> None:
+    """Of two checkouts that install the same from files the one that asked last is remembered, and both are right."""
     projects = [support.make_project(tmp_path / name / "app", wheels, ["ray"]) for name in "ab"]
     first, second = (acquire(project) for project in projects)
     assert first.entry == second.entry
-    for project in projects:
-        with store.lookup(EnvSpec.parse(project), installed_ray()) or pytest.fail("not remembered") as lease:
-            assert lease.entry == first.entry
+    specs = [EnvSpec.parse(project) for project in projects]
+    with store.lookup(specs[1], installed_ray(), Holder("test")) or pytest.fail("not remembered") as lease:
+        assert lease.entry == first.entry
+    assert store.lookup(specs[0], installed_ray(), Holder("test")) is None
+    assert acquire(projects[0]).entry == first.entry
 
 
 @pytest.fixture
@@ -182,11 +184,11 @@ def test_published_is_published(
     """A builder that fails after the ready record is there leaves the environment: others may run from it already."""
     project = support.make_project(tmp_path / "project", wheels, ["ray"])
 
-    def fail(_: Path) -> int:
+    def fail(*_: object) -> bool:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     with monkeypatch.context() as patch:
-        patch.setattr(leases, "_own_file", fail)
+        patch.setattr(leases, "_claim_base", fail)
         with pytest.raises(OSError, match="Too many open files"):
             store.acquire(EnvSpec.parse(project), installed_ray(), Holder("test"), finish=False)
     (entry,) = store.layout.all_entries()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ray_envcache.store.layout import Entry, Layout
-from ray_envcache.store.sizes import MeasuredRecord, Sample
+from ray_envcache.store.sizes import MeasuredRecord
 from ray_envcache.system import files
 from ray_envcache.system.units import utc_now
 
@@ -34,28 +33,8 @@ def _copy(layout: Layout, template: Entry, record: dict[str, Any], key: str) -> 
     # Not durable: a thousand syncs take long.
     files.write_json(entry.ready, {**record, "key": key, "path": os.fspath(entry.path)}, durable=False)
     files.write_json(entry.compiled, {"compiled_at": utc_now(), "seconds": 1.0}, durable=False)
-    samples = tuple(_samples(template, entry))
-    MeasuredRecord(700_000_000, 70_000_000, 20_000, exact=True, samples=samples).write(entry)
+    MeasuredRecord(700_000_000, 70_000_000, 20_000, exact=True).write(entry)
     shutil.copy(next(layout.memo.iterdir()), layout.memo_of(key))
-
-
-def _samples(template: Entry, entry: Entry) -> Iterator[Sample]:
-    """The files by which it is known that a record of sizes still holds: as uv links packages, those of the template.
-
-    Of every second entry; the others have files of their own, like an environment with packages that no other has.
-    """
-    record = MeasuredRecord.read(template)
-    assert record is not None
-    shared = int(entry.key, 16) % 2 == 0
-    for name, inode, _ in record.samples:
-        path = entry.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if shared:
-            os.link(template.path / name, path)
-            yield name, inode, 3 if name.endswith(".pyc") else 2  # others have it too
-        else:
-            path.touch()
-            yield name, path.stat().st_ino, 1
 
 
 def add_files(entry: Entry, count: int) -> None:

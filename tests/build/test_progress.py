@@ -83,7 +83,7 @@ def test_log(lease: Lease) -> None:
     with observer(stream) as shown:
         build(shown, lease, plan())
     lines = stream.getvalue().splitlines()
-    assert lines[0] == "Building the environment of demo: 2 packages"
+    assert lines[0] == "Building the environment of demo: 1 packages"
     assert lines[1:-1] == [f"  {line.strip()}" for line in LINES if "+ foo" not in line]
     assert re.fullmatch(rf"Built in 1\.[23] s: {re.escape(str(lease.entry.venv))}", lines[-1])
 
@@ -93,7 +93,7 @@ def test_size_in_the_headline() -> None:
     stream = io.StringIO()
     with observer(stream) as shown:
         shown.started(plan(size=16_900_000))
-    assert re.fullmatch(r"Building the environment of demo: 2 packages, 1\d\.\d MB\n", stream.getvalue())
+    assert re.fullmatch(r"Building the environment of demo: 1 packages, 1\d\.\d MB\n", stream.getvalue())
 
 
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
@@ -136,7 +136,7 @@ def test_terminal(lease: Lease, project: str) -> None:
         build(shown, lease, plan(project))
     head, waited, built, rest = stream.shows()
     assert head == "Waiting for the environment: driver 17 builds it"
-    assert waited == f"Building the environment of {project}: 2 packages".replace("\x1b", "?")
+    assert waited == f"Building the environment of {project}: 1 packages".replace("\x1b", "?")
     assert built.endswith(f"s: {lease.entry.venv}")
     assert rest == ""
 
@@ -159,4 +159,4 @@ def test_dumb_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal()
     with observer(stream) as shown:
         shown.started(plan())
-    assert stream.getvalue() == "Building the environment of demo: 2 packages\n"
+    assert stream.getvalue() == "Building the environment of demo: 1 packages\n"

@@ -42,6 +42,31 @@ print(json.dumps(said))
 """
 
 
+TOKEN_BODY = """
+import json, os, subprocess, sys
+import ray, ray_envcache
+
+ray.init(num_cpus=1, include_dashboard=False)
+named = ray.get_runtime_context().gcs_address
+kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+token = os.path.expanduser("~/.ray/auth_token")
+
+def doctor(address, **environ):
+    command = [sys.executable, "-m", "ray_envcache", "doctor", "--address", address]
+    done = subprocess.run(command, capture_output=True, text=True, env={**kept, **environ})
+    return [done.returncode, done.stdout, done.stderr]
+
+print(json.dumps({
+    "own": doctor(named, RAY_AUTH_MODE="token"),
+    "copied": doctor("auto", RAY_ADDRESS=named, RAY_AUTH_MODE="token", HOME="/nowhere", RAY_AUTH_TOKEN_PATH=token),
+    "no token": doctor(named, HOME="/nowhere"),
+    "no token, asked for": doctor(named, HOME="/nowhere", RAY_AUTH_MODE="token"),
+    "not sent": doctor(named),
+    "another": doctor(named, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64),
+}))
+"""
+
+
 def wrong(node: dict[str, Any], state: str) -> dict[str, str]:
     return {found["name"]: found["text"] for found in node["findings"] if found["state"] == state}
 
@@ -54,7 +79,7 @@ def test_doctor(host: Host) -> None:
     (host.folder / "file").touch()
     (host.folder / "other version").mkdir()
     (host.folder / "other version" / "sitecustomize.py").write_text(
-        "import ray_envcache\nray_envcache.__version__ = '0.0.1'\n"
+        "import ray_envcache.version\nray_envcache.version.__version__ = '0.0.1'\n"
     )
     said = run(host, BODY, project, host.folder)
     _check_healthy(host, *said["healthy"])
@@ -91,13 +116,14 @@ def _check_broken(host: Host, status: int, out: str, err: str) -> None:
     no_network = by_store[f"{host.folder}/offline"]
     assert no_network["plugin"] == "0.0.1"
     assert wrong(no_network, "warn")["plugin"].startswith("ray-envcache is 0.0.1 there, ")
+    assert wrong(no_network, "warn")["PYTHONPATH"].startswith(f"PYTHONPATH={host.folder}/other version")
     assert "not found in the cache" in wrong(no_network, "error")["environment"]
     assert no_network["findings"][-1]["hint"]
 
 
 def _check_table(host: Host, data: dict[str, Any]) -> None:
     with redirect_stdout(io.StringIO()) as out:
-        doctor._print_cluster(data)
+        doctor.print_cluster(data)
     head, *lines = out.getvalue().splitlines()
     assert head.split() == ["NODE", "HOST", "PLUGIN", "STORE", "FREE", "RAY", "PYTHON", "UV", "KEY", "SECONDS"]
     key = next(host.layout.all_entries()).key[:12]
@@ -105,7 +131,30 @@ def _check_table(host: Host, data: dict[str, Any]) -> None:
     assert sum("  not loaded  " in line for line in lines[:5]) == 1
     assert sum("  unusable  " in line for line in lines[:5]) == 1
     assert sum(line.startswith("error  ") for line in lines) == 3
-    assert sum(line.startswith("warn   ") for line in lines) == 1
-    assert sum(line.startswith("       hint: ") for line in lines) == 4
+    assert sum(line.startswith("warn   ") for line in lines) == 2
+    assert sum(line.startswith("       hint: ") for line in lines) == 5
     assert lines[-1].startswith("5 nodes of ")
     assert lines[-1].endswith(", 3 with errors")
+
+
+@pytest.mark.parametrize("python", [NEWEST], indirect=True)
+def test_doctor_with_a_token(host: Host) -> None:
+    """The doctor asks a cluster with the user's token; without it the error names the place that Ray looked at."""
+    said = host.run(TOKEN_BODY, RAY_AUTH_MODE="token", HOME=str(host.folder))
+    for healthy in ("own", "copied"):
+        status, out, err = said.pop(healthy)
+        assert (status, err) == (0, ""), healthy
+        assert out.endswith(", 0 with errors\n")
+    own, other = f"`{host.folder}/.ray/auth_token`", "`/nowhere/.ray/auth_token`"
+    causes = {
+        "no token": f"there is none at {other}",
+        "no token, asked for": f"there is none at {other}",
+        "not sent": f"RAY_AUTH_MODE is not `token`, so it does not send the one of {own}",
+        "another": "the one of RAY_AUTH_TOKEN is not the cluster's",
+    }
+    assert said.keys() == causes.keys()
+    for name, cause in causes.items():
+        status, out, err = said[name]
+        assert (status, out) == (1, "")
+        assert err.startswith("error: Ray has no token for the cluster at `")
+        assert f"`: {cause}\nhint: copy ~/.ray/auth_token from the user that started the cluster, or name" in err

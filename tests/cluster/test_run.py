@@ -156,7 +156,7 @@ def test_failed_run_keeps_its_logs_and_its_status(host: Host, program: Path) -> 
     (line,) = [line for line in err.splitlines() if "logs of the failed run" in line]
     logs = Path(line.partition(": ")[2].partition(": ")[2])
     assert (logs / "raylet.out").exists()
-    assert logs.name == os.path.basename(session)
+    assert logs.parent.name == os.path.basename(session)
     assert list(host.temp.rglob("sockets")) == []
 
 
@@ -278,10 +278,10 @@ def test_the_status_of_a_failed_run(host: Host, program: Path) -> None:
         script = f"{LEAVE_SESSION}\n{full}\nexit 7"
         status, _, err = run(host, program, "bash", "-c", script, options=("--tmpdir", place))
         assert status == 7, err
-        (logs,) = place.glob("ray-run-*/logs/session_*")
+        (logs,) = place.glob("ray-run-*/ray/session_*/logs")
         assert f"logs of the failed run: {logs}\n" in err
         assert (logs / "raylet.out").exists()
-        assert [path.name for path in logs.parents[1].iterdir()] == ["logs"]
+        assert [path.name for path in logs.parent.iterdir()] == ["logs"]
     with open("/dev/full", "w") as nowhere:
         command = (host.python, "-m", "ray_envcache", "run", "--", "bash", "-c", f"{LEAVE_SESSION}\nexit 7")
         environ = host.environ(UV_PYTHON=sys.executable)

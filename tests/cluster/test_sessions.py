@@ -17,7 +17,7 @@ from tests.cluster.conftest import NEWEST, Host
 
 pytestmark = pytest.mark.cluster
 
-# Says where its session is, and who ran a task; then stays until its stdin ends.
+# Says where its session is, and which process ran a task; then stays until its stdin ends.
 CLUSTER = """
 import json, sys
 import ray
@@ -68,7 +68,7 @@ def age(session: Path) -> None:
 
 
 def processes_of(session: Path) -> list[int]:
-    """Who has files of a session open; asked in another way than the package asks."""
+    """The processes that have files of a session open, found in another way than the package does."""
     done = subprocess.run(["find", "/proc", "-maxdepth", "3", "-path", "/proc/[0-9]*/fd/*", "-lname", f"*{session.name}*"],
                           capture_output=True, text=True, check=False)  # fmt: skip
     return [int(line.split("/")[2]) for line in done.stdout.splitlines()]
@@ -146,7 +146,7 @@ def test_sigkill_of_a_collector_beside_a_living_cluster(host: Host) -> None:
 @pytest.mark.parametrize("python", [NEWEST], indirect=True)
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_a_cluster_of_another_user_is_not_touched(host: Host) -> None:
-    """Whether it lives or is dead: a user's gc leaves a session of somebody else, and says so."""
+    """Whether it lives or is dead: a user's gc leaves a session of another user, and says so."""
     driver, session, _ = start(host)
     age(session)
     host.temp.chmod(0o755)
@@ -206,7 +206,7 @@ def test_a_cluster_in_a_long_temp_directory(host: Host, tmp_path: Path, how: str
     assert not os.path.lexists(os.path.dirname(short))
     real = scratch / os.path.relpath(session, short)
     assert (real / "logs" / "raylet.out").exists()
-    assert (real.parent / "session_latest").resolve() == real
+    assert not (real.parent / "session_latest").is_symlink()  # it led through the link
     age(real)
     assert gc(host, "--tmpdir", str(scratch))["removed"] == [real.name]
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from tests.cli.test_commands import run
 pytestmark = pytest.mark.host
 
 
-def look() -> dict[str, Finding]:
+def findings() -> dict[str, Finding]:
     """What is found of this host, by name."""
     return {found.name: found for found in examine().findings}
 
@@ -30,7 +33,7 @@ def test_healthy_host(store: Store) -> None:
     done = run("doctor")
     assert (done.returncode, done.stderr) == (0, "")
     states = re.findall(r"^(ok|warn|error) +([a-z' ]+?)  ", done.stdout, re.MULTILINE)
-    names = ["store", "flocks", "space", "uv's cache", "uv", "python", "ray", "settings", "registration"]
+    names = ["store", "flocks", "holds", "space", "uv's cache", "uv", "python", "ray", "settings", "registration"]
     assert [name for _, name in states] == names
     assert [name for state, name in states if state != "ok"] == ["registration"]
     assert done.stdout.count("hint: ") == 1
@@ -38,7 +41,7 @@ def test_healthy_host(store: Store) -> None:
 
 
 def test_json_of_a_broken_host(tmp_path: Path) -> None:
-    """The documented fields, whatever is wrong; and exit code 1."""
+    """A broken store and a missing project are errors in the documented fields, with exit code 1."""
     (tmp_path / "store").touch()
     done = run("doctor", "--json", tmp_path, RAY_ENVCACHE_DIR=str(tmp_path / "store"))
     assert (done.returncode, done.stderr) == (1, "")
@@ -86,7 +89,7 @@ def test_unusable_store(
     """A store that cannot be used is an error with its cause and what to do; the rest is looked at all the same."""
     spoil(tmp_path / name)
     monkeypatch.setenv("RAY_ENVCACHE_DIR", str(tmp_path / name))
-    found = look()
+    found = findings()
     assert found["store"].state == "error"
     assert text in found["store"].text
     assert found["store"].hint
@@ -94,36 +97,58 @@ def test_unusable_store(
     assert "flocks" not in found
 
 
+def test_store_mounted_noexec(tmp_path: Path) -> None:
+    """A store on a mount that forbids to run programs is an error that says so, with exit code 1."""
+    script = f"mount -t tmpfs -o noexec tmpfs {tmp_path} && exec {sys.executable} -m ray_envcache doctor"
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*command, f"mount -t tmpfs tmpfs {tmp_path}"], capture_output=True, check=False).returncode:
+        pytest.skip("this system lets no test mount anything")
+    environ = {**os.environ, "RAY_ENVCACHE_DIR": str(tmp_path / "store")}
+    done = subprocess.run([*command, script], env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "; mounted noexec: no program or library can run from there\n       hint: mount it without" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["PYTHONPATH", "PYTHONHOME"])
+def test_inherited_variables_of_python(store: Store, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """PYTHONPATH and PYTHONHOME, which nodes and workers inherit, are a warning that names the value."""
+    assert name not in findings()
+    monkeypatch.setenv(name, "/modules/lib")
+    found = findings()[name]
+    assert found.state == "warn"
+    assert found.text.startswith(f"{name}=/modules/lib: ")
+
+
 def test_store_without_flocks(store: Store) -> None:
     """A store where no flock can be taken is an error, which names the file that was tried."""
     # Root may write into any directory: so something must be in the way.
     store.layout.doctor_flock.mkdir()
-    found = look()["flocks"]
+    found = findings()["flocks"]
     assert found.state == "error"
     assert str(store.layout.doctor_flock) in found.text
 
 
-def test_lower_stores(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lower stores are named; one that is not there is worth a word, and one that cannot be one an error."""
-    assert "lower stores" not in look()
+def test_readonly_stores(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read-only stores are named; a missing one is a warning, and a path that cannot be one an error."""
+    assert "read-only stores" not in findings()
     lower, gone = tmp_path / "lower", tmp_path / "gone"
     Store.open(lower)
     monkeypatch.setenv("RAY_ENVCACHE_READONLY_DIRS", f"{lower}:{gone}")
-    found = look()["lower stores"]
+    found = findings()["read-only stores"]
     assert (found.state, found.text) == ("warn", f"{lower}; there is no store at {gone}")
     monkeypatch.setenv("RAY_ENVCACHE_READONLY_DIRS", "relative")
-    assert look()["lower stores"].state == "error"
+    assert findings()["read-only stores"].state == "error"
 
 
 def test_space_and_links(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Less free space than the policy wants, and a uv that copies instead of linking, are warnings with a reason."""
     monkeypatch.setenv("RAY_ENVCACHE_MIN_FREE_SPACE", "100%")
     monkeypatch.setenv("UV_LINK_MODE", "copy")
-    found = look()
+    found = findings()
     assert found["space"].state == found["uv's cache"].state == "warn"
     assert "are free, less than 100 % (RAY_ENVCACHE_MIN_FREE_SPACE)" in found["space"].text
     monkeypatch.setenv("RAY_ENVCACHE_MIN_FREE_SPACE", "nonsense")
-    found = look()
+    found = findings()
     assert (found["space"].state, found["settings"].state) == ("ok", "error")
 
 
@@ -131,31 +156,31 @@ def test_uv(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """A missing uv, one that is too old, and one that does not run are errors."""
     uv = tmp_path / "uv"
     monkeypatch.setattr("uv.find_uv_bin", lambda: str(uv))
-    assert look()["uv"].state == "error"
+    assert findings()["uv"].state == "error"
     uv.write_text("#!/bin/sh\necho uv 0.1.2\n")
     uv.chmod(0o700)
-    found = look()["uv"]
+    found = findings()["uv"]
     assert found.text.startswith(f"uv 0.1.2: {uv}; ray-envcache needs >=")
     assert "pip install 'uv>=" in found.hint
     uv.write_text("#!/bin/sh\necho no >&2; exit 3\n")
-    assert look()["uv"].text == f"`{uv} --version` fails: no"
+    assert findings()["uv"].text == f"`{uv} --version` fails: no"
 
 
-def test_address_where_nobody_listens() -> None:
+def test_address_without_a_listener() -> None:
     """No cluster is one sentence and a hint within seconds, Ray says nothing, and none is started."""
     done = run("doctor", "--address", "127.0.0.1:1")
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"error: Nobody listens at [\d.]+:1: .*Connection refused\nhint: .*\n", done.stderr)
+    assert re.fullmatch(r"error: No cluster answers at [\d.]+:1: .*Connection refused\nhint: .*\n", done.stderr)
 
 
 @pytest.mark.parametrize(
     ("address", "environment", "text"),
     [
-        ("ray://10.0.0.7:10001", "", "`ray://10.0.0.7:10001` is for clients"),
-        ("auto", "ray://10.0.0.7:10001", "`ray://10.0.0.7:10001` is for clients"),
-        ("local", "", "not how one finds it"),
-        ("auto", "local", "not how one finds it"),
-        ("nonsense", "", "No cluster at `nonsense`: Invalid address format"),
+        ("ray://10.0.0.7:10001", "", "`ray://10.0.0.7:10001` is an address for Ray Client"),
+        ("auto", "ray://10.0.0.7:10001", "`ray://10.0.0.7:10001` is an address for Ray Client"),
+        ("local", "", "starts a cluster, and finds none"),
+        ("auto", "local", "starts a cluster, and finds none"),
+        ("nonsense", "", "Cannot ask the cluster at `nonsense`: Invalid address format"),
     ],
 )
 def test_address_of_no_cluster(monkeypatch: pytest.MonkeyPatch, address: str, environment: str, text: str) -> None:

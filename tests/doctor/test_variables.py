@@ -17,7 +17,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
     ("variable", "value", "state", "text"),
     [
         ("RAY_ENVCACHE_DIRS", "/somewhere", "warn", "did you mean RAY_ENVCACHE_DIR?"),
-        ("RAY_ENVCACHE_COLOR", "red", "warn", "there are RAY_ENVCACHE_DIR, "),
+        ("RAY_ENVCACHE_COLOR", "red", "warn", "the settings are RAY_ENVCACHE_DIR, "),
         ("RAY_ENVCACHE_UNUSED_FOR", "soon", "error", "RAY_ENVCACHE_UNUSED_FOR: Not a duration: `soon`"),
         ("RAY_ENVCACHE_MIN_FREE_SPACE", "110%", "error", "RAY_ENVCACHE_MIN_FREE_SPACE: Not a share of the disk"),
         ("RAY_ENVCACHE_GC_INTERVAL", "often", "error", "RAY_ENVCACHE_GC_INTERVAL: Not a duration: `often`"),
@@ -25,7 +25,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
     ],
 )
 def test_bad_setting(variable: str, value: str, state: str, text: str) -> None:
-    """A setting that nobody reads is a warning, with the nearest one; one that nobody understands an error."""
+    """A setting that does not exist is a warning that names the nearest one; a value that does not parse is an error."""
     (found,) = settings({"RAY_ENVCACHE_MAX_USED_SPACE": "off", variable: value})
     assert found.state == state
     assert variable in found.text
@@ -34,7 +34,7 @@ def test_bad_setting(variable: str, value: str, state: str, text: str) -> None:
 
 def test_good_settings() -> None:
     """Those that are set are named; what we set ourselves is not one of them."""
-    (found,) = settings({"RAY_ENVCACHE_UNUSED_FOR": "off", **registration.exports({registration.HOOK: "some.hook"})})
+    (found,) = settings({"RAY_ENVCACHE_UNUSED_FOR": "off", **registration.exports({})})
     assert (found.state, found.text) == ("ok", "RAY_ENVCACHE_UNUSED_FOR=off")
     (found,) = settings({"PATH": "/bin"})
     assert (found.state, found.text) == ("ok", "the defaults")
@@ -47,10 +47,10 @@ def test_settings_are_those_of_the_readme() -> None:
 
 def test_registration() -> None:
     """With the exports all is well, without them nodes of `ray start` are not; another plugin must be installed here."""
-    mine = {registration.PLUGINS: '[{"class": "json.Plugin"}]', registration.HOOK: "json.hook"}
+    mine = {registration.PLUGINS: '[{"class": "json.Plugin"}]'}
     assert registered(registration.exports({})).state == "ok"
     assert registered(registration.exports(mine)).state == "ok"
-    for lacking in ({}, mine, {**registration.exports({}), registration.HOOK: "json.hook"}):
+    for lacking in ({}, mine):
         found = registered(lacking)
         assert (found.state, found.hint) == ("warn", 'eval "$(ray-envcache env)" before ray start')
     found = registered(registration.exports({registration.PLUGINS: '[{"class": "not_installed.Plugin"}]'}))

@@ -1,27 +1,15 @@
-"""Registration: two variables beside those of others, and the way back for workers."""
+"""Registration: one variable beside what others say in it, and the way back."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from ray_envcache.errors import FieldValueError
 from ray_envcache.field import registration
-from ray_envcache.field.registration import (
-    CHAINED_HOOK,
-    CHAINED_UV_RUN,
-    HOOK,
-    HOOK_FUNCTION,
-    PLUGIN_CLASS,
-    PLUGINS,
-    UV_RUN,
-)
+from ray_envcache.field.registration import HOOK, HOOK_FUNCTION, PLUGIN_CLASS, PLUGINS, UV_RUN
 from tests import support
 
 OURS = {"class": PLUGIN_CLASS}
@@ -34,28 +22,24 @@ def registered(**environ: str) -> dict[str, str]:
 
 
 def test_empty_environment() -> None:
-    """Registering sets plugin and hook, and takes over from Ray's own hook for `uv run`."""
+    """Registering sets the plugin, and nothing that a driver without this package would stumble over."""
     environ = registered()
-    assert json.loads(environ[PLUGINS]) == [OURS]
-    assert (environ[HOOK], environ[UV_RUN], environ[CHAINED_UV_RUN]) == (HOOK_FUNCTION, "0", "1")
-    assert CHAINED_HOOK not in environ
+    assert json.loads(environ.pop(PLUGINS)) == [OURS]
+    assert environ == {}
 
 
-@pytest.mark.parametrize("hook", [None, "their.hook"])
-@pytest.mark.parametrize("uv_run", [None, "0", "true"])
 @pytest.mark.parametrize("plugins", [None, "", [], [OTHER], [OURS, OTHER], ["odd", 1]])
-def test_twice_is_once(hook: str | None, uv_run: str | None, plugins: Any) -> None:
+def test_twice_is_once(plugins: Any) -> None:
     """Registering again changes nothing, whatever was registered before."""
-    environ = {"UNRELATED": "x"}
-    environ |= {HOOK: hook} if hook else {}
-    environ |= {UV_RUN: uv_run} if uv_run else {}
+    environ = {"UNRELATED": "x", HOOK: "their.hook", UV_RUN: "true"}
+    before = dict(environ)
     environ |= {} if plugins is None else {PLUGINS: plugins if plugins == "" else json.dumps(plugins)}
     registration.register(environ)
     once = dict(environ)
     registration.register(environ)
     assert environ == once
-    assert environ["UNRELATED"] == "x"
-    assert json.loads(environ[PLUGINS]).count(OURS) == 1
+    assert json.loads(environ.pop(PLUGINS)).count(OURS) == 1
+    assert environ == before
 
 
 def test_others_stay() -> None:
@@ -66,13 +50,11 @@ def test_others_stay() -> None:
     assert registration.other_plugins(environ) == others
 
 
-def test_existing_hook_is_chained() -> None:
-    """A hook that was there before ours is kept for ours to call; one set later replaces it."""
-    environ = registered(**{HOOK: "their.hook"})
-    assert (environ[HOOK], environ[CHAINED_HOOK]) == (HOOK_FUNCTION, "their.hook")
-    environ[HOOK] = "later.hook"
-    registration.register(environ)
-    assert (environ[HOOK], environ[CHAINED_HOOK]) == (HOOK_FUNCTION, "later.hook")
+@pytest.mark.parametrize("before", [{}, {HOOK: "their.hook"}, {PLUGINS: json.dumps([OTHER])}, {UV_RUN: "0"}])
+def test_without_us(before: dict[str, str]) -> None:
+    """Without our plugin, and without our hook where a unit or a pod names it, the variables are as before."""
+    assert registration.without_us(registered(**before)) == before
+    assert HOOK not in registration.without_us({**before, HOOK: HOOK_FUNCTION})
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "null", '"x"', "1", "[{]", "their.Plugin", "x" * 10**5])
@@ -85,79 +67,31 @@ def test_unreadable_value(text: str) -> None:
     assert len(str(caught.value)) < 1000
 
 
-@pytest.mark.parametrize(
-    ("value", "original"), [(None, True), ("1", True), ("True", True), ("0", False), ("no", False)]
-)
-def test_original_uv_run(value: str | None, original: bool) -> None:  # noqa: FBT001
-    """What the user had said about Ray's hook for `uv run` is remembered."""
-    environ = registered(**({} if value is None else {UV_RUN: value}))
-    assert registration.original_uv_run(environ) is original
-
-
-def environ_of_worker(environ: dict[str, str]) -> dict[str, str]:
-    """The variables of a command that bash starts behind the prefix, as Ray starts workers."""
-    command = " ".join([*registration.worker_prefix(environ), "exec", "env", "-0"])
-    done = subprocess.run(
-        ["bash", "-c", command], env={"PATH": os.environ["PATH"], **environ}, capture_output=True, check=True
-    )
-    assert not done.stderr
-    pairs = (pair.split("=", 1) for pair in done.stdout.decode("utf-8", "surrogateescape").split("\0") if pair)
-    return {name: value for name, value in pairs if name.startswith("RAY_")}
-
-
-def test_worker_prefix_undoes() -> None:
-    """Behind the prefix nothing of ours is left: no plugin, no hook, and Ray's hook for `uv run` is on."""
-    assert environ_of_worker(registered()) == {PLUGINS: "[]", UV_RUN: "1"}
-
-
-nasty = st.text(
-    st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=20
-) | st.sampled_from(
-    [
-        "'",
-        '"',
-        "a'b\"c",
-        "\n",
-        "a\nb\n",
-        "$(touch x)",
-        "`id`",
-        "&& false",
-        "\\",
-        "'\\''",
-        "!!",
-        "*",
-        " ",
-        "\x01\x7f",
-        "-",
-        "é",
-    ]
-)
-
-
-@settings(max_examples=60)
-@given(nasty, nasty, nasty)
-def test_worker_prefix_quotes(plugin: str, hook: str, uv_run: str) -> None:
-    """Values of others come out of bash as they went in: quotes, newlines, dollars and all."""
-    others = [{"class": plugin, "note": [plugin, hook]}]
-    before = {PLUGINS: json.dumps(others, ensure_ascii=False), HOOK: hook, UV_RUN: uv_run}
-    after = environ_of_worker(registered(**before))
-    assert json.loads(after.pop(PLUGINS)) == others
-    assert after == {HOOK: hook, UV_RUN: uv_run}
-
-
 LOADED = "print(*{name for name in sys.modules if name.split('.')[0] in {'ray', 'click', 'rich', 'ray_envcache'}})"
 
 
 def test_import_is_light() -> None:
     """Importing the package registers the field and loads neither ray nor a library of the command line."""
     found = support.run_python(
-        f"import os, sys, ray_envcache; print(os.environ['{HOOK}']); {LOADED}", environ={HOOK: "their.hook"}
+        f"import os, sys, ray_envcache; print(os.environ['{PLUGINS}'], os.environ['{HOOK}']); {LOADED}",
+        environ={HOOK: "their.hook"},
     ).splitlines()
-    assert found[0] == HOOK_FUNCTION
-    assert set(found[1].split()) == {"ray_envcache", "ray_envcache.errors", "ray_envcache.field.registration"}
+    assert found[0] == f"{json.dumps([OURS])} their.hook"
+    assert set(found[1].split()) == {
+        "ray_envcache",
+        "ray_envcache.errors",
+        "ray_envcache.field",
+        "ray_envcache.field.ray_init",
+        "ray_envcache.field.registration",
+        "ray_envcache.field.spec",
+        "ray_envcache.version",
+    }
 
 
-@pytest.mark.parametrize("module", ["store", "builder", "agent_client", "agent_build", "bytecode", "collector"])
+@pytest.mark.parametrize(
+    "module",
+    ["acquire", "build.builder", "cluster.agent_build", "cluster.build_process", "build.bytecode", "gc.collector"],
+)
 def test_runtime_imports_no_command_line(module: str) -> None:
     """What runs in a cluster loads neither click nor rich, nor ray by itself."""
     found = support.run_python(f"import sys, ray_envcache.{module}; {LOADED}").split()

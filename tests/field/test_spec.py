@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_envcache.errors import FieldValueError
-from ray_envcache.field.spec import OPTIONS, EnvSpec, refuse_combinations
+from ray_envcache.field.spec import OPTIONS, EnvSpec, refuse_combinations, set_by_ray
 
 NASTY = (
     "--help", "-r", "../..", "/", "~", "", " ", "\0", "a\nb", "\x1b[31m", "\x9b31m", "\udcff", "x" * 5000, "é" * 3000,
@@ -175,14 +175,21 @@ def test_empty_rivals(rival: str, nothing: Any) -> None:
     refuse_combinations({"envcache": "pyproject.toml", rival: nothing})
 
 
-@pytest.mark.parametrize("executable", ["uv run", "uv run --python 3.12 -w x", "/opt/my.uv/bin/uv run --no-project"])
+@pytest.mark.parametrize("executable", ["uv run", "uv run python", "/opt/my.uv/bin/uv run --python 3.12.1 python"])
 def test_py_executable_of_uv_run(executable: str) -> None:
-    """The py_executable that Ray's own hook sets under `uv run` is allowed: ours replaces it."""
-    refuse_combinations({"py_executable": executable, "env_vars": {"A": "1"}})
+    """What Ray itself sets for a driver under a `uv run` without options can be told from what chooses packages."""
+    assert set_by_ray(executable)
 
 
-@pytest.mark.parametrize("executable", ["python3", "/usr/bin/python", "uvx run", "uv", "uv running", "ls; uv run"])
+@pytest.mark.parametrize(
+    "executable",
+    [
+        "python3", "/usr/bin/python", "uvx run", "uv", "uv running", "ls; uv run", "uv run --with emoji", "uv run -p 3.12",
+        "uv run --extra vllm --locked", "/usr/bin/uv run --isolated", "uv run --with x --python 3.12.1 python", "uv run x",
+    ],
+)  # fmt: skip
 def test_other_py_executable(executable: str) -> None:
-    """Any other py_executable contradicts the field."""
-    with pytest.raises(FieldValueError, match="py_executable"):
-        refuse_combinations({"py_executable": executable})
+    """Any py_executable of the user's contradicts the field, and the error says how the field chooses packages."""
+    assert not set_by_ray(executable)
+    with pytest.raises(FieldValueError, match=r"`py_executable` beside `envcache`(?s:.*)`extras` and `groups`"):
+        refuse_combinations({"envcache": "x", "py_executable": executable})

@@ -17,22 +17,22 @@ from pathlib import Path
 import pytest
 
 from ray_envcache.acquire import Store
-from ray_envcache.errors import InUseError, UnknownKeyError
+from ray_envcache.errors import FieldValueError, InUseError, UnknownKeyError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.gc import clock
 from ray_envcache.gc.collector import collect, make_room
 from ray_envcache.gc.evict import evict
 from ray_envcache.gc.policy import Limits
 from ray_envcache.resolve.cluster_ray import installed_ray
 from ray_envcache.store import leases, pins
-from ray_envcache.store.inventory import status, survey
+from ray_envcache.store.inventory import status
 from ray_envcache.store.layout import Entry
 from ray_envcache.store.leases import Holder
-from ray_envcache.store.sizes import sizes
-from ray_envcache.system import disk, processes
+from ray_envcache.store.sizes import FRESH_SECONDS, MeasuredRecord, Sizes, record_sizes
+from ray_envcache.system import disk, flock, processes
 from ray_envcache.system.units import Space
 from tests import support
 from tests.cli.test_commands import run
+from tests.gc.fabricated import add_file, make_entry, make_layout
 from tests.store.test_leases import start
 
 pytestmark = pytest.mark.host
@@ -92,11 +92,11 @@ def test_dry_run_says_exactly_what_a_run_does(store: Store, make: Make) -> None:
 
 def test_user_that_ends_while_it_is_looked_for(store: Store, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is there any more to be named: not taken for one whom we cannot see."""
-    lease = leases.claim(make("aa"))
+    lease = leases.hold(make("aa"))
     assert lease is not None
     look = processes.flock_holders
 
-    def late(inodes: Mapping[tuple[int, int], str], root: Path) -> processes.FlockHolders:
+    def late(inodes: Mapping[tuple[int, int], str], root: Path) -> dict[str, list[processes.Process]]:
         lease.release()
         return look(inodes, root)
 
@@ -105,20 +105,127 @@ def test_user_that_ends_while_it_is_looked_for(store: Store, make: Make, monkeyp
     assert (lease.held, found.users, found.in_use) == (False, (), False)
 
 
+def occupied(*paths: Path) -> int:
+    """What the paths occupy together, as du counts it: each file once."""
+    done = subprocess.run(["du", "-sc", "-B1", *paths], capture_output=True, text=True, check=True)
+    return int(done.stdout.splitlines()[-1].split()[0])
+
+
 def test_least_recently_used_goes_first_when_space_is_needed(store: Store, make: Make) -> None:
     """The ceiling of the store is reached by removing the least recently used."""
     entries = [make("aa"), make("bb"), make("cc")]
     for number, entry in enumerate(entries):
         age(entry, 3 - number)
-    size = sum(one.size_bytes for one in survey(store.layout))
+    size = occupied(store.layout.bytecode, *(entry.path for entry in entries))
     report = collect(store.layout, Limits(None, max_used_space=Space(size=size - 1), min_free_space=None))
     assert [one.name for one in report.removed] == [entries[0].path.name]
+
+
+def test_shared_files_count_once_for_the_ceiling(tmp_path: Path) -> None:
+    """Environments that share nearly all of their files take their space once, and go only when that is too much."""
+    layout = make_layout(tmp_path / "store")
+    entries = [make_entry(layout, number) for number in range(5)]
+    shared = add_file(entries[0], 5_000_000)
+    for number, entry in enumerate(entries):
+        age(entry, 5 - number)
+        if number:
+            os.link(shared, entry.site_packages / "data")
+
+    def removed(size: int) -> int:
+        return len(collect(layout, Limits(None, max_used_space=Space(size=size), min_free_space=None)).removed)
+
+    whole = occupied(*(entry.path for entry in entries))
+    assert removed(whole) == 0
+    assert removed(whole - 1) == 1
+    assert removed(4_900_000) == 4, "only the last one frees what they share"
+
+
+def test_space_is_asked_of_all_together(tmp_path: Path) -> None:
+    """Two idle environments that keep each other's files free nothing alone, but go for the space that both free."""
+    layout = make_layout(tmp_path / "store")
+    entries = [make_entry(layout, number) for number in range(2)]
+    os.link(add_file(entries[0], 5_000_000), entries[1].site_packages / "data")
+    make_room(layout, disk.free_space(layout.root).free + 4_000_000)
+    assert list(layout.all_entries()) == []
+
+
+def test_nothing_goes_in_vain(tmp_path: Path) -> None:
+    """Where something outside of the store keeps nearly all bytes, the disk stays full and the environments stay too."""
+    layout = make_layout(tmp_path / "store")
+    entries = [make_entry(layout, number) for number in range(3)]
+    for entry in entries:
+        os.link(add_file(entry, 5_000_000), tmp_path / entry.key)
+    make_room(layout, 1 << 60)
+    assert [entry.path.exists() for entry in entries] == [True] * 3
+
+
+def test_room_for_a_build_heeds_the_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What RAY_ENVCACHE_RESERVED_SPACE keeps is kept from builds too."""
+    layout = make_layout(tmp_path / "store")
+    entries = [make_entry(layout, number) for number in range(3)]
+    for number, entry in enumerate(entries):
+        add_file(entry, 2_000_000)
+        age(entry, 3 - number)
+    monkeypatch.setenv("RAY_ENVCACHE_RESERVED_SPACE", "3MB")
+    make_room(layout, 1 << 60)
+    assert [entry.path.exists() for entry in entries] == [False, True, True]
+    monkeypatch.setenv("RAY_ENVCACHE_RESERVED_SPACE", "some")
+    with pytest.raises(FieldValueError, match="RAY_ENVCACHE_RESERVED_SPACE"):
+        make_room(layout, 1 << 60)
+
+
+def test_half_built_ones_go_whatever_the_limits(tmp_path: Path) -> None:
+    """What a killed builder left is rubbish, also where no limit is set; what is built at this moment is none."""
+    layout = make_layout(tmp_path / "store")
+    half, growing, whole = (make_entry(layout, number, ready=number == 2) for number in range(3))
+    builder = flock.try_flock(layout.builder_flock(growing.key), exclusive=True, flags=os.O_RDWR | os.O_CREAT)
+    assert builder is not None
+    report = collect(layout, Limits(unused_for=None, min_free_space=None))
+    os.close(builder)
+    assert [one.name for one in report.removed] == [half.path.name]
+    assert growing.path.exists()
+    assert whole.path.exists()
+
+
+def test_use_that_is_seen_counts_as_use(tmp_path: Path) -> None:
+    """What was in use when a collector last looked has been unused since then, not since its first user came."""
+    layout = make_layout(tmp_path / "store")
+    entry = make_entry(layout, 1)
+    in_use = flock.try_flock(entry.in_use, exclusive=False)
+    assert in_use is not None
+    age(entry, 15)
+    assert collect(layout, AGE_ONLY).in_use == 1
+    os.close(in_use)  # by SIGKILL, without a word
+    assert collect(layout, AGE_ONLY).removed == []
+    age(entry, 15)
+    assert len(collect(layout, AGE_ONLY).removed) == 1
+
+
+def test_death_of_a_holder_counts_as_use(tmp_path: Path, children: list[subprocess.Popen[str]]) -> None:
+    """Killed with all its workers after weeks in which no collector looked, a cluster's environment stays for weeks."""
+    layout = make_layout(tmp_path / "store")
+    entry = make_entry(layout, 1)
+    code = """
+from pathlib import Path
+from ray_envcache.store import leases
+from ray_envcache.store.layout import Layout
+layout = Layout(Path(sys.argv[1]))
+lease = leases.claim_ready(next(layout.all_entries()), layout, leases.Holder("agent"))
+"""
+    agent = support.start_python(children, code, layout.root)
+    age(entry, 15)
+    agent.kill()
+    agent.wait()
+    assert collect(layout, AGE_ONLY, dry_run=True).removed == []
+    assert collect(layout, AGE_ONLY).removed == []
+    age(entry, 15)
+    assert len(collect(layout, AGE_ONLY).removed) == 1
 
 
 def test_freed_bytes_are_those_of_the_disk(store: Store, make: Make, tmp_path: Path) -> None:
     """What uv's cache has too frees nothing; once that cache is gone, all of it is freed. Measured, not summed."""
     entry = make("aa")
-    linked = sizes(store.layout, entry)
+    linked = record_sizes(store.layout, entry)
     assert linked.reclaimable_bytes < linked.size_bytes
     # Another hard link somewhere else, as uv's cache has them, makes even less reclaimable.
     for path in entry.site_packages.rglob("*.py"):
@@ -129,47 +236,54 @@ def test_freed_bytes_are_those_of_the_disk(store: Store, make: Make, tmp_path: P
     assert gone.freed < gone.logical
 
 
-def test_reclaimable_follows_the_cache_of_uv(
+def outdate(entry: Entry) -> None:
+    """Pretend that the entry was measured so long ago that its record is not believed any more."""
+    then = time.time() - FRESH_SECONDS - 1
+    os.utime(entry.measured, (then, then))
+
+
+def test_reclaimable_is_an_hour_old_at_most(
     store: Store, tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After `uv cache clean` the recorded figure no longer holds, and is measured anew."""
+    """After `uv cache clean` the record of an entry holds for an hour, then the entry is measured again."""
     monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv-cache"))
     support.make_wheel(wheels, "aa", modules={"aa.py": "x = '" + "a" * 500_000 + "'\n"})
     project = support.make_project(tmp_path / "project", wheels, ["ray", "aa"])
     entry = support.build_finished(store, project)
-    before = sizes(store.layout, entry).reclaimable_bytes
+    sizes = Sizes(store.layout)
+    before = sizes.of(entry).reclaimable_bytes
     support.run_uv("cache", "clean", cwd=tmp_path)
-    assert sizes(store.layout, entry).reclaimable_bytes >= before + 500_000
+    assert sizes.of(entry).reclaimable_bytes == before
+    outdate(entry)
+    assert sizes.of(entry).reclaimable_bytes >= before + 500_000
+    assert MeasuredRecord.read(entry) == sizes.of(entry)
     assert support.run_python("import aa", python=entry.python) == "", "nothing breaks"
 
 
-def test_sizes_are_measured_again_only_where_they_changed(store: Store, wheels: Path, tmp_path: Path) -> None:
-    """The first other environment with the same packages, and the last one's end, change what is freed; others do not.
-
-    Else each build would have all environments of a host walked through by the next `list` or `gc`.
-    """
-    for name in ("aa", "bb", "cc"):
+def test_reclaimable_counts_what_other_entries_have_too(store: Store, wheels: Path, tmp_path: Path) -> None:
+    """What an entry shares with another is freed by neither; once the other is gone it is freed by the one left."""
+    for name in ("aa", "bb"):
         support.make_wheel(wheels, name, modules={f"{name}.py": f"DATA = '{name * 100_000}'\n"})
 
     def build(*packages: str) -> Entry:
         project = support.make_project(tmp_path / f"project-{packages[-1]}", wheels, ["ray", *packages])
         return support.build_finished(store, project)
 
-    def measured(entry: Entry) -> tuple[int, int]:
-        """What it would free, and the file that says so: each record is a new one."""
-        return sizes(store.layout, entry).reclaimable_bytes, entry.measured.stat().st_mtime_ns
-
     first = build("aa")
-    alone, _ = measured(first)
-    others = [build("aa", "bb")]
-    shared = measured(first)
-    assert shared[0] <= alone - 200_000, "the bytecode of aa is another's too"
-    others.append(build("aa", "cc"))
-    assert measured(first) == shared
-    evict(store.layout, others.pop())
-    assert measured(first) == shared
-    evict(store.layout, others.pop())
-    assert measured(first)[0] == alone
+    alone = record_sizes(store.layout, first).reclaimable_bytes
+    other = build("aa", "bb")
+    assert record_sizes(store.layout, first).reclaimable_bytes <= alone - 200_000, "the bytecode of aa is shared"
+    evict(store.layout, other)
+    assert record_sizes(store.layout, first).reclaimable_bytes == alone
+
+
+def test_clock_that_went_back_makes_a_record_old(store: Store, make: Make) -> None:
+    """A record of the future is not believed: the entry is measured again."""
+    entry = make("aa")
+    ahead = time.time() + DAY
+    os.utime(entry.measured, (ahead, ahead))
+    Sizes(store.layout).of(entry)
+    assert entry.measured.stat().st_mtime < ahead
 
 
 def test_never_follows_a_link_out_of_the_store(store: Store, make: Make, tmp_path: Path) -> None:
@@ -212,7 +326,7 @@ def test_rubbish_of_the_dead_is_swept(store: Store, make: Make) -> None:
     report = collect(store.layout, AGE_ONLY)
     assert [one.name for one in report.removed] == [half.name]
     left = [str(path.relative_to(store.layout.top)) for path in store.layout.top.rglob("*") if path.is_file()]
-    assert [name for name in left if not name.startswith("flocks/") and name != "clock.json"] == []
+    assert [name for name in left if not name.startswith("flocks/")] == ["CACHEDIR.TAG"]
 
 
 def test_temporary_file_of_a_living_writer_stays(store: Store) -> None:
@@ -230,8 +344,6 @@ def test_temporary_file_of_a_living_writer_stays(store: Store) -> None:
 
 def test_second_collector_has_nothing_to_do(store: Store, make: Make) -> None:
     """While one is at work another returns at once, and that is no failure."""
-    from ray_envcache.system import flock
-
     make("aa")
     descriptor = flock.try_flock(store.layout.collector_flock, exclusive=True, flags=os.O_RDWR | os.O_CREAT)
     assert descriptor is not None
@@ -255,7 +367,7 @@ def test_user_that_comes_between_choosing_and_removing_keeps_it(
         )
         children.append(collector)
         support.wait_until((points / "reached-evict-chosen").exists, "the collector chose")
-        lease = leases.claim_ready(entry, store.layout, Holder("agent")) if newcomer == "lease" else None
+        lease = leases.claim(entry, store.layout, Holder("agent")) if newcomer == "lease" else None
         child = start(entry, "", children) if newcomer == "interpreter" else None
         (points / "stop-evict-chosen").unlink()
         assert collector.wait() == 0
@@ -287,7 +399,7 @@ def test_entry_that_somebody_else_removes_first(
         evict(store.layout, entry)
 
 
-@pytest.mark.parametrize("point", ["evict-locked", "evict-unpublished", "evict-renamed"])
+@pytest.mark.parametrize("point", ["evict-locked", "evict-renamed"])
 def test_user_that_comes_while_it_is_removed_gets_a_new_one(
     store: Store, tmp_path: Path, wheels: Path, children: list[subprocess.Popen[str]], point: str
 ) -> None:
@@ -301,7 +413,7 @@ def test_user_that_comes_while_it_is_removed_gets_a_new_one(
     collector = subprocess.Popen([sys.executable, "-m", "ray_envcache", "rm", entry.key], env=environ, text=True)
     children.append(collector)
     support.wait_until((points / f"reached-{point}").exists, "the collector is in the middle")
-    assert leases.claim_ready(entry, store.layout, Holder("agent")) is None
+    assert leases.claim(entry, store.layout, Holder("agent")) is None
     user = subprocess.Popen([sys.executable, "-m", "ray_envcache", "build", project], stdout=subprocess.PIPE, text=True)
     children.append(user)
     if point != "evict-renamed":
@@ -321,8 +433,9 @@ def test_process_without_a_hold_is_a_veto(store: Store, make: Make, children: li
     child = subprocess.Popen([program, "600"], text=True)
     children.append(child)
     support.wait_until(lambda: os.readlink(f"/proc/{child.pid}/exe") == str(program), "it runs")
-    with pytest.raises(InUseError, match=f"in use by process {child.pid} .exe"):
+    with pytest.raises(InUseError, match=f"in use: process {child.pid} .* its executable"):
         evict(store.layout, entry)
+    assert collect(store.layout, NOW, dry_run=True).removed == [], "nor would a collection take it"
     child.kill()
     child.wait()
     evict(store.layout, entry)
@@ -349,30 +462,6 @@ def test_user_in_another_container_is_seen(store: Store, make: Make, children: l
     assert (one["in_use"], one["holders"]) == (True, [])
     with pytest.raises(InUseError):
         evict(store.layout, entry)
-
-
-def test_clock_that_jumps_ahead_removes_nothing_used_today(
-    store: Store, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Weeks that passed on the wall clock alone make nothing old; weeks that really pass do."""
-    entry = make("aa")
-    assert collect(store.layout, AGE_ONLY).removed == []
-    real_time, real_uptime = time.time, clock.uptime
-    wall, steady = [0.0], [0.0]
-
-    def shifted(layout: object) -> tuple[float, float]:
-        return clock.note_clock(store.layout, lambda: real_time() + wall[0], lambda: real_uptime() + steady[0])
-
-    monkeypatch.setattr("ray_envcache.gc.collector.note_clock", shifted)
-    wall[0] = 30 * DAY
-    assert collect(store.layout, AGE_ONLY).removed == []
-    wall[0] = steady[0] = 0
-    wall[0] = -30 * DAY
-    assert collect(store.layout, AGE_ONLY).removed == []
-    wall[0], steady[0] = 0, 0
-    assert collect(store.layout, AGE_ONLY).removed == []
-    wall[0] = steady[0] = 15 * DAY
-    assert [one.name for one in collect(store.layout, AGE_ONLY).removed] == [entry.path.name]
 
 
 def test_make_room_takes_what_frees_something(store: Store, make: Make) -> None:

@@ -11,10 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_envcache.errors import FieldValueError
-from ray_envcache.gc.policy import DAY, TENTH_OF_THE_DISK, Candidate, Disk, Limits, Victim, choose
+from ray_envcache.gc.policy import (
+    DAY,
+    DEFAULT_FREE_SPACE,
+    Candidate,
+    Disk,
+    Limits,
+    Victim,
+    choose,
+    frees_something,
+    in_turn,
+)
 from ray_envcache.system.units import Space
 
 NOW = 1000 * DAY
+GB = 10**9
 NONE = Limits(unused_for=None, min_free_space=None)
 DISK = Disk(total=1000, free=50)
 
@@ -62,7 +73,7 @@ def chosen(limits: Limits, *candidates: Candidate, disk: Disk = DISK, now: float
         ({"min_free_space": Space(91)}, "a c"),
         ({"min_free_space": Space(1000)}, "a c d"),
         ({"min_free_space": Space(share=0.05)}, ""),
-        ({"min_free_space": TENTH_OF_THE_DISK}, "a c"),
+        ({"min_free_space": DEFAULT_FREE_SPACE}, "a c"),
         # The floor: who would break it is passed over, a smaller one may go instead.
         ({"reserved_space": Space(0)}, ""),
         ({"max_used_space": Space(0), "reserved_space": Space(60)}, "a"),
@@ -105,7 +116,7 @@ def test_defaults(free: int, gone: str) -> None:
         ({"max_used_space": Space(60)}, "the store takes 100 B, more than 60 B"),
         ({"max_used_space": Space(share=0.06)}, "the store takes 100 B, more than 6 %"),
         ({"min_free_space": Space(51)}, "50 B are free, less than 51 B"),
-        ({"min_free_space": TENTH_OF_THE_DISK}, "50 B are free, less than 10 %"),
+        ({"min_free_space": DEFAULT_FREE_SPACE}, "50 B are free, less than 10 % or 20 GB"),
         ({"everything": True, "unused_for": DAY}, "all were asked for"),
         ({"unused_for": DAY, "max_used_space": Space(60)}, "unused for 30 days"),
     ],
@@ -156,12 +167,46 @@ def test_protected_ones_count() -> None:
 
 
 def test_nothing_to_gain() -> None:
-    """For free space nobody goes whose removal frees nothing; for the ceiling and by age it goes all the same."""
+    """For free space no entry goes that frees nothing; for the ceiling and by age it goes all the same."""
     store = [idle("linked", 3, 50, reclaimable=0), idle("own", 2, 50)]
     assert chosen(replace(NONE, min_free_space=Space(1000)), *store) == "own"
     assert chosen(replace(NONE, max_used_space=Space(50)), *store) == "linked"
     assert chosen(replace(NONE, unused_for=DAY), *store) == "linked own"
     assert chosen(replace(NONE, everything=True), *store) == "linked own"
+
+
+def test_in_vain() -> None:
+    """For free space entries go only while all that are left would free a twentieth of their size."""
+    full = replace(NONE, min_free_space=Space(1000))
+    linked = [idle(name, days, 100, reclaimable=4) for name, days in (("a", 4), ("b", 3), ("c", 2))]
+    assert chosen(full, *linked) == ""
+    assert chosen(full, *linked, idle("own", 1, 100)) == "a b c own"
+    assert chosen(full, idle("own", 5, 100), *linked) == "own"
+    assert chosen(replace(full, unused_for=4 * DAY), *linked) == "a"
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "gone"),
+    [(100 * GB, 10 * GB, ""), (100 * GB, 10 * GB - 1, "a"), (10**4 * GB, 20 * GB, ""), (10**4 * GB, 20 * GB - 1, "a")],
+)
+def test_default_free_space(total: int, free: int, gone: str) -> None:
+    """A tenth of the disk is to be free, and of a large disk 20 GB."""
+    assert chosen(Limits(), idle("a", 1, GB), disk=Disk(total, free)) == gone
+
+
+def test_broken_ones() -> None:
+    """What can never be used goes, whatever the limits are, but not while a process uses it."""
+    broken = replace(idle("half", 0), broken=True)
+    assert chosen(NONE, broken, idle("whole", 900)) == "half"
+    assert choose([broken], NONE, DISK, NOW)[0].reason == "it is broken and can never be used"
+    assert chosen(NONE, replace(broken, protected="in use")) == ""
+
+
+def test_what_the_store_occupies_besides() -> None:
+    """The ceiling is one of all that the store occupies, uv's cache in it included."""
+    limits = replace(NONE, max_used_space=Space(60))
+    assert chosen(limits, idle("a", 2), idle("b", 1), disk=Disk(1000, 50, other=40)) == ""
+    assert chosen(limits, idle("a", 2), idle("b", 1), disk=Disk(1000, 50, other=41)) == "a"
 
 
 def test_only_what_is_reclaimable_counts_as_freed() -> None:
@@ -203,7 +248,8 @@ def test_empty_store() -> None:
         ("MIN_FREE_SPACE", "20 GiB", "min_free_space", Space(20 * 2**30)),
         ("MIN_FREE_SPACE", "5%", "min_free_space", Space(share=0.05)),
         ("MIN_FREE_SPACE", "OFF", "min_free_space", None),
-        ("MIN_FREE_SPACE", "", "min_free_space", Space(share=0.1)),
+        ("MIN_FREE_SPACE", "", "min_free_space", DEFAULT_FREE_SPACE),
+        ("MIN_FREE_SPACE", "10%", "min_free_space", Space(share=0.1)),
         ("RESERVED_SPACE", "1TB", "reserved_space", Space(10**12)),
         ("RESERVED_SPACE", "1%", "reserved_space", Space(share=0.01)),
         ("RESERVED_SPACE", "off", "reserved_space", None),
@@ -216,9 +262,9 @@ def test_variables(name: str, text: str, field: str, value: Any) -> None:
 
 
 def test_no_variables() -> None:
-    """Without variables the defaults hold: 14 days, a tenth of the disk free."""
+    """Without variables the defaults hold: 14 days, a tenth of the disk or 20 GB free."""
     assert Limits.from_environ({}) == Limits()
-    assert Limits() == Limits(14 * DAY, None, Space(share=0.1), None, everything=False)
+    assert Limits() == Limits(14 * DAY, None, DEFAULT_FREE_SPACE, None, everything=False)
 
 
 @pytest.mark.parametrize("name", ["UNUSED_FOR", "MAX_USED_SPACE", "MIN_FREE_SPACE", "RESERVED_SPACE"])
@@ -282,7 +328,7 @@ def test_floor(store: list[Candidate], limits: Limits, floor: Space, disk: Disk)
 @given(stores, space_limits, disks)
 @modest
 def test_targets_are_reached(store: list[Candidate], limits: Limits, disk: Disk) -> None:
-    """Without a floor each space limit is reached, or nobody is left whose removal would help."""
+    """Without a floor each space limit is reached, or no entry is left whose removal would help."""
     victims = choose(store, replace(limits, reserved_space=None), disk, NOW)
     gone = {victim.candidate for victim in victims}
     left = {one for one in store if not one.protected and one not in gone}
@@ -291,7 +337,9 @@ def test_targets_are_reached(store: list[Candidate], limits: Limits, disk: Disk)
     if limits.max_used_space is not None:
         assert used <= limits.max_used_space.bytes_of(disk.total) or not left
     if limits.min_free_space is not None:
-        assert free >= limits.min_free_space.bytes_of(disk.total) or not any(one.reclaimable for one in left)
+        idle = in_turn(one for one in store if not one.protected)
+        worth = [one for number, one in enumerate(idle) if one.reclaimable and frees_something(idle[number:])]
+        assert free >= limits.min_free_space.bytes_of(disk.total) or not left.intersection(worth)
 
 
 @given(stores, space_limits, disks)

@@ -133,7 +133,7 @@ UNPINNED = {
     "wanted==1.*": "Not an exact version",
     "wanted[extra] ; python_version > '3'": "Not an exact version",
     "wanted @ https://example.org/wanted-1.0-py3-none-any.whl": "A URL without a hash",
-    "git+https://example.org/wanted": "What package is meant is not said",
+    "git+https://example.org/wanted": "No package is named",
     "wanted @ git+https://example.org/wanted@v1.0": "Not an exact commit",
     "-r https://example.org/requirements.txt": "may change at any time",
     "-r nowhere.txt": "Cannot read .*nowhere.txt",

@@ -14,11 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ray_envcache.acquire import Store
 from ray_envcache.build import layers
 from ray_envcache.errors import LockfileError
+from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import content
-from ray_envcache.resolve.content import look
+from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.content import scan
 from ray_envcache.store import key
+from ray_envcache.store.leases import Holder
 from tests import support
 
 NAMES = st.from_regex(r"[a-z]{1,6}(/[a-z]{1,6}){0,2}\.(py|txt|c)", fullmatch=True)
@@ -43,7 +47,7 @@ def test_digest(tree: dict[str, bytes], when: int, data: st.DataObject) -> None:
         first, second = write(Path(one), tree), write(Path(other), dict(reversed(tree.items())))
         for name in tree:
             os.utime(second / name, (when, when))
-        assert look(first).digest == look(second).digest
+        assert scan(first).digest == scan(second).digest
         name = data.draw(st.sampled_from(sorted(tree)))
         change = data.draw(st.sampled_from(["text", "mode", "name", "gone", "more"]))
         path = second / name
@@ -57,7 +61,7 @@ def test_digest(tree: dict[str, bytes], when: int, data: st.DataObject) -> None:
             path.unlink()
         else:
             path.with_name("More").touch()
-        assert look(first).digest != look(second).digest
+        assert scan(first).digest != scan(second).digest
 
 
 @given(st.lists(st.from_regex(r"[0-9a-f]{8}", fullmatch=True), min_size=1, max_size=4), st.randoms())
@@ -78,11 +82,11 @@ def test_caches_and_environments_are_no_content(tmp_path: Path, *, git: bool) ->
     write(tmp_path, {"pyproject.toml": b"", "src/a.py": b"", ".gitignore": b".venv\nenv\n__pycache__\n*.log\n"})
     if git:
         subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    before = look(tmp_path)
+    before = scan(tmp_path)
     write(tmp_path, {".venv/x.py": b"", "env/pyvenv.cfg": b"", "env/y.py": b"", "src/__pycache__/a.pyc": b""})
-    assert look(tmp_path) == before
+    assert scan(tmp_path) == before
     write(tmp_path, {"some.log": b""})
-    assert (look(tmp_path) == before) is git
+    assert (scan(tmp_path) == before) is git
 
 
 def test_deleted_but_still_tracked(tmp_path: Path) -> None:
@@ -91,7 +95,7 @@ def test_deleted_but_still_tracked(tmp_path: Path) -> None:
     for command in (["init", "-q"], ["add", "."]):
         subprocess.run(["git", "-C", tmp_path, *command], check=True)
     (tmp_path / "b.py").unlink()
-    assert look(tmp_path).files == ("a.py",)
+    assert scan(tmp_path).files == ("a.py",)
 
 
 def test_cache_keys_add_ignored_files_and_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,12 +103,12 @@ def test_cache_keys_add_ignored_files_and_variables(tmp_path: Path, monkeypatch:
     write(tmp_path, {"made.c": b"1", ".gitignore": b"made.c\n"})
     (tmp_path / "pyproject.toml").write_text('[tool.uv]\ncache-keys = [{ file = "*.c" }, { env = "FLAVOUR" }]\n')
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    first = look(tmp_path)
+    first = scan(tmp_path)
     assert "made.c" in first.files
     monkeypatch.setenv("FLAVOUR", "sweet")
-    second = look(tmp_path)
+    second = scan(tmp_path)
     (tmp_path / "made.c").write_bytes(b"2")
-    assert len({first.digest, second.digest, look(tmp_path).digest}) == 3
+    assert len({first.digest, second.digest, scan(tmp_path).digest}) == 3
 
 
 @pytest.mark.parametrize("pattern", ["src/**.rs", "**.rs", "a**/b", ""])
@@ -112,15 +116,61 @@ def test_cache_keys_that_are_no_patterns(tmp_path: Path, pattern: str) -> None:
     """The error names the file and what is wrong in it, with every Python."""
     (tmp_path / "pyproject.toml").write_text(f'[tool.uv]\ncache-keys = [{{ file = "{pattern}" }}]\n')
     with pytest.raises(LockfileError, match=re.escape(f"no pattern for files: `{pattern}`")) as caught:
-        look(tmp_path)
+        scan(tmp_path)
     assert (str(tmp_path / "pyproject.toml") in caught.value.message, "**/*" in caught.value.hint) == (True, True)
+
+
+_COMPILING_BACKEND = """\
+import pathlib, zipfile
+
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+    here, info = pathlib.Path.cwd(), "fast-1.0.dist-info"
+    (here / "fast.so").write_text((here / "fast.c").read_text())
+    with zipfile.ZipFile(pathlib.Path(wheel_directory) / "fast-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("fast.pth", f"{here}\\n")
+        wheel.writestr(info + "/METADATA", "Metadata-Version: 2.2\\nName: fast\\nVersion: 1.0\\n")
+        wheel.writestr(info + "/WHEEL", "Wheel-Version: 1.0\\nGenerator: tests\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr(info + "/RECORD", "")
+    return "fast-1.0-py3-none-any.whl"
+"""
+
+
+def test_editable_installation_of_compiled_code(tmp_path: Path, wheels: Path, store: Store) -> None:
+    """It is made again when a file of `cache-keys` was edited or its compiled module is gone, and not otherwise."""
+    folder = tmp_path / "fast"
+    folder.mkdir()
+    (folder / "backend.py").write_text(_COMPILING_BACKEND)
+    (folder / "fast.c").write_text("1")
+    (folder / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+        '[project]\nname = "fast"\nversion = "1.0"\nrequires-python = ">=3.10"\ndependencies = ["ray"]\n'
+        f'[tool.uv]\nno-index = true\nfind-links = ["{wheels}"]\n'
+        'cache-keys = [{ file = "pyproject.toml" }, { file = "*.c" }]\n'
+    )
+    support.run_uv("lock", cwd=folder)
+    built = folder / "fast.so"
+
+    def run() -> str:
+        with store.acquire(
+            EnvSpec.parse(folder), installed_ray(), Holder("test"), finish=False, editable=True
+        ) as lease:
+            return lease.entry.path.name
+
+    first = run()
+    assert (built.read_text(), run()) == ("1", first)
+    (folder / "fast.c").write_text("2")
+    second = run()
+    assert (built.read_text(), second != first) == ("2", True)
+    built.unlink()
+    assert run() != second
+    assert built.read_text() == "2"
 
 
 def test_cache_keys_that_are_no_list(tmp_path: Path) -> None:
     """The letters of a word are no patterns."""
     (tmp_path / "pyproject.toml").write_text('[tool.uv]\ncache-keys = "src/*.rs"\n')
     with pytest.raises(LockfileError, match=r"`cache-keys` in .* is not a list"):
-        look(tmp_path)
+        scan(tmp_path)
 
 
 def test_files_beside_the_package(tmp_path: Path) -> None:
@@ -128,7 +178,7 @@ def test_files_beside_the_package(tmp_path: Path) -> None:
     package = write(tmp_path / "repo" / "libs" / "package", {"a.py": b""})
     write(tmp_path / "repo", {"common/version.txt": b"1"})
     (package / "pyproject.toml").write_text('[tool.uv]\ncache-keys = [{ file = "../../common/*.txt" }]\n')
-    seen = look(package)
+    seen = scan(package)
     assert (seen.files, seen.top) == (
         ("../../common/version.txt", "a.py", "pyproject.toml"),
         str(tmp_path / "repo"),
@@ -138,7 +188,7 @@ def test_files_beside_the_package(tmp_path: Path) -> None:
         assert (tmp_path / name / "libs" / "package" / "a.py").exists()
         assert (tmp_path / name / "common").exists() is (name == "c")
     (tmp_path / "repo" / "common" / "version.txt").write_bytes(b"2")
-    assert look(package).digest != seen.digest
+    assert scan(package).digest != seen.digest
 
 
 def test_files_behind_links(tmp_path: Path) -> None:
@@ -149,31 +199,31 @@ def test_files_behind_links(tmp_path: Path) -> None:
     (package / "absolute").symlink_to(package / "inner")
     (package / "pyproject.toml").write_text('[tool.uv]\ncache-keys = [{ file = "*/*.txt" }]\n')
     subprocess.run(["git", "init", "-q", package], check=True)
-    seen = look(package)
+    seen = scan(package)
     assert {"out", "out/c.txt", "absolute/b.txt", "inner/b.txt"} <= set(seen.files)
     seen.copy(tmp_path / "copy")
     assert (tmp_path / "copy" / "out" / "c.txt").read_bytes() == b"c"
     assert (tmp_path / "copy" / "inner" / "b.txt").read_bytes() == b"b"
     (outside / "c.txt").write_bytes(b"d")
-    assert look(package).digest != seen.digest
+    assert scan(package).digest != seen.digest
 
 
 def test_a_commit_named_as_a_file(tmp_path: Path) -> None:
-    """`.git` of a copy is that of the package, whatever of it is hashed, and stays as it is."""
+    """What is hashed of `.git` may be in a copy, which has its own."""
     (tmp_path / "pyproject.toml").write_text('[tool.uv]\ncache-keys = [{ file = ".git/HEAD" }]\n')
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    seen = look(tmp_path)
+    seen = scan(tmp_path)
     seen.copy(tmp_path / "copy")
     assert ".git/HEAD" in seen.files
-    assert (tmp_path / "copy" / ".git").readlink() == tmp_path / ".git"
+    assert (tmp_path / "copy" / ".git" / "HEAD").read_bytes() == (tmp_path / ".git" / "HEAD").read_bytes()
 
 
 def test_a_package_in_another(tmp_path: Path) -> None:
     """The copy of the outer one has the files of the inner one, links too: they are there when its turn comes."""
     outer = write(tmp_path / "outer", {"a.py": b"", "inner/b.py": b"b"})
     (outer / "inner" / "link").symlink_to("nowhere")
-    look(outer).copy(tmp_path / "copy")
-    look(outer / "inner").copy(tmp_path / "copy" / "inner")
+    scan(outer).copy(tmp_path / "copy")
+    scan(outer / "inner").copy(tmp_path / "copy" / "inner")
     assert (tmp_path / "copy" / "inner" / "link").is_symlink()
 
 
@@ -188,24 +238,24 @@ def test_names_that_are_no_text(tmp_path: Path, *, git: bool) -> None:
     (tmp_path / "link").symlink_to(names[0])
     if git:
         subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    first = look(tmp_path)
+    first = scan(tmp_path)
     assert set(first.files) == {names[0], "link"}
     first.copy(tmp_path / "copy")
     assert (tmp_path / "copy" / names[0]).read_bytes() == b"1"
     shutil.rmtree(tmp_path / "copy")
     (tmp_path / names[0]).write_bytes(b"2")
-    second = look(tmp_path)
+    second = scan(tmp_path)
     (tmp_path / names[0]).rename(tmp_path / names[1])
-    assert len({first.digest, second.digest, look(tmp_path).digest}) == 3
+    assert len({first.digest, second.digest, scan(tmp_path).digest}) == 3
 
 
 def test_digest_is_the_same_in_every_locale(tmp_path: Path) -> None:
     """Nodes compare digests, and not all of them have the same encoding."""
     write(tmp_path, {"café.py": b"", "naïve.py": b""})
-    program = "import sys; from pathlib import Path; from ray_envcache.resolve.content import look; print(look(Path(sys.argv[1])).digest)"
+    program = "import sys; from pathlib import Path; from ray_envcache.resolve.content import scan; print(scan(Path(sys.argv[1])).digest)"
     plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "POSIX"}
     seen = {support.run_python(program, str(tmp_path), environ=environ).strip() for environ in ({}, plain)}
-    assert seen == {look(tmp_path).digest}
+    assert seen == {scan(tmp_path).digest}
 
 
 def test_links_sockets_and_pipes(tmp_path: Path) -> None:
@@ -218,7 +268,7 @@ def test_links_sockets_and_pipes(tmp_path: Path) -> None:
     os.mkfifo(folder / "pipe")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.path.relpath(folder / "socket"))
-        seen = look(folder)
+        seen = scan(folder)
     assert seen.files == ("a.py", "gone", "loop", "out", "sub/b.py")
     seen.copy(tmp_path / "copy")
     assert (tmp_path / "copy" / "loop" / "sub" / "b.py").exists()
@@ -231,13 +281,13 @@ def test_too_much_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Of more than can be read the largest files count by size and time, are linked, and a warning names their place."""
     monkeypatch.setattr(content, "HASHED_BYTES", 10)
     write(tmp_path / "package", {"a.py": b"12345", "data/big.bin": b"x" * 100})
-    seen = look(tmp_path / "package")
+    seen = scan(tmp_path / "package")
     assert seen.by_time == {"data/big.bin"}
     assert str(tmp_path / "package" / "data") in seen.warning()
     seen.copy(tmp_path / "copy")
     assert (tmp_path / "copy" / "data" / "big.bin").is_symlink()
     os.utime(tmp_path / "package" / "data" / "big.bin", (1, 1))
-    assert look(tmp_path / "package").digest != seen.digest
+    assert scan(tmp_path / "package").digest != seen.digest
 
 
 def test_too_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,11 +295,11 @@ def test_too_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(content, "MAX_FILES", 5)
     write(tmp_path, {f"data/{number}.py": b"" for number in range(9)})
     with pytest.raises(LockfileError, match=r"more than 5 files, the last one below `.*/data`"):
-        look(tmp_path)
+        scan(tmp_path)
 
 
 def test_broken_project_file(tmp_path: Path) -> None:
     """A pyproject.toml that cannot be read is our own error."""
     write(tmp_path, {"pyproject.toml": b"[["})
     with pytest.raises(LockfileError, match="Cannot read"):
-        look(tmp_path)
+        scan(tmp_path)

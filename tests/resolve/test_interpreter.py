@@ -147,6 +147,19 @@ def test_probe_of_what_is_no_python(tmp_path: Path, text: str) -> None:
     assert path in caught.value.message
 
 
+@pytest.mark.parametrize("suffix", ["+", "rc1"])
+def test_python_from_a_checkout_or_before_a_release(tmp_path: Path, suffix: str) -> None:
+    """Its version is that of the release, as uv and pip compare it."""
+    program = tmp_path / "python"
+    program.write_text(
+        f"#!{sys.executable}\nimport platform, runpy, sys\nplatform.python_version = lambda: {RUNNING + suffix!r}\n"
+        "sys.argv = sys.argv[3:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    program.chmod(0o755)
+    found = interpreter.ask(str(program))
+    assert (found.version, found.markers["python_full_version"]) == (RUNNING, RUNNING)
+
+
 def test_probe_quotes_the_reason(tmp_path: Path) -> None:
     """What a broken Python says for itself is in the message."""
     with pytest.raises(InterpreterError, match="libpython is missing"):

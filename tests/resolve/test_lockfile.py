@@ -50,7 +50,7 @@ def resolve(path: Path, **options: Any) -> ResolvedSet:
 
 def key(path: Path, **options: Any) -> str:
     """The key of what a field value selects."""
-    return compute_key(resolve(path, **options), {}, interpreter.probe(interpreter.base_executable(None)))
+    return compute_key(resolve(path, **options), interpreter.probe(interpreter.base_executable(None)))
 
 
 def versions(path: Path, **options: Any) -> dict[str, str]:

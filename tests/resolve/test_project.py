@@ -141,6 +141,15 @@ def test_member_without_lock_at_the_root(tmp_path: Path) -> None:
         Project.locate(member)
 
 
+@pytest.mark.parametrize("module", ["project", "cluster_ray", "interpreter"])
+def test_agents_do_not_import_packaging(module: str) -> None:
+    """What the plugin imports of these modules costs no `packaging` in each agent: it is needed for a build alone."""
+    program = (
+        f"import sys, ray_envcache.resolve.{module}; print([m for m in sys.modules if m.startswith('packaging.')])"
+    )
+    assert support.run_python(program).strip() == "[]"
+
+
 def test_plain_project_is_found_without_a_parser(tmp_path: Path) -> None:
     """Where nothing above speaks of a workspace, nothing is parsed: the warm path comes through here."""
     folder = make(tmp_path / "project", "this is [no TOML")

@@ -10,15 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ray_envcache.errors import LockfileError
-from ray_envcache.resolve import requirements
+from ray_envcache.resolve import requirement_files, requirements
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ONE, TWO = "1" * 64, "2" * 64
 
 
-def entries(tmp_path: Path, text: str) -> list[requirements.Entry]:
+def read(tmp_path: Path, text: str) -> list[requirements.RequirementLine]:
     (tmp_path / "requirements.txt").write_text(text)
-    return requirements.entries(tmp_path / "requirements.txt")
+    return requirements.read(tmp_path / "requirements.txt")
 
 
 @pytest.mark.parametrize(
@@ -43,15 +43,15 @@ def entries(tmp_path: Path, text: str) -> list[requirements.Entry]:
 )
 def test_exact_lines(tmp_path: Path, line: str, name: str, hashes: set[str]) -> None:
     """One version, one file, or one commit, with the hashes that the line lists."""
-    [entry] = entries(tmp_path, line)
-    assert (entry.name, set(entry.hashes)) == (name, hashes)
+    [one] = read(tmp_path, line)
+    assert (one.name, set(one.hashes)) == (name, hashes)
 
 
 @pytest.mark.parametrize("line", ["a", "a>=1", "a==1.*", "a!=1", "a~=1.0", "a @ https://example.org/a.zip", "a[b]"])
 def test_lines_that_leave_a_choice(tmp_path: Path, line: str) -> None:
     """Anything less than one version is refused with file, line and text."""
     with pytest.raises(LockfileError) as caught:
-        entries(tmp_path, f"# first\nb==1.0\n{line}\n")
+        read(tmp_path, f"# first\nb==1.0\n{line}\n")
     assert f"`{line}` in line 3 of `{tmp_path / 'requirements.txt'}`" in caught.value.message
 
 
@@ -73,24 +73,24 @@ def test_errors_show_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """What is refused is shown without the user and password in its URL, and without what variables hold."""
     monkeypatch.setenv("SERVER", "https://somebody:s3cret@example.org")
     with pytest.raises(LockfileError, match="line 1") as caught:
-        entries(tmp_path, line)
+        read(tmp_path, line)
     assert "s3cret" not in str(caught.value)
 
 
-def test_options_and_folders_are_no_entries(tmp_path: Path) -> None:
+def test_options_and_folders_are_no_read(tmp_path: Path) -> None:
     """Options are uv's business; folders are local packages, which have no version to fix."""
     (tmp_path / "local").mkdir()
     text = (
         f"\ufeff--index-url https://example.org/simple\n--pre\n-e ./local\n./local\nlocal @ file://{tmp_path}/local\n"
     )
-    assert entries(tmp_path, text) == []
+    assert read(tmp_path, text) == []
 
 
 def test_variables_in_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`${NAME}` stands for what the environment says, and for itself where it says nothing."""
     monkeypatch.setenv("WHEELS", str(tmp_path))
-    [entry] = entries(tmp_path, "${WHEELS}/a-1.0-py3-none-any.whl")
-    assert entry.requirement.url == f"file://{tmp_path}/a-1.0-py3-none-any.whl"
+    [one] = read(tmp_path, "${WHEELS}/a-1.0-py3-none-any.whl")
+    assert one.requirement.url == f"file://{tmp_path}/a-1.0-py3-none-any.whl"
 
 
 def test_files(tmp_path: Path) -> None:
@@ -101,17 +101,17 @@ def test_files(tmp_path: Path) -> None:
     (tmp_path / "inner" / "b.txt").write_text("")
     (tmp_path / "inner" / "c.txt").write_text("--constraint d.txt")
     (tmp_path / "inner" / "d.txt").write_text("a==1.0")
-    found = requirements.files(tmp_path / "top.txt")
+    found = requirement_files.files(tmp_path / "top.txt")
     assert [str(path.relative_to(tmp_path)) for path in found] == ["top.txt", *(f"inner/{name}.txt" for name in "abcd")]
 
 
 def test_constraints_are_not_entries_of_their_own(tmp_path: Path) -> None:
     """A constraint may leave a choice, and may make up for a line that does."""
     (tmp_path / "c.txt").write_text("a>1\nb==2.0\n")
-    found = entries(tmp_path, "-c c.txt\nb\n")
-    assert [(entry.name, entry.line.is_constraint) for entry in found] == [("a", True), ("b", True), ("b", False)]
+    found = read(tmp_path, "-c c.txt\nb\n")
+    assert sorted((one.name, one.line.is_constraint) for one in found) == [("a", True), ("b", False), ("b", True)]
     with pytest.raises(LockfileError, match="Not an exact version: `a`"):
-        entries(tmp_path, "-c c.txt\na\n")
+        read(tmp_path, "-c c.txt\na\n")
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -119,12 +119,12 @@ def test_constraints_are_not_entries_of_their_own(tmp_path: Path) -> None:
 def test_any_text(tmp_path: Path, text: str) -> None:
     """Whatever a file has in it is entries or a LockfileError."""
     with suppress(LockfileError):
-        assert all(entry.name for entry in entries(tmp_path, text))
+        assert all(one.name for one in read(tmp_path, text))
 
 
 def test_restrict(tmp_path: Path) -> None:
     """Artifacts that no line allows are left out; a package that no line asks for is refused."""
-    found = entries(tmp_path, f"a==1.0 --hash=sha256:{ONE}\nb==1.0\n")
+    found = read(tmp_path, f"a==1.0 --hash=sha256:{ONE}\nb==1.0\n")
     wheels = [{"url": digest, "hashes": {"sha256": digest}} for digest in (ONE, TWO)]
     package = {"name": "a", "version": "1.0", "wheels": wheels, "sdist": {"hashes": {"sha256": TWO}}}
     [kept] = requirements.restrict([package], found, {})

@@ -1,7 +1,8 @@
-"""The temp directory of one run: who keeps it, what is left of it, on full disks too; without clusters."""
+"""The temp directory of one run: what keeps it, what is left of it, on full disks too; without clusters."""
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
 import shutil
@@ -31,13 +32,6 @@ def top(tmp_path: Path) -> Path:
 @pytest.fixture
 def place(top: Path) -> RunTmpdir:
     return RunTmpdir.make(str(top), {})
-
-
-def age(folder: Path) -> None:
-    """Make it look old, with the directory for clusters in it."""
-    for path in (folder / "ray", folder):
-        if path.exists():
-            os.utime(path, (1, 1))
 
 
 def leave_session(temp: Path, name: str = SESSION) -> Path:
@@ -74,14 +68,13 @@ def collect(top: Path) -> None:
     sweep(directories.run_dirs(top, {}))
 
 
-# Who keeps it
+# What keeps it
 
 
 def test_a_living_run_keeps_its_directory(top: Path, place: RunTmpdir, children: list[subprocess.Popen[str]]) -> None:
     """It stays between two clusters, with and without `run` itself, for as long as the program lives; the link too."""
     program = inherit(children, place)
     place.temp.mkdir()
-    age(place.folder)
     collect(top)
     assert place.temp.is_dir()
     forget(place)
@@ -94,10 +87,9 @@ def test_a_living_run_keeps_its_directory(top: Path, place: RunTmpdir, children:
 
 @pytest.mark.parametrize("ray", [True, False])
 def test_what_a_killed_run_left_goes(top: Path, place: RunTmpdir, ray: bool) -> None:  # noqa: FBT001
-    """Whether or not a cluster was ever started in it; but not a moment after it was made, nor with a session in it."""
+    """The directory of a killed run goes, whether or not a cluster was started in it; not while a session is in it."""
     if ray:
         session = leave_session(place.temp)
-        age(place.folder)
         forget(place)
         collect(top)
         assert session.is_dir()
@@ -105,17 +97,13 @@ def test_what_a_killed_run_left_goes(top: Path, place: RunTmpdir, ray: bool) -> 
     else:
         forget(place)
     collect(top)
-    assert place.folder.is_dir()
-    age(place.folder)
-    collect(top)
     assert list(top.iterdir()) == []
 
 
 def test_gc_of_the_directory_itself(top: Path, place: RunTmpdir) -> None:
-    """Who names the directory of a killed run, or that of its clusters, has it removed as well."""
+    """A killed run is also found by its own directory, and by that of its clusters, as temp directory."""
     place.temp.mkdir()
     forget(place)
-    age(place.folder)
     assert directories.run_dirs(place.temp, {}) == directories.run_dirs(place.folder, {}) == [place.folder]
     sweep(directories.run_dirs(place.temp, {}))
     assert list(top.iterdir()) == []
@@ -129,18 +117,72 @@ def test_what_is_not_as_a_run_leaves_it_stays(top: Path) -> None:
         (folder / "ray").mkdir(parents=True)
         folder.chmod(0o700)
     (logs / "logs").mkdir()
-    (mixed / "thesis").touch()
+    (mixed / "ray" / "thesis").touch()
+    (mixed / "ray" / "session_latest").symlink_to("nowhere")
     public.chmod(0o755)
     (results / "ray").rmdir()
     (results / "model").touch()
-    for folder in (logs, mixed, public, results, mine):
-        age(folder)
     collect(top)
     left = {str(path.relative_to(top))[len(directories.RUN_PREFIX) :] for path in top.rglob("*")}
     assert left == {
-        "aaaaaaaa", "aaaaaaaa/logs", "bbbbbbbb", "bbbbbbbb/ray", "bbbbbbbb/thesis", "cccccccc", "cccccccc/ray",
+        "aaaaaaaa", "aaaaaaaa/logs", "bbbbbbbb", "bbbbbbbb/ray", "bbbbbbbb/ray/thesis", "cccccccc", "cccccccc/ray",
         "results1", "results1/model", "mine", "mine/ray",
     }  # fmt: skip
+
+
+def test_what_the_program_wrote_stays(top: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Files of the program below $RAY_TMPDIR, and in the folder of Ray's sessions, stay at the end and are named."""
+    with clean_sessions(top):
+        place = Path(os.environ["RAY_TMPDIR"])
+        leave_session(place / "ray")
+        for name in ("results", "ray/prom_metrics_service_discovery.json"):
+            (place / name).mkdir()
+            (place / name / "model").write_text("hours of work")
+        (place / "ray" / "checkpoint\n").write_text("hours of work")
+    (folder,) = top.iterdir()
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) == [
+        "ray", "ray/checkpoint\n", "ray/prom_metrics_service_discovery.json",
+        "ray/prom_metrics_service_discovery.json/model", "results", "results/model",
+    ]  # fmt: skip
+    names = "ray/checkpoint?, ray/prom_metrics_service_discovery.json, results"
+    assert caplog.messages == [f"kept: {folder} (what Ray did not make: {names})"]
+
+
+def test_what_the_program_wrote_survives_a_killed_run(top: Path, place: RunTmpdir) -> None:
+    """A sweep removes what Ray made in the directory of a killed run, and leaves the rest, run or no run."""
+    place.temp.mkdir()
+    (place.temp / "session_latest").symlink_to("nowhere")
+    (place.temp / "checkpoint").write_text("hours of work")
+    forget(place)
+    for _ in range(2):
+        collect(top)
+        assert [path.name for path in place.folder.rglob("*")] == ["ray", "checkpoint"]
+
+
+# In the words of Ray itself, whose names may change.
+MAKE_WHAT_RAY_MAKES = """
+import os, runpy, sys
+import ray
+os.environ["RAY_TMPDIR"] = sys.argv[1]
+from ray._common.utils import get_default_ray_temp_dir, get_ray_address_file
+from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE, SESSION_LATEST
+temp = get_default_ray_temp_dir()
+os.makedirs(temp)
+os.symlink("nowhere", os.path.join(temp, SESSION_LATEST))
+for name in (get_ray_address_file(temp), PROMETHEUS_SERVICE_DISCOVERY_FILE, "tmp_" + PROMETHEUS_SERVICE_DISCOVERY_FILE):
+    open(os.path.join(temp, name), "w").close()
+# By its path: its package needs pyarrow.
+with runpy.run_path(os.path.join(os.path.dirname(ray.__file__), "air/_internal/filelock.py"))["TempFileLock"]("data"):
+    print(sorted(name for _, folders, files in os.walk(sys.argv[1]) for name in folders + files))
+"""
+
+
+def test_what_ray_makes_beside_its_sessions_goes(top: Path, place: RunTmpdir) -> None:
+    """All that Ray makes below $RAY_TMPDIR beside sessions is removed at the end of a run, with the directory."""
+    made = ast.literal_eval(support.run_python(MAKE_WHAT_RAY_MAKES, str(place.folder)))
+    assert len(made) == 7
+    place.close(pytest.fail, failed=False, keep=False, lent=True)
+    assert list(top.iterdir()) == []
 
 
 def test_what_the_program_leaves_keeps_the_directory(
@@ -152,7 +194,6 @@ def test_what_the_program_leaves_keeps_the_directory(
     said: list[str] = []
     place.close(said.append, failed=False, keep=False, lent=True)
     assert [str(place.folder) in text and "gc --sessions" in text for text in said] == [True]
-    age(place.folder)
     collect(top)
     assert os.path.samefile(place.short, place.folder)
     end(background)
@@ -195,7 +236,7 @@ def test_a_sweep_at_the_beginning(top: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_without_flocks(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the file system has none a run works as well; nobody sweeps there."""
+    """On a file system without flocks a run works as well, and no sweep takes its directory."""
     real = flock.try_flock
 
     def refused(path: Path, **options: Any) -> int | None:
@@ -205,7 +246,6 @@ def test_without_flocks(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(flock, "try_flock", refused)
     place = RunTmpdir.make(str(top), {})
-    age(place.folder)
     collect(top)
     assert place.folder.is_dir()
     place.close(pytest.fail, failed=False, keep=False, lent=True)
@@ -215,60 +255,44 @@ def test_without_flocks(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # Full disks, and others that refuse
 
 
-def fail_with(number: int, monkeypatch: pytest.MonkeyPatch, path: Path, while_there: Path) -> None:
-    """Let `mkdir` of this path fail for as long as something else is there."""
-    real = Path.mkdir
-
-    def mkdir(self: Path, *arguments: Any, **options: Any) -> None:
-        if self == path and any(while_there.parent.rglob(while_there.name)):
-            raise OSError(number, os.strerror(number))
-        real(self, *arguments, **options)
-
-    monkeypatch.setattr(Path, "mkdir", mkdir)
-
-
-@pytest.mark.parametrize("number", sorted(files.FULL_DISK))
-def test_logs_of_a_failed_run_on_a_full_disk(place: RunTmpdir, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Without room for a folder the rest of the session goes first; then the logs are saved."""
-    leave_session(place.temp)
-    fail_with(number, monkeypatch, place.folder / "logs", place.temp / "runtime_resources")
-    said: list[str] = []
-    place.close(said.append, failed=True, keep=False, lent=True)
-    assert said == [f"logs of the failed run: {place.folder / 'logs' / SESSION}"]
-    assert [path.name for path in place.folder.rglob("*")] == ["logs", SESSION, "raylet.out"]
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_logs_that_cannot_be_saved_stay(place: RunTmpdir, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """They stay in the session, which keeps its name, and one message says where and why."""
+def test_logs_of_a_failed_run_stay(top: Path, place: RunTmpdir) -> None:
+    """They stay where they are, their place is said, all else of the session goes; a sweep leaves them."""
     session = leave_session(place.temp)
-    fail_with(number, monkeypatch, place.folder / "logs", place.temp / "raylet.out")
     said: list[str] = []
     place.close(said.append, failed=True, keep=False, lent=True)
-    assert [text.partition(": ")[2] for text in said] == [f"{session} ({os.strerror(number)})"]
-    assert (session / "logs" / "raylet.out").read_text() == "why it failed"
+    assert said == [f"logs of the failed run: {session / 'logs'}"]
+    collect(top)
+    assert [one.why for one in collector.collect_sessions([place.temp]).in_doubt] == ["only its logs are left"]
+    assert [path.name for path in place.folder.rglob("*")] == ["ray", SESSION, "logs", "raylet.out"]
+
+
+def test_a_session_without_logs_goes_whole(tmp_path: Path) -> None:
+    """Where a killed collector has deleted the logs already, none are kept."""
+    (tmp_path / directories.going_name(SESSION) / "sockets").mkdir(parents=True)
+    assert [one.name for one in collector.collect_sessions([tmp_path], keep_logs=True).removed] == [SESSION]
+    assert list(tmp_path.iterdir()) == []
 
 
 @needs_root
 def test_a_failed_run_on_a_small_disk(tmp_path: Path) -> None:
-    """On a disk without an inode left the logs are saved as well, and the rest goes."""
+    """On a disk without an inode left the logs are saved as well, and the rest of the session goes."""
     disk = tmp_path / "disk"
     with support.small_disk(disk):
         place = RunTmpdir.make(str(disk), {})
         leave_session(place.temp)
         for number in range(os.statvfs(disk).f_favail):
-            (place.temp / f"ballast-{number}").touch()
+            (disk / f"ballast-{number}").touch()
         with pytest.raises(OSError, match="No space left"):
-            (place.folder / "logs").mkdir()
+            (place.folder / "x").mkdir()
         said: list[str] = []
         place.close(said.append, failed=True, keep=False, lent=True)
-        assert said == [f"logs of the failed run: {place.folder / 'logs' / SESSION}"]
-        assert [path.name for path in place.folder.rglob("*")] == ["logs", SESSION, "raylet.out"]
+        assert said == [f"logs of the failed run: {place.temp / SESSION / 'logs'}"]
+        assert [path.name for path in place.folder.rglob("*")] == ["ray", SESSION, "logs", "raylet.out"]
 
 
-@pytest.mark.parametrize("failing", ["collect_sessions", "survey"])
+@pytest.mark.parametrize("failing", ["collect_sessions", "judge_sessions"])
 def test_cleaning_up_raises_nothing(place: RunTmpdir, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
-    """Whatever fails is one message, nothing is removed unseen, and the link goes."""
+    """Each failure is one message, nothing is removed unseen, and the link goes."""
 
     def fail(*_: Any, **__: Any) -> Any:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -294,10 +318,10 @@ def test_an_exception_of_the_program_is_not_replaced(top: Path, monkeypatch: pyt
         raise ZeroDivisionError
 
 
-def test_nothing_takes_a_session_that_somebody_joined(
+def test_nothing_takes_a_session_that_a_process_joined(
     place: RunTmpdir, monkeypatch: pytest.MonkeyPatch, children: list[subprocess.Popen[str]]
 ) -> None:
-    """Logs are moved only after the last look: a process that came in between has its session with logs."""
+    """A process that joins between the judgement and the deleting keeps its session."""
     session = leave_session(place.temp)
     real = flock.try_flock
 
@@ -308,8 +332,7 @@ def test_nothing_takes_a_session_that_somebody_joined(
         return held
 
     monkeypatch.setattr(flock, "try_flock", join)
-    collector.collect_sessions([place.temp], starting=0, logs_to=place.folder / "logs")
-    assert (session / "logs" / "raylet.out").exists()
-    assert not (place.folder / "logs").exists()
+    collector.collect_sessions([place.temp], starting=0, keep_logs=True)
+    assert (session / "runtime_resources").exists()
     end(children[0])
     place.close(lambda _: None, failed=False, keep=False)

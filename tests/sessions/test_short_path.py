@@ -1,4 +1,4 @@
-"""Short links to long temp directories, and who removes them."""
+"""Short links to long temp directories, and what removes them."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_short_path_is_returned_itself() -> None:
 
 
 def test_each_call_has_a_link_of_its_own(long: Path) -> None:
-    """Nobody loses a link because somebody else released his; twice is once."""
+    """A release removes the link of its own call only; a second one does nothing."""
     first, second = ray_envcache.short_tmpdir(long), ray_envcache.short_tmpdir(long)
     assert first != second
     assert first.release()
@@ -156,7 +156,7 @@ def test_links_of_the_dead_are_swept(long: Path, place: Path) -> None:
 
 
 def test_a_cluster_keeps_the_link_of_its_dead_driver(long: Path, place: Path) -> None:
-    """Nobody sweeps a link that a living process names, whoever made it."""
+    """No sweep takes a link that a living process names, even if another process made it."""
     driver = hold_in_a_child(long, place)
     short = first_line(driver)
     cluster = subprocess.Popen(
@@ -205,23 +205,25 @@ def test_foreign_things_are_not_swept(long: Path, place: Path) -> None:
     (place / "re-bbbbbbbb" / "thesis").touch()
     (place / "re-cccccccc").symlink_to(long)
     (place / "re-dddddddd").touch()
-    (place / "re-eeeeeeee").mkdir(mode=0o700)  # of one who died before the link was made
+    (place / "re-training").mkdir(mode=0o700)
+    (place / "re-training" / "t").write_text("hours of work")
+    (place / "re-eeeeeeee").mkdir(mode=0o700)  # its process died before the link was made
     short_path.sweep_links([place])
-    assert [path.name[3] for path in links(place)] == ["a", "b", "c", "d"]
+    assert [path.name[3] for path in links(place)] == ["a", "b", "c", "d", "t"]
+    assert (place / "re-training" / "t").read_text() == "hours of work"
 
 
-def test_rays_link_is_mended(long: Path) -> None:
-    """Ray's link to the latest session leads through ours; it is right without it, and before the next cluster."""
+def test_rays_link_through_ours_goes(long: Path) -> None:
+    """Ray's link to the latest session leads through ours; it goes with that, or before the next cluster."""
     session = long / "ray" / "session_2026-01-02_03-04-05_123456_77"
     session.mkdir(parents=True)
     latest = session.with_name("session_latest")
     with ray_envcache.short_tmpdir(long) as short:
         latest.symlink_to(f"{short}/ray/{session.name}")
-    assert os.readlink(latest) == session.name
-    latest.unlink()
+    assert not latest.is_symlink()
     latest.symlink_to("/tmp/re-deadbeef/t/ray/session_2026-01-02_03-04-05_000000_66")
     with ray_envcache.short_tmpdir(long):
-        assert os.readlink(latest) == session.name
+        assert not latest.is_symlink()
 
 
 # Bad input
@@ -249,7 +251,7 @@ def test_unwritable(tmp_path: Path) -> None:
         import os, random, sys, tempfile
         from ray_envcache import errors
         from ray_envcache.sessions import directories, short_path
-        from ray_envcache.system import mentions, processes
+        from ray_envcache.system import processes
         os.setgroups([]); os.setgid(65534); os.setuid(65534)
         try:
             short_path.short_tmpdir(sys.argv[1])
@@ -306,7 +308,7 @@ def test_no_place_for_a_link(long: Path, tmp_path: Path) -> None:
 
 @needs_root
 def test_a_place_of_another_user_is_refused(long: Path, place: Path) -> None:
-    """Whoever owns a place could replace the link: only root and the user himself may."""
+    """The owner of a place could replace the link, so that must be root or the user."""
     os.chown(place, 65534, 65534)
     with pytest.raises(TempDirError, match="it belongs to user 65534"):
         short_path.make_link(str(long), [place])
@@ -316,7 +318,7 @@ def test_a_place_of_another_user_is_refused(long: Path, place: Path) -> None:
 
 
 def test_racing_with_sweeps(long: Path, place: Path) -> None:
-    """Whoever makes a link has it, although others sweep all the time."""
+    """A link stays with the process that made it, although others sweep all the time."""
     sweeper = "import sys\nfrom pathlib import Path\nfrom ray_envcache.sessions import short_path\nwhile True: short_path.sweep_links([Path(sys.argv[1])])"
     with subprocess.Popen([sys.executable, "-c", sweeper, place]) as child:
         for _ in range(100):

@@ -44,16 +44,16 @@ BASE = ResolvedSet(
     local=(LocalPackage("mine", Path("/somewhere"), editable=False),),
     build_settings="{}",
 )
-KEY = compute_key(BASE, {}, PYTHON)
+KEY = compute_key(BASE, PYTHON)
 
 short = st.text("abc.-1", min_size=1, max_size=3)
 packages = st.lists(st.builds(package, short, short, st.sampled_from(["wheel", "sdist", "vcs"]), short), max_size=4)
 
 
-@given(packages, st.dictionaries(short, short, max_size=3))
-def test_format(found: list[ResolvedPackage], added: dict[str, str]) -> None:
+@given(packages)
+def test_format(found: list[ResolvedPackage]) -> None:
     """A key is 32 lower case hex digits, whatever it is the key of."""
-    assert re.fullmatch("[0-9a-f]{32}", compute_key(ResolvedSet(tuple(found)), added, PYTHON))
+    assert re.fullmatch("[0-9a-f]{32}", compute_key(ResolvedSet(tuple(found)), PYTHON))
 
 
 @given(packages, packages, st.randoms(use_true_random=False))
@@ -61,10 +61,10 @@ def test_same_set_same_key(one: list[ResolvedPackage], other: list[ResolvedPacka
     """Two sets have the same key exactly if they hold the same packages, in whatever order."""
     shuffled = [*one]
     random.shuffle(shuffled)
-    key = compute_key(ResolvedSet(tuple(one)), {}, PYTHON)
-    assert key == compute_key(ResolvedSet(tuple(shuffled)), {}, PYTHON)
+    key = compute_key(ResolvedSet(tuple(one)), PYTHON)
+    assert key == compute_key(ResolvedSet(tuple(shuffled)), PYTHON)
     same = sorted(map(repr, one)) == sorted(map(repr, other))
-    assert same == (key == compute_key(ResolvedSet(tuple(other)), {}, PYTHON))
+    assert same == (key == compute_key(ResolvedSet(tuple(other)), PYTHON))
 
 
 @pytest.mark.parametrize(
@@ -81,25 +81,14 @@ def test_same_set_same_key(one: list[ResolvedPackage], other: list[ResolvedPacka
 def test_relevant_of_a_package(changed: ResolvedPackage) -> None:
     """Another name, version, digest, kind or subdirectory of one package is another environment."""
     plain = package("a", kind="vcs") if changed.kind == "vcs" else package("a")
-    keys = {compute_key(ResolvedSet((one, package("b"))), {}, PYTHON) for one in (plain, changed)}
+    keys = {compute_key(ResolvedSet((one, package("b"))), PYTHON) for one in (plain, changed)}
     assert len(keys) == 2
 
 
 def test_one_package_more() -> None:
-    """One package more, or the same name added by the cluster, is another environment."""
+    """One package more is another environment."""
     more = replace(BASE, packages=(*BASE.packages, package("c")))
-    keys = [
-        KEY,
-        compute_key(more, {}, PYTHON),
-        compute_key(BASE, {"c": "1.0"}, PYTHON),
-        compute_key(BASE, {"c": "2"}, PYTHON),
-    ]
-    assert len(set(keys)) == 4
-
-
-def test_order_of_additions() -> None:
-    """The order in which the needs of the cluster's ray were found makes no difference."""
-    assert compute_key(BASE, {"x": "1", "y": "2"}, PYTHON) == compute_key(BASE, {"y": "2", "x": "1"}, PYTHON)
+    assert compute_key(more, PYTHON) != KEY
 
 
 @pytest.mark.parametrize(
@@ -118,13 +107,13 @@ def test_order_of_additions() -> None:
 )
 def test_relevant_of_the_interpreter(changed: dict[str, Any]) -> None:
     """Whatever differs in an interpreter that decides about packages makes another environment."""
-    assert compute_key(BASE, {}, PYTHON._replace(**changed)) != KEY
+    assert compute_key(BASE, PYTHON._replace(**changed)) != KEY
 
 
 @pytest.mark.parametrize("name", ["platform_release", "platform_version"])
 def test_update_of_the_kernel(name: str) -> None:
     """An update of the kernel leaves all keys as they are."""
-    assert compute_key(BASE, {}, PYTHON._replace(markers={**PYTHON.markers, name: "6.9"})) == KEY
+    assert compute_key(BASE, PYTHON._replace(markers={**PYTHON.markers, name: "6.9"})) == KEY
 
 
 def test_irrelevant() -> None:
@@ -140,7 +129,6 @@ def test_irrelevant() -> None:
                 ),
                 build_settings="{}",
             ),
-            {},
             PYTHON,
         )
         == KEY
@@ -151,9 +139,7 @@ def test_irrelevant() -> None:
 def test_build_settings(kind: str, matters: bool) -> None:  # noqa: FBT001
     """Build settings matter exactly where something is built from source."""
     some = ResolvedSet((package("a"), package("b", kind=kind)), build_settings="{}")
-    keys = {
-        compute_key(replace(some, build_settings=settings), {}, PYTHON) for settings in ("{}", '{"no-binary": true}')
-    }
+    keys = {compute_key(replace(some, build_settings=settings), PYTHON) for settings in ("{}", '{"no-binary": true}')}
     assert (len(keys) == 2) == matters
 
 
@@ -161,7 +147,7 @@ def test_build_settings(kind: str, matters: bool) -> None:  # noqa: FBT001
 def test_artifact_without_digest(kind: str) -> None:
     """An artifact without any hash is told from another by where it comes from."""
     keys = {
-        compute_key(ResolvedSet((package("a", kind=kind, digest="", url=f"file:///{place}"),)), {}, PYTHON)
+        compute_key(ResolvedSet((package("a", kind=kind, digest="", url=f"file:///{place}"),)), PYTHON)
         for place in "xy"
     }
     assert len(keys) == 2
@@ -177,8 +163,7 @@ def test_no_ambiguity_by_concatenation() -> None:
         ResolvedSet((package("a", "1", digest="sha256:00b"),)),
         ResolvedSet((package("a,b", "1"),)),
     ]
-    assert len({compute_key(one, {}, PYTHON) for one in sets}) == len(sets)
-    assert compute_key(BASE, {"ab": "c"}, PYTHON) != compute_key(BASE, {"a": "bc"}, PYTHON)
+    assert len({compute_key(one, PYTHON) for one in sets}) == len(sets)
 
 
 def test_digest_is_canonical() -> None:

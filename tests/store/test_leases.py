@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 
@@ -16,15 +18,13 @@ import psutil
 import pytest
 
 from ray_envcache.acquire import Store
-from ray_envcache.errors import InUseError
-from ray_envcache.field.spec import EnvSpec
+from ray_envcache.errors import BusyError, InUseError
 from ray_envcache.gc.evict import evict
-from ray_envcache.resolve.cluster_ray import installed_ray
 from ray_envcache.store import leases
 from ray_envcache.store.layout import Entry
 from ray_envcache.store.leases import Holder
 from ray_envcache.store.sizes import MeasuredRecord
-from ray_envcache.system import files
+from ray_envcache.system import files, flock
 from tests import support
 
 pytestmark = pytest.mark.host
@@ -51,7 +51,7 @@ def test_interpreter_of_the_venv_holds_its_entry(
 ) -> None:
     """While any interpreter runs from it, nobody can remove an entry; a SIGKILL gives it free."""
     child = start(entry, "", children)
-    with pytest.raises(InUseError, match=r"in use by process|a process runs from it"):
+    with pytest.raises(InUseError, match=r"in use: process|a process runs from it"):
         evict(store.layout, entry)
     assert entry.ready.exists()
     child.send_signal(signal.SIGKILL)
@@ -76,7 +76,7 @@ def test_forked_child_keeps_the_hold(store: Store, entry: Entry, children: list[
 
 def test_lease_holds_until_released(store: Store, entry: Entry) -> None:
     """A lease keeps its entry, names its holder, and frees it at once on release; twice is once."""
-    lease = leases.claim_ready(entry, store.layout, Holder("agent", cluster="session_x"))
+    lease = leases.claim(entry, store.layout, Holder("agent", cluster="session_x"))
     assert lease is not None
     with pytest.raises(InUseError, match=f"in use by agent {os.getpid()} .session_x."):
         evict(store.layout, entry)
@@ -92,10 +92,10 @@ def test_lease_of_a_killed_process_counts_no_more(
     """Nobody needs to clean up after a holder that was SIGKILLed, and its file is swept."""
     program = """
     import sys
-    from ray_envcache.store.leases import Holder, claim_ready
+    from ray_envcache.store.leases import Holder, claim
     from ray_envcache.acquire import Store
     layout = Store.open().layout
-    lease = claim_ready(layout.entry(sys.argv[1]), layout, Holder("agent"))
+    lease = claim(layout.entry(sys.argv[1]), layout, Holder("agent"))
     print("up", flush=True)
     sys.stdin.read()
     """
@@ -115,29 +115,98 @@ def test_lease_of_a_killed_process_counts_no_more(
 def test_unreleased_lease_warns(store: Store, entry: Entry) -> None:
     """A lease that is forgotten says so, and frees its entry."""
     with pytest.warns(ResourceWarning, match="unreleased lease"):
-        assert leases.claim_ready(entry, store.layout, Holder("test")) is not None
+        assert leases.claim(entry, store.layout, Holder("test")) is not None
     evict(store.layout, entry)
 
 
-def test_lease_that_is_told_of_later(store: Store, entry: Entry) -> None:
-    """A lease holds from the start, and whoever gives it back meanwhile, in whatever thread, leaves nothing behind."""
-    for _ in range(100):
-        lease = leases.claim_whole(entry)
-        assert lease is not None
-        with pytest.raises(InUseError):
-            evict(store.layout, entry)
-        telling = Thread(target=lease.announce, args=(store.layout, Holder("agent")))
-        telling.start()
-        lease.release()
-        telling.join()
-        assert not list(store.layout.leases_of(entry.key).glob("*"))
-    with leases.claim_whole(entry) or pytest.fail("no lease") as lease:
-        assert leases.live_leases(store.layout, entry.key) == []
-        lease.announce(store.layout, Holder("agent"))
-        assert [holder["pid"] for holder in leases.live_leases(store.layout, entry.key)] == [os.getpid()]
-    lease.announce(store.layout, Holder("agent"))
-    assert leases.live_leases(store.layout, entry.key) == []
-    evict(store.layout, entry)
+@contextmanager
+def kept_alone(entry: Entry) -> Iterator[None]:
+    """Keep the entry to ourselves, as a lister does while it looks and a collector while it removes."""
+    descriptor = flock.try_flock(entry.in_use, exclusive=True)
+    assert descriptor is not None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def test_claim_waits_for_a_stopped_lister(store: Store, entry: Entry) -> None:
+    """A claim waits while a lister or collector keeps the entry, however long that was stopped, and then succeeds."""
+    claims: list[leases.Lease | None] = []
+    claiming = Thread(target=lambda: claims.append(leases.claim(entry, store.layout, Holder("agent"))))
+    with kept_alone(entry):
+        claiming.start()
+        claiming.join(1)
+        assert claiming.is_alive()
+    claiming.join()
+    with claims[0] or pytest.fail("taken for gone"):
+        assert entry.ready.exists()
+
+
+def test_nothing_is_built_a_second_time_beside_a_stopped_lister(
+    tmp_path: Path, store: Store, entry: Entry, children: list[subprocess.Popen[str]]
+) -> None:
+    """While a process keeps an environment for a second, those who want it wait; they do not build another one."""
+    program = """
+    from ray_envcache.acquire import Store
+    from ray_envcache.field.spec import EnvSpec
+    from ray_envcache.resolve.cluster_ray import installed_ray
+    from ray_envcache.store.leases import Holder
+    with Store.open().acquire(EnvSpec.parse(sys.argv[1]), installed_ray(), Holder("test"), finish=False) as lease:
+        print(lease.entry.path.name, flush=True)
+    """
+    with kept_alone(entry):
+        command = [
+            sys.executable,
+            "-c",
+            "import sys" + textwrap.dedent(program),
+            str(tmp_path / "project/pyproject.toml"),
+        ]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        children.append(child)
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(2)
+    assert child.stdout is not None
+    assert child.stdout.read().strip() == entry.path.name
+    assert store.layout.entries_of(entry.key) == [entry]
+
+
+def test_interpreter_waits_for_its_hold(store: Store, entry: Entry, children: list[subprocess.Popen[str]]) -> None:
+    """An interpreter that starts while a process keeps the entry for a second runs with its hold all the same."""
+    module = f"_ray_envcache_hold_{entry.key[:12]}_{entry.number}"
+    with kept_alone(entry):
+        command: list[str | Path] = [
+            entry.python,
+            "-c",
+            f"import sys; print(sys.modules[{module!r}].HELD is not None, flush=True); input()",
+        ]
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        children.append(child)
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(1)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "True\n"
+    with pytest.raises(InUseError):
+        evict(store.layout, entry)
+
+
+def test_interpreter_of_a_removed_entry_does_not_wait(entry: Entry, tmp_path: Path) -> None:
+    """An interpreter whose entry is renamed away while it waits for its hold gives up at once: the entry is gone."""
+    begun = time.monotonic()
+    with kept_alone(entry):
+        child = subprocess.Popen([entry.python, "-c", "pass"], stderr=subprocess.PIPE, text=True)
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(1)
+        entry.path.rename(tmp_path / "moved")
+        child.communicate()
+    assert time.monotonic() - begun < 50  # seconds; the hold itself would wait for sixty
+
+
+def test_claim_that_waits_too_long_says_so(store: Store, entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claim that cannot be had is an error which names the file; never is the entry taken for gone."""
+    monkeypatch.setattr(leases, "CLAIM_SECONDS", 0.1)
+    with kept_alone(entry), pytest.raises(BusyError, match=rf"{entry.in_use}.*\n.*hint|{entry.in_use}"):
+        leases.claim(entry, store.layout, Holder("agent"))
 
 
 def test_lease_on_a_full_disk_holds_untold(store: Store, entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +216,7 @@ def test_lease_on_a_full_disk_holds_untold(store: Store, entry: Entry, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(leases, "_own_file", full)
-    with leases.claim_ready(entry, store.layout, Holder("agent")) or pytest.fail("no lease"):
+    with leases.claim(entry, store.layout, Holder("agent")) or pytest.fail("no lease"):
         assert leases.live_leases(store.layout, entry.key) == []
         with pytest.raises(InUseError):
             evict(store.layout, entry)
@@ -176,34 +245,6 @@ def test_bytecode_is_complete_and_imported(entry: Entry) -> None:
     record = MeasuredRecord.read(entry)
     assert record is not None
     assert record.size_bytes >= record.reclaimable_bytes > 0
-
-
-@pytest.mark.parametrize("late", [False, True])
-def test_background_compiler_gives_way(
-    tmp_path: Path, wheels: Path, store: Store, monkeypatch: pytest.MonkeyPatch, *, late: bool
-) -> None:
-    """Removing an entry does not wait for its bytecode: the compiler is told to stop, also one that only begins."""
-    begins, works = (tmp_path / f"stop-finishing-{point}" for point in ("claimed", "leased"))
-    works.touch()  # forever
-    if late:
-        begins.touch()
-    monkeypatch.setenv("RAY_ENVCACHE_TEST_POINTS", str(tmp_path))
-    project = support.make_project(tmp_path / "project", wheels, ["ray"])
-    with store.acquire(EnvSpec.parse(project), installed_ray(), Holder("test")) as lease:
-        entry = lease.entry
-
-    def kinds() -> list[str]:
-        return [holder["kind"] for holder in leases.live_leases(store.layout, entry.key)]
-
-    if late:
-        support.wait_until((tmp_path / "reached-finishing-claimed").exists, "the compiler has its flock")
-        assert kinds() == []
-        threading.Timer(0.2, begins.unlink).start()
-    else:
-        support.wait_until(lambda: kinds() == ["bytecode"], "the compiler is at work")
-    evict(store.layout, entry)
-    assert not entry.path.exists()
-    assert list(store.layout.trash.iterdir()) == []
 
 
 def run_as_mere_owner(*command: str | Path) -> subprocess.CompletedProcess[str]:

@@ -19,7 +19,7 @@ import pytest
 
 from ray_envcache.acquire import Store
 from ray_envcache.build import bytecode
-from ray_envcache.cluster.agent_build import Build
+from ray_envcache.cluster.agent_build import AgentBuild
 from ray_envcache.errors import ReadOnlyError, StoreError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.collector import collect
@@ -159,7 +159,7 @@ def test_environments_are_used_in_place(below: Store, image: Layout, project: Pa
             program = "import sys, wanted; print(sys.prefix)"
             assert support.run_python(program, python=lease.python).strip() == str(wanted.venv)
     spec = EnvSpec.parse(project)
-    with below.lookup(spec, installed_ray()) or pytest.fail("not on the warm path") as lease:
+    with below.lookup(spec, installed_ray(), Holder("test")) or pytest.fail("not on the warm path") as lease:
         assert lease.entry == wanted
     assert own_entries(below) == []
 
@@ -167,7 +167,7 @@ def test_environments_are_used_in_place(below: Store, image: Layout, project: Pa
 def test_memo_of_a_lower_store(below: Store, image: Layout, folder: Path) -> None:
     """Who prepares an image has asked for exactly this: then the warm path finds it at once, layer included."""
     field = EnvSpec.parse({"path": str(folder / "app"), "install_project": False})
-    with below.lookup(field, installed_ray()) or pytest.fail("not on the warm path") as lease:
+    with below.lookup(field, installed_ray(), Holder("test")) or pytest.fail("not on the warm path") as lease:
         assert lease.entry == environment_of(image)
     with acquire(below, folder / "app") as lease:
         assert lease.entry.path.parent == image.entries
@@ -197,8 +197,8 @@ def test_own_environments_come_first(
 def test_agent(below: Store, image: Layout, project: Path) -> None:
     """An agent whose warm path finds nothing has its child look further, and gets its lease on the lower entry."""
     spec = EnvSpec.parse(project)
-    assert below.lookup(spec, installed_ray()) is None
-    build = Build(below, spec, installed_ray(), Holder("agent"), logging.getLogger("test"))
+    assert below.lookup(spec, installed_ray(), Holder("test")) is None
+    build = AgentBuild(below, spec, installed_ray(), Holder("agent"), logging.getLogger("test"), dict(os.environ))
     with build.lease.result() as lease:
         assert lease.entry == environment_of(image)
         (told,) = leases.live_leases(below.layout, lease.entry.key)
@@ -248,9 +248,9 @@ def test_file_system_without_flocks(
     wanted = environment_of(image)
     monkeypatch.setattr(flock, "try_flock", no_flocks)
     with pytest.raises(StoreError, match="not supported"):
-        leases.claim_ready(wanted, below.layout, Holder("test"))
+        leases.claim(wanted, below.layout, Holder("test"))
     monkeypatch.setattr(os, "fstatvfs", lambda _: os.statvfs_result((0,) * 8 + (os.ST_RDONLY, 0)))
-    lease = leases.claim(wanted)
+    lease = leases.hold(wanted)
     assert lease is not None
     lease.release()
 
@@ -307,7 +307,7 @@ def test_layer_on_top(
     assert own_entries(below) == [lease.entry]
     (layer,) = json.loads(cli("list", "--json").stdout)["envs"]
     assert (layer["state"], layer["base"]) == ("ready", environment_of(image).key)
-    with leases.claim_ready(lease.entry, below.layout, Holder("test")) or pytest.fail("no lease") as again:
+    with leases.claim(lease.entry, below.layout, Holder("test")) or pytest.fail("no lease") as again:
         assert again.entries == lease.entries
 
 
@@ -389,7 +389,7 @@ def test_not_trusted(
         assert (readonly.lower_stores(store.layout, os.environ) == ()) == (place in {"top", "entries"})
         return
     with pytest.raises(StoreError, match=str(copy.root if fault == "foreign" else path)) as caught:
-        leases.claim(one) if place == "entry" else readonly.lower_stores(store.layout, os.environ)
+        leases.hold(one) if place == "entry" else readonly.lower_stores(store.layout, os.environ)
     assert "environments run code" in caught.value.hint
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_envcache.system import disk
+from ray_envcache.system import disk, extents
 
 KIB = 1024
 FICLONE = 0x40049409  # linux/fs.h
@@ -135,27 +135,33 @@ def test_a_link_outside_frees_nothing(tmp_path: Path) -> None:
     assert disk.measure(tmp_path / "entry").reclaimable == empty + 64 * KIB
 
 
-def test_links_between_trees_count_once_in_the_total(tmp_path: Path) -> None:
-    """Two entries that share their files free nothing each, but everything together."""
-    shared = write(tmp_path / "one" / "shared")
-    (tmp_path / "two").mkdir()
-    (tmp_path / "two" / "shared").hardlink_to(shared)
+def test_what_trees_free_one_after_the_other(tmp_path: Path) -> None:
+    """A file that several trees link to is freed with the last of them, unless something else links to it."""
+    shared, kept = write(tmp_path / "one" / "shared"), write(tmp_path / "kept", 8 * KIB)
+    for name, source in (("two/shared", shared), ("one/kept", kept), ("two/kept", kept), ("two/again", shared)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).hardlink_to(source)
     one, two = tmp_path / "one", tmp_path / "two"
-    directories = sum(path.stat().st_blocks * 512 for path in (one, two))
-    uses = disk.measure_all([one, two])
-    assert sum(use.reclaimable for use in uses.each.values()) == directories
-    assert sum(use.size for use in uses.each.values()) == directories + 2 * 64 * KIB
-    assert uses.total == disk.DiskUse(directories + 64 * KIB, directories + 64 * KIB, 1, exact=True)
+    folder = one.stat().st_blocks * 512
+    assert disk.freed_in_turn([one, two]) == [(folder, True), (folder + 64 * KIB, True)]
+    assert disk.freed_in_turn([two]) == [(folder, True)]
+    found = kept.stat()
+    ours = [(found.st_dev, found.st_ino)]
+    assert disk.freed_in_turn([two, one], ours) == [(folder, True), (folder + 72 * KIB, True)]
 
 
-def test_links_between_trees_and_outside_stay(tmp_path: Path) -> None:
-    """What several entries share with uv's cache is freed by none of them, nor by all."""
-    cached = write(tmp_path / "cache")
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x").hardlink_to(cached)
-    total = disk.measure_all([tmp_path / "one", tmp_path / "two"]).total
-    assert total.size - total.reclaimable == 64 * KIB
+def test_trees_that_go_one_after_the_other(tmp_path: Path) -> None:
+    """A file that several trees link to becomes unoccupied with the last of them; together each inode counts once."""
+    shared, pair = write(tmp_path / "one" / "shared"), write(tmp_path / "two" / "pair", 8 * KIB)
+    for name, source in (("two/shared", shared), ("three/shared", shared), ("three/pair", pair), ("two/again", pair)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).hardlink_to(source)
+    write(tmp_path / "two" / "own", 4 * KIB)
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    folder = one.stat().st_blocks * 512
+    assert disk.occupied_in_turn([one, two, three]) == [folder, folder + 4 * KIB, folder + 72 * KIB]
+    assert disk.occupied_in_turn([three, one, two]) == [folder, folder, folder + 76 * KIB]
+    assert disk.occupied_in_turn([tmp_path / "missing", one]) == [0, folder + 64 * KIB]
 
 
 def test_symlinks_are_not_followed(tmp_path: Path) -> None:
@@ -209,7 +215,7 @@ def test_what_cannot_be_read_is_not_exact(tmp_path: Path) -> None:
     # Root may read everything: look as somebody else, who must be able to get here.
     code = """
 import os, pathlib, sys
-from ray_envcache.system import disk
+from ray_envcache.system import disk, extents
 os.chdir(sys.argv[1])
 if os.geteuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)
 print(disk.measure(pathlib.Path("tree")).exact)
@@ -285,17 +291,6 @@ def test_reflinks_within_are_a_lower_bound(reflinking: Path) -> None:
     assert use.reclaimable < 64 * KIB
 
 
-def test_reflinks_between_trees_make_the_total_a_lower_bound(reflinking: Path) -> None:
-    """Two clones of one file are exact each; what both together free is not known."""
-    cached = write(reflinking / "cache", 1 << 20)
-    tops = [reflinking / "one", reflinking / "two"]
-    for top in tops:
-        clone(cached, top / "cloned")
-    uses = disk.measure_all(tops)
-    assert [uses.each[top].exact for top in tops] == [True, True]
-    assert not uses.total.exact
-
-
 def test_many_extents_are_all_seen(reflinking: Path) -> None:
     """A file in more pieces than one answer of the kernel holds is measured to its end."""
     path = reflinking / "entry" / "pieces"
@@ -305,7 +300,7 @@ def test_many_extents_are_all_seen(reflinking: Path) -> None:
             file.seek(n * 64 * KIB)
             file.write(os.urandom(16 * KIB))
         os.fsync(file.fileno())
-    assert len(list(disk._extents(os.fspath(path)))) > disk._ROOM
+    assert len(list(extents.extents_of(os.fspath(path)))) > extents._ROOM
     use = disk.measure(path.parent)
     # xfs allocates ahead of who writes: what it has is told by the blocks, not by what was written.
     assert use.reclaimable == pytest.approx(path.stat().st_blocks * 512, abs=64 * KIB)
@@ -313,9 +308,9 @@ def test_many_extents_are_all_seen(reflinking: Path) -> None:
 
 def test_a_recorded_answer_is_understood() -> None:
     """The answer btrfs gave for a clone of which the last 4 KiB were then overwritten."""
-    assert disk._parse(RECORDED) == [
-        (0, 63_963_136, 126_976, disk._SHARED),
-        (126_976, 64_094_208, 4096, disk._LAST),
+    assert extents._parse(RECORDED) == [
+        (0, 63_963_136, 126_976, extents.SHARED),
+        (126_976, 64_094_208, 4096, extents.LAST),
     ]
 
 
@@ -328,7 +323,7 @@ def test_where_nobody_tells_it_is_a_lower_bound(tmp_path: Path, monkeypatch: pyt
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(disk, "_kind", lambda _: "zfs")
-    monkeypatch.setattr(disk, "_ask", refuse)
+    monkeypatch.setattr(extents, "_ask", refuse)
     assert disk.measure(tmp_path) == disk.DiskUse(directory + 64 * KIB, directory, 1, exact=False)
 
 
@@ -336,7 +331,7 @@ def test_compressed_extents_are_a_lower_bound(tmp_path: Path, monkeypatch: pytes
     """Of a compressed extent only the logical length is told, which promises too much."""
     write(tmp_path / "file")
     monkeypatch.setattr(disk, "_kind", lambda _: "btrfs")
-    monkeypatch.setattr(disk, "_extents", lambda _: iter([(0, 4096, 64 * KIB, disk._ENCODED | disk._LAST)]))
+    monkeypatch.setattr(extents, "extents_of", lambda _: iter([(0, 4096, 64 * KIB, extents.ENCODED | extents.LAST)]))
     use = disk.measure(tmp_path / "file")
     assert (use.reclaimable, use.exact) == (0, False)
 
@@ -397,17 +392,33 @@ def test_free_space_of_a_missing_path_is_an_error(tmp_path: Path) -> None:
         disk.free_space(tmp_path / "missing")
 
 
-@pytest.mark.parametrize(
-    "kind", ["nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "lustre", "fuse.sshfs", "fuse.glusterfs"]
-)
-def test_network_file_systems(kind: str) -> None:
-    """File systems that several hosts share are known by name, through FUSE or not."""
+NETWORK = """
+nfs nfs4 cifs smb3 9p ceph lustre fuse.sshfs fuse.glusterfs virtiofs fuse.ceph-fuse fuse.goofys fuse.blobfuse2
+fuse.mountpoint-s3 fuse.dfuse fuse.hdfs fuse.cvmfs2 fuse.grpcfuse grpcfuse osxfs fuse.osxfs fakeowner drvfs fuse
+fuse.brand-new macfuse smbfs webdav
+"""
+
+
+@pytest.mark.parametrize("kind", NETWORK.split())
+def test_file_systems_that_other_machines_may_use(kind: str) -> None:
+    """Those of networks, those that a virtual machine has from its host, and all of FUSE that we do not know."""
     assert disk.is_network(kind)
 
 
-@pytest.mark.parametrize(
-    "kind", ["", "ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs", "fuseblk", "fuse.fuse-overlayfs"]
-)
+LOCAL = "ext4 xfs btrfs tmpfs overlay zfs apfs hfs fuseblk fuse.fuse-overlayfs fuse.ntfs-3g fuse.mergerfs"
+
+
+@pytest.mark.parametrize("kind", ["", *LOCAL.split()])
 def test_local_file_systems(kind: str) -> None:
-    """Local file systems and unknown ones are not refused."""
+    """Local file systems, those of FUSE among them, are not refused; nor is one of which the system says nothing."""
     assert not disk.is_network(kind)
+
+
+def test_kind_where_there_is_no_proc(mount: Mount) -> None:
+    """Without /proc, as on macOS, the mount point above a path says which file system it is on, links resolved."""
+    place = mount("tmpfs")
+    (place / "folder").mkdir()
+    link = place.parent / "link"
+    link.symlink_to(place / "folder")
+    assert disk._kind_by_mount_point(link) == "tmpfs"
+    assert disk._kind_by_mount_point(Path("/proc/self")) == "proc"

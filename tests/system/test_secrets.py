@@ -45,7 +45,7 @@ def test_passwords_in_variables() -> None:
     ],
 )
 def test_urls_that_are_kept(url: str, stripped: str) -> None:
-    """Without user and password, but as good as before: ssh needs the name of the user, who is nobody's secret."""
+    """User and password go; the user of an ssh address stays, since it is a part of the address and no secret."""
     assert strip_credentials(url) == stripped
 
 

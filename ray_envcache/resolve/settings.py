@@ -1,0 +1,144 @@
+"""What files tell uv: which of its settings reach our calls, and from which files.
+
+uv itself takes each setting from the project's file, else from the user's, else from the system's. Here a setting that
+decides what is installed counts from the project alone, whose files are in every digest; so all users and nodes get
+the same environment for the same files. Settings that say how indexes are reached count from all three.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from ray_envcache.resolve import toml
+from ray_envcache.resolve.toml import table_in
+
+PLACE = "/dev/fd"
+"""The folder of the uv.toml that our calls are given, by its descriptor: relative paths in it start there."""
+
+REACH = frozenset(
+    {
+        "allow-insecure-host", "cache-dir", "concurrent-builds", "concurrent-downloads", "concurrent-installs",
+        "extra-index-url", "find-links", "http-proxy", "https-proxy", "index", "index-strategy", "index-url",
+        "keyring-provider", "link-mode", "native-tls", "no-index", "no-proxy", "offline", "python-preference",
+        "system-certs",
+    }
+)  # fmt: skip
+"""How and where uv gets things. Of these `python-preference` matters to `uv python find` alone: all other calls name
+their interpreter."""
+
+RESOLVE = frozenset(
+    {
+        "constraint-dependencies", "dependency-metadata", "exclude-dependencies", "fork-strategy",
+        "override-dependencies", "prerelease", "prerelease-package", "resolution", "torch-backend",
+    }
+)  # fmt: skip
+"""Which versions uv resolves: the result is the resolved set, which is in the key."""
+
+BUILD = frozenset(
+    {
+        "build-constraint-dependencies", "config-settings", "config-settings-package", "exclude-newer",
+        "exclude-newer-package", "extra-build-dependencies", "extra-build-variables", "no-binary", "no-binary-package",
+        "no-build", "no-build-isolation", "no-build-isolation-package", "no-build-package", "no-sources",
+        "no-sources-package", "preview", "preview-features", "require-build-hashes",
+    }
+)  # fmt: skip
+"""What a build from source gives: in the key of what is built here."""
+
+UNUSED = frozenset(
+    {
+        # uv reads these from pyproject.toml itself, for any call.
+        "build-backend", "cache-keys", "conflicts", "default-groups", "dependency-groups", "dev-dependencies",
+        "environments", "managed", "minimum-libc-version", "package", "required-environments", "sources", "workspace",
+        # For other commands, or given with each call.
+        "add-bounds", "audit", "check-url", "compile-bytecode", "graalpy-install-mirror", "no-cache", "pip",
+        "publish-url", "pyodide-install-mirror", "pypy-install-mirror", "python-downloads",
+        "python-downloads-json-url", "python-install-mirror", "reinstall", "reinstall-package", "trusted-publishing",
+        "upgrade", "upgrade-package",
+        # Of the user's own uv: the one beside us reads the lockfile, or says why not.
+        "required-version",
+    }
+)  # fmt: skip
+"""What does not reach our calls."""
+
+
+def of_project(folder: Path) -> dict[str, Any]:
+    """The settings in the files of `folder`: those in uv.toml, else those in pyproject.toml. Raises LockfileError."""
+    return _at(folder) or {}
+
+
+def unknown(found: Iterable[str]) -> list[str]:
+    """Those of the settings that this module does not know, as of a later uv: they have no effect."""
+    return sorted({*found} - REACH - RESOLVE - BUILD - UNUSED)
+
+
+def for_uv(folder: Path, from_node: frozenset[str]) -> str:
+    """The one uv.toml for a call of uv in `folder`; `from_node` are the settings that count from user and system."""
+    place = next((place for place in (folder, *folder.parents) if _at(place) is not None), folder)
+    # A folder above is not in the digest of the project.
+    decides = RESOLVE | BUILD if place == folder else RESOLVE
+    found = _taken(of_project(place), place, REACH | decides)
+    for path in _node_files() if from_node else ():
+        found = _combined(found, _taken(toml.read(path, "repair it"), path.parent, from_node))
+    if found.get("link-mode") == "symlink":
+        # Links into uv's cache would break every environment when that cache is cleaned.
+        del found["link-mode"]
+    return tomli_w.dumps(found)
+
+
+def _at(folder: Path) -> dict[str, Any] | None:
+    """The settings in the files of `folder`, None where it has none: then uv looks in the folder above."""
+    if os.path.isfile(folder / "uv.toml"):
+        return toml.read(folder / "uv.toml", "repair it")
+    if not os.path.isfile(folder / "pyproject.toml"):
+        return None
+    tool = table_in(toml.read(folder / "pyproject.toml", "repair it"), "tool")
+    return table_in(tool, "uv") if "uv" in tool else None
+
+
+def _node_files() -> list[Path]:
+    """The user's uv.toml and the system's, where uv looks for them; or the one that $UV_CONFIG_FILE names instead."""
+    given = os.environ.get("UV_CONFIG_FILE")
+    if given:
+        return [Path(given)]
+    if _is_set("UV_NO_CONFIG"):
+        return []
+    user = Path(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))
+    system = [*map(Path, (os.environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(":")), Path("/etc")]
+    systems = [] if _is_set("UV_NO_SYSTEM_CONFIG") else _files(system)[:1]
+    return [*_files([user]), *systems]
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in {"1", "on", "t", "true", "y", "yes"}
+
+
+def _files(folders: list[Path]) -> list[Path]:
+    return [path for folder in folders if (path := folder / "uv" / "uv.toml").is_file()]
+
+
+def _taken(found: dict[str, Any], folder: Path, names: frozenset[str]) -> dict[str, Any]:
+    """The settings with these names of a file in `folder`, where their relative paths start."""
+    return {name: _from_place(name, value, folder) for name, value in found.items() if name in names}
+
+
+def _from_place(name: str, value: Any, folder: Path) -> Any:
+    """The value with relative paths from PLACE. They must stay relative: as such they are in uv.lock."""
+    if name == "index" and isinstance(value, list):
+        return [{**one, "url": _from_place("index-url", one["url"], folder)} for one in value]
+    if isinstance(value, list):
+        return [_from_place(name, one, folder) for one in value]
+    is_path = name in {"cache-dir", "extra-index-url", "find-links", "index-url"} and isinstance(value, str)
+    if not is_path or "://" in value or os.path.isabs(value):
+        return value
+    return os.path.relpath(os.path.abspath(folder / value), PLACE)
+
+
+def _combined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Both, as uv combines files: lists one after the other, else the first file counts."""
+    lists = {name: [*first[name], *second[name]] for name in first.keys() & second if isinstance(first[name], list)}
+    return {**second, **first, **lists}

@@ -1,0 +1,153 @@
+"""uv's cache inside of a store: it is there where the user's own lies on another file system.
+
+The files of entries are hard links to unpacked wheels in it ("archives"). An archive to which no entry links any more
+only saves a download. While uv runs it holds a shared flock on `.lock`; what is removed here is removed under the
+exclusive one, which is only tried. Of a local wheel uv does not ask whether its archive is still there: so the links
+and notes that lead to an archive go before it, and uv unpacks or downloads the wheel again.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ray_envcache.store.layout import Layout
+from ray_envcache.store.shared_bytecode import Inode
+from ray_envcache.system import disk, files, flock
+from ray_envcache.system.disk import DiskUse
+
+OnError = Callable[[str, OSError], None]
+
+_FLOCK, _ARCHIVES = ".lock", "archive-v"
+_NOTE_BYTES = 4096  # notes have 500
+_NO_RENAME = files.FULL_DISK | {errno.EXDEV}  # the user may have mounted another disk there
+
+
+def use(layout: Layout) -> DiskUse:
+    """What the cache occupies, and what deleting all of it would free at this moment; zeros where there is none."""
+    return disk.measure(layout.uv_cache)
+
+
+def inodes(layout: Layout) -> frozenset[Inode]:
+    """The files of all archives: they have one link here. A directory tells the numbers, no file is looked at."""
+    found: set[Inode] = set()
+    for archive in _archives(layout):
+        with suppress(OSError):
+            device = archive.stat().st_dev
+            found |= {(device, number) for number in _numbers(archive)}
+    return frozenset(found)
+
+
+def _numbers(archive: Path) -> Iterator[int]:
+    pending = [os.fspath(archive)]
+    while pending:
+        with os.scandir(pending.pop()) as items:
+            for item in items:
+                if item.is_dir(follow_symlinks=False):
+                    pending.append(item.path)
+                else:
+                    yield item.inode()
+
+
+def retire(layout: Layout, on_error: OnError, *, since: float = 0.0, before: float = math.inf) -> None:
+    """Put archives to which no entry links into the trash; none while uv runs. `on_error` gets what stays.
+
+    Only those where the last link came or went from `since` on and earlier than `before`, in Unix seconds.
+    """
+    left = [path for path in _archives(layout) if _is_left(path, since, before)]
+    if not left:
+        return
+    with _alone(layout) as alone:
+        # Looked at again: uv may have linked to some meanwhile.
+        left = [path for path in left if _is_left(path, since, before)] if alone else []
+        for path in [*_leading_to(left, layout), *left]:
+            _retire(path, layout, on_error)
+
+
+def retire_all(layout: Layout, on_error: OnError) -> None:
+    """Put all of it into the trash; nothing while uv runs. The flock's file stays: a uv may be waiting for it."""
+    if not layout.uv_cache.is_dir():
+        return
+    with _alone(layout) as alone:
+        for path in layout.uv_cache.iterdir() if alone else []:
+            if path.name != _FLOCK:
+                _retire(path, layout, on_error)
+
+
+def _archives(layout: Layout) -> list[Path]:
+    return [path for path in layout.uv_cache.glob(f"{_ARCHIVES}*/*") if path.is_dir() and not path.is_symlink()]
+
+
+def _leading_to(archives: list[Path], layout: Layout) -> list[Path]:
+    """The links to archives, and uv's notes that have their names: these are random, so that no other file has them."""
+    if not archives:
+        return []
+    names = {os.fsencode(archive.name) for archive in archives}
+    lengths = {len(name) for name in names}
+    kinds = [kind for kind in layout.uv_cache.iterdir() if kind.is_dir() and not kind.name.startswith(_ARCHIVES)]
+
+    def leads_there(path: Path) -> bool:
+        text = _text_of(path)
+        return any(text[at : at + length] in names for length in lengths for at in range(len(text) - length + 1))
+
+    return [path for kind in kinds for path in kind.rglob("*") if leads_there(path)]
+
+
+def _text_of(path: Path) -> bytes:
+    """What a link leads to, or the content of a file that may be a note; of others nothing."""
+    with suppress(OSError):
+        if path.is_symlink():
+            return os.fsencode(os.readlink(path))
+        # `.msgpack` is what packages say of themselves.
+        if path.suffix != ".msgpack" and path.is_file() and path.stat().st_size <= _NOTE_BYTES:
+            return path.read_bytes()
+    return b""
+
+
+def _is_left(archive: Path, since: float, before: float) -> bool:
+    # The kernel sets ctime when a file gets or loses a link.
+    changed = 0.0
+    for found in disk.inodes(archive):
+        if not stat.S_ISDIR(found.st_mode):
+            if found.st_nlink > 1:
+                return False
+            changed = max(changed, found.st_ctime)
+    return since <= changed < before
+
+
+def _retire(path: Path, layout: Layout, on_error: OnError) -> None:
+    try:
+        try:
+            files.to_trash(path, layout.trash)
+        except OSError as error:
+            if error.errno not in _NO_RENAME:
+                raise
+            # Deleted at once, under the flock: half an archive would be taken for a whole one.
+            files.remove_tree(path)
+    except OSError as error:
+        on_error(path.name, error)
+
+
+@contextmanager
+def _alone(layout: Layout) -> Iterator[bool]:
+    descriptor = _try_flock(layout.uv_cache / _FLOCK)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _try_flock(path: Path) -> int | None:
+    try:
+        return flock.try_flock(path, exclusive=True, flags=os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        # uv makes the file. Where it is missing, and the disk has no room for it, the cache stays as it is.
+        if error.errno not in files.FULL_DISK:
+            raise
+        return None
