@@ -23,7 +23,7 @@ from ray_envcache.system.files import file_identity
 
 if TYPE_CHECKING:
     from ray_envcache.build.builder import Observer
-    from ray_envcache.build.environment import EnvironmentPlan
+    from ray_envcache.build.plan import EnvironmentPlan
     from ray_envcache.field.spec import EnvSpec
     from ray_envcache.resolve.cluster_ray import AnyRay
     from ray_envcache.resolve.lockfile import ResolvedSet
@@ -125,7 +125,7 @@ class Store:
             content = inputs.spec.content or (_content(inputs, noted) if may_look else None)
             if content is None:
                 return None
-            entry = self.layout.first_entry(layer_key(entry.key, content))
+            entry = self.layout.first_entry(layer_key(entry.key, content, noted.build_settings))
         # Evicted and built again since the memo was written, it has another number, or lies in a read-only store.
         return claim(entry, self.layout, holder) or self._claim_any(entry.key, holder)
 
@@ -139,12 +139,12 @@ class Store:
 
     def _plan(self, inputs: Inputs, ray: AnyRay, *, check_current: bool) -> tuple[Inputs, EnvironmentPlan]:
         """The plan, and the inputs it was made from: uv reads the files after we hashed them, and they may change."""
-        from ray_envcache.build import planning  # builds: not on the agent's warm path
+        from ray_envcache.build.plan import plan_of  # builds: not on the agent's warm path
 
         spec = inputs.spec
         for _ in range(_TRIES):
             project = inputs.project or _locate_pinned(spec)
-            plan = planning.plan_of(spec, project, inputs.executable, ray, check_current=check_current)
+            plan = plan_of(spec, project, inputs.executable, ray, check_current=check_current)
             before, inputs = inputs, self._inputs(spec, ray)._replace(editable=inputs.editable)
             if inputs.memo == before.memo:
                 return inputs, plan
@@ -153,13 +153,13 @@ class Store:
     def _build(self, inputs: Inputs, plan: EnvironmentPlan, holder: Holder, observer: Observer | None) -> Lease:
         """A lease on the environment of `plan`, or on the layer with the project's own packages on top of it."""
         from ray_envcache.build import room  # builds: not on the agent's warm path
-        from ray_envcache.build.builder import Build, Silent
+        from ray_envcache.build.builder import Builder, Silent
 
         observer = observer or Silent()
         lease = self._claim_any(plan.key, holder)
         if lease is None:
             room.ensure_room(self.layout, plan)
-            lease = Build(self.layout, plan, holder, observer).lease()
+            lease = Builder(self.layout, plan, holder, observer).lease()
         self._remember(inputs, lease.entry, plan)
         if not (plan.resolved.local and inputs.spec.install_project):
             return lease
@@ -170,13 +170,13 @@ class Store:
         self, inputs: Inputs, plan: EnvironmentPlan, base: Entry, holder: Holder, observer: Observer
     ) -> Lease:
         from ray_envcache.build import layers  # builds: not on the agent's warm path
-        from ray_envcache.build.builder import Build
+        from ray_envcache.build.builder import Builder
 
         make = layers.editable_plan if inputs.editable else layers.layer_plan
 
         def of_content_now() -> Lease:
             layer = make(inputs.spec, plan, base)
-            return self._claim_any(layer.key, holder) or Build(self.layout, layer, holder, observer).lease()
+            return self._claim_any(layer.key, holder) or Builder(self.layout, layer, holder, observer).lease()
 
         for _ in range(_TRIES - 1):
             with suppress(ChangedError):
@@ -190,7 +190,8 @@ class Store:
             return  # one was removed meanwhile
         # Relative: another checkout of the same project has its packages elsewhere.
         local = [(one.name, os.path.relpath(one.path, plan.folder), one.editable) for one in plan.resolved.local]
-        memo.remember(inputs.memo, self.layout, Memo(self.layout.name_of(entry), os.fspath(plan.folder), local, known))
+        name, settings = self.layout.name_of(entry), plan.resolved.build_settings
+        memo.remember(inputs.memo, self.layout, Memo(name, os.fspath(plan.folder), local, known, settings))
 
     def find(self, prefix: str) -> list[Entry]:
         """The entries of the key that starts with `prefix`, newest first, those of read-only stores last.
@@ -238,7 +239,7 @@ def _content(inputs: Inputs, known: Memo) -> str | None:
         return None
     folder = inputs.project.folder
     packages = [LocalPackage(name, (folder / path).resolve(), editable) for name, path, editable in known.local]
-    return layers.digest_of_editable(packages) if inputs.editable else layers.digest_of(layers.look(packages))
+    return layers.digest_of_editable(packages) if inputs.editable else layers.digest_of(layers.contents_of(packages))
 
 
 def _locate_pinned(spec: EnvSpec) -> Project:
@@ -261,7 +262,7 @@ def digest_of_local(spec: EnvSpec, resolved: ResolvedSet) -> str | None:
 
     if not (resolved.local and spec.install_project):
         return None
-    return layers.digest_of(layers.look(resolved.local))
+    return layers.digest_of(layers.contents_of(resolved.local))
 
 
 def _digest_of(spec: EnvSpec) -> tuple[Project | None, str]:

@@ -54,7 +54,7 @@ def pinned_field(value: Any) -> dict[str, Any]:
     digest = digest_of_files(spec)
     state = (spec, digest, ray)
     if state not in _checked:
-        from ray_envcache.build.planning import require_buildable
+        from ray_envcache.build.plan import require_buildable
 
         _checked[state] = require_buildable(spec, ray)
     return spec.with_digest(digest).with_content(digest_of_local(spec, _checked[state])).to_field()

@@ -1,25 +1,26 @@
 """Building one environment: once, at its final place, published by one rename.
 
-Whatever dies at whatever moment leaves either a complete entry or a directory without a ready record, which the next
-builder of the key, or the collector, throws away.
+A builder that dies, at any moment, leaves either a complete entry or a directory without a ready record, which the next
+builder of the key, or a collector, throws away.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sys
+import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ray_envcache import inside
 from ray_envcache.build import venv_files
-from ray_envcache.build.plan import BuildUv, Plan, disk_full
+from ray_envcache.build.plan import Plan
+from ray_envcache.build.uv_calls import UvCalls, disk_full
 from ray_envcache.errors import BuildError
+from ray_envcache.inside import check
 from ray_envcache.resolve import uv
-from ray_envcache.resolve.interpreter import packages_folder
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, Lease, claim, hold
 from ray_envcache.store.record import ReadyRecord
@@ -29,12 +30,19 @@ from ray_envcache.system.flock import exclusive_flock, is_free
 from ray_envcache.system.processes import boot_id
 from ray_envcache.system.units import utc_now
 
+CHECK_MINUTES = 5.0
+"""How long `import ray` may take in a new environment; it takes half a second, on slow disks half a minute."""
+
+# uv writes the prompt unquoted into bin/activate, where a shell would run `$(...)`.
+_UNQUOTED = re.compile(r"[^\w.-]")
+_logger = logging.getLogger(__name__)
+
 
 class Observer(Protocol):
-    """Who is told how a build goes. Methods may raise: that ends the waiting or the build."""
+    """Hears how a build goes. Methods may raise: that ends the waiting or the build."""
 
     def waiting(self, builder: str) -> None:
-        """About once a second: somebody else, `builder`, builds this environment."""
+        """About once a second: another process, `builder`, builds this environment."""
 
     def started(self, plan: Plan) -> None:
         """A build begins."""
@@ -59,8 +67,8 @@ class Silent:
 
 
 @dataclass
-class Build:
-    """One attempt to have the environment of `plan`: the build itself, or waiting for whoever does it."""
+class Builder:
+    """Has the environment of `plan` built, by itself or by waiting for the process that builds it."""
 
     layout: Layout
     plan: Plan
@@ -78,7 +86,7 @@ class Build:
 
     def _lease(self) -> Lease:
         with exclusive_flock(self.layout.builder_flock(self.plan.key), self._tell_waiting) as flock:
-            # Somebody may have built it while we waited for the flock.
+            # Another builder may have built it while we waited for its flock.
             for entry in self.layout.entries_of(self.plan.key):
                 if lease := claim(entry, self.layout, self.holder):
                     return lease
@@ -95,7 +103,7 @@ class Build:
         """Throw away what dead builders of this key left; its flock is ours, so no builder lives.
 
         A collector that died may have left an entry without its record while a process still runs from it: that one
-        stays until nobody does.
+        stays until the process ends.
         """
         for entry in self.layout.entries_of(self.plan.key):
             if not entry.ready.exists() and is_free(entry.in_use):
@@ -113,13 +121,20 @@ class Build:
         except BaseException:
             # Also on Ctrl-C and cancellation. Once it is published it is complete, and others may run from it.
             if not entry.ready.exists():
-                files.discard(entry.path, self.layout.trash)
+                self._discard(entry)
             raise
         self.observer.finished(lease, time.monotonic() - began)
         return lease
 
+    def _discard(self, entry: Entry) -> None:
+        try:
+            files.discard(entry.path, self.layout.trash)
+        except OSError as error:
+            # The failure of the build is what the user must hear; the next builder of the key, or a collector, sweeps.
+            _logger.warning("%s of a failed build is left: %s", entry.path, error)
+
     def _claim(self, entry: Entry) -> Lease:
-        """As everybody claims it: a layer with what it lies on."""
+        """A lease as for an entry that was found: of a layer, also on the environment below it."""
         lease = claim(entry, self.layout, self.holder)
         if lease is None:
             raise BuildError(f"`{entry.path}` vanished right after it was built", "try again")
@@ -131,17 +146,18 @@ class Build:
         files.write_json(entry.building, asdict(self.holder), durable=False)
         lease = hold(entry)
         if lease is None:
-            raise BuildError(f"Somebody removed `{entry.path}` while it was being built", "try again")
+            raise BuildError(f"Another process removed `{entry.path}` while it was being built", "try again")
         return lease
 
     def _fill(self, entry: Entry, flock: int) -> None:
-        run_uv = BuildUv(self.layout, entry, self.plan, flock, self.observer.line)
+        run_uv = self._uv_calls(entry, flock)
         run_uv(
             "venv",
+            "--quiet",
             "--no-project",
             "--no-config",
             f"--python={self.plan.interpreter.executable}",
-            f"--prompt={self.plan.project}",
+            f"--prompt={_UNQUOTED.sub('_', self.plan.project)}",
             *self.plan.venv_options,
             entry.venv,
         )
@@ -151,39 +167,44 @@ class Build:
         self._check(entry)
         files.set_directories_writable(entry.venv, writable=False)
 
+    def _uv_calls(self, entry: Entry, flock: int) -> UvCalls:
+        plan, cache = self.plan, uv.cache_directory(entry.path) or self.layout.uv_cache
+        return UvCalls(entry, plan.folder, plan.project, plan.download_size, cache, flock, self.observer.line)
+
     def _check(self, entry: Entry) -> None:
-        """A worker that starts with a wrong or missing ray is started again for ever: find out before."""
-        request = {
-            "import_ray": self.plan.import_ray,
-            "site": os.fspath(entry.site_packages),
-            "shared": os.fspath(self.layout.bytecode),
-            "staged": os.fspath(entry.staged_bytecode),
-            # Mostly imported here already, and thus compiled.
-            "twins": packages_folder() if self.plan.interpreter.build == sys.version else "",
-        }
-        # Python itself writes no bytecode there: before 3.12.8 and 3.13.1 it does not notice when a full disk cuts it
-        # off (https://github.com/python/cpython/issues/126606), and that module could never be imported again.
-        command: list[str | Path] = [
-            entry.python,
-            "-I",
-            "-B",
-            Path(inside.__file__).with_name("check.py"),
-            json.dumps(request),
-        ]
-        done = children.run(command, environ=children.clean_environ())
+        """Raise BuildError where a worker could not start: Ray would start it again without end."""
+        wanted = [self.plan.ray, self.plan.interpreter.version, os.fspath(entry.venv), self.plan.holds]
+        done = self._run_check(entry)
         uv.require_not_killed(done, "The Python that checks the new environment")
         if done.returncode != 0:
             raise BuildError(
                 f"`import ray` fails in the new environment:\n{done.stderr.strip()[-1500:]}",
                 "a package of the lockfile breaks ray on this platform; `uv run python -c 'import ray'` shows the same",
             )
-        found = json.loads(done.stdout.splitlines()[-1])
-        wanted = [self.plan.ray, self.plan.interpreter.version, os.fspath(entry.venv), self.plan.holds]
+        found = _answer(done.stdout)
         if found != wanted:
             raise BuildError(
                 f"The new environment has ray, Python, prefix and holds {found} instead of {wanted}",
                 "see that nothing on this node (a sitecustomize, a wrapper of Python) changes what a venv is",
             )
+
+    def _run_check(self, entry: Entry) -> children.Completed:
+        request = {
+            "import_ray": self.plan.import_ray,
+            "site": os.fspath(entry.site_packages),
+            "shared": os.fspath(self.layout.bytecode),
+            "staged": os.fspath(entry.staged_bytecode),
+        }
+        # Python itself writes no bytecode there: before 3.12.8 and 3.13.1 it does not notice when a full disk cuts it
+        # off (gh-126606 of CPython), and that module could never be imported again.
+        command: list[str | Path] = [entry.python, "-I", "-B", check.__file__, json.dumps(request)]
+        try:
+            return children.run(command, environ=children.clean_environ(), cwd=Path("/"), seconds=CHECK_MINUTES * 60)
+        except TimeoutError as error:
+            raise BuildError(
+                f"`import ray` takes more than {CHECK_MINUTES:g} minutes in the new environment",
+                "a package of the lockfile hangs when ray imports it: `uv run python -X importtime -c 'import ray'`",
+            ) from error
 
     def _publish(self, entry: Entry, seconds: float) -> None:
         identity = file_identity(os.fspath(entry.python))
@@ -207,3 +228,14 @@ class Build:
         )
         entry.building.unlink()
         record.write(entry)
+
+
+def _answer(stdout: str) -> object:
+    """What the check answered: its last line, after what packages print when they are imported."""
+    try:
+        return json.loads(stdout.rpartition("\n\n")[2])
+    except ValueError as error:
+        raise BuildError(
+            f"The check of the new environment ended without an answer; it printed: {stdout[-500:]!r}",
+            "a package of the lockfile ends Python when ray imports it: `uv run python -c 'import ray'`",
+        ) from error

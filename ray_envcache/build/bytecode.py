@@ -1,41 +1,36 @@
 """Finishing an entry in the background: bytecode, true sizes, and everything on the disk for good.
 
 An environment is handed out as soon as it is linked and checked, because compiling takes thirty times longer than
-linking. This process follows:
-`python -m ray_envcache.build.bytecode ROOT ENTRY`. It holds the entry while it works, steps
-aside for everybody else, and may be killed at any moment: whoever uses the entry next starts it again, and it goes on
-where it was. What an earlier environment has compiled is linked, see `shared_bytecode`; what our own Python has made of
-the same text is taken over.
+linking. This process, the compiler, follows: `python -m ray_envcache.build.bytecode ROOT ENTRY`. It holds the entry
+with a lease like every other user, runs at the lowest priority, and may be killed at any moment: the next user of the
+entry starts it again, and it goes on where it was. Bytecode of earlier environments is linked, see `shared_bytecode`.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import signal
 import sys
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ray_envcache.build.donors import NOBODY, Donors, donors_for
 from ray_envcache.inside import pyc
-from ray_envcache.inside.pyc import Places
-from ray_envcache.resolve.interpreter import packages_folder
 from ray_envcache.store import shared_bytecode
 from ray_envcache.store.layout import Entry, Layout
-from ray_envcache.store.leases import Holder, claim
+from ray_envcache.store.leases import Holder, Lease, claim
 from ray_envcache.store.sizes import record_sizes
-from ray_envcache.system import files, flock, testpoints
+from ray_envcache.system import capacity, children, files, flock, testpoints
 from ray_envcache.system.units import utc_now
 
-_PROCESSORS = os.cpu_count() or 1
-_UNKNOWN = 255  # the exit code of a helper that something other than an errno stopped
+MOST_PROCESSES = 8
+"""On a machine with a hundred processors the compiler is a guest: a cluster has just begun to use it."""
+
+PROCESS_BYTES = 500_000_000
+"""Memory that must be there for each: one takes 50 MB for ray, and 180 MB for a single module of 1 MB."""
 
 
 def finish(layout: Layout, entry: Entry) -> bool:
-    """Compile, sync and measure `entry`; False where it is gone, done, or somebody else is at it. Raises OSError."""
+    """Compile, sync and measure `entry`; False where it is gone, done, or another compiler is at it. Raises OSError."""
     try:
         descriptor = flock.try_flock(layout.finishing_flock(entry), exclusive=True, flags=os.O_RDWR | os.O_CREAT)
     except (FileNotFoundError, NotADirectoryError):
@@ -43,18 +38,18 @@ def finish(layout: Layout, entry: Entry) -> bool:
     if descriptor is None:
         return False
     try:
-        return _finish_claimed(layout, entry, workers=max(1, _PROCESSORS - 1))
+        return _finish_claimed(layout, entry, descriptor, background=True)
     finally:
         os.close(descriptor)
 
 
 def finish_now(layout: Layout, entry: Entry) -> None:
-    """The same for somebody who waits for it: on all processors, and after whoever is at it."""
-    with flock.exclusive_flock(layout.finishing_flock(entry), lambda: None):
-        _finish_claimed(layout, entry, workers=_PROCESSORS)
+    """Finish `entry` for a user who waits: at normal priority, and after a compiler that is at it. Raises OSError."""
+    with flock.exclusive_flock(layout.finishing_flock(entry), lambda: None) as descriptor:
+        _finish_claimed(layout, entry, descriptor, background=False)
 
 
-def _finish_claimed(layout: Layout, entry: Entry, workers: int) -> bool:
+def _finish_claimed(layout: Layout, entry: Entry, descriptor: int, *, background: bool) -> bool:
     testpoints.reach("finishing-claimed")
     lease = claim(entry, layout, Holder("bytecode", command="compiles bytecode"))
     if lease is None:
@@ -63,142 +58,52 @@ def _finish_claimed(layout: Layout, entry: Entry, workers: int) -> bool:
         testpoints.reach("finishing-leased")
         if entry.compiled.exists():
             return False
-        _finish(layout, entry, workers)
+        began = time.monotonic()
+        _compile(layout, lease, descriptor, background=background)
+        # From here on the entry survives a crash of the machine, not only of processes; and what it shares.
+        files.sync_file_system(entry.path)
+        shared_bytecode.publish(entry.staged_bytecode, layout.bytecode)
+        files.remove_tree(entry.staged_bytecode)
+        files.write_json(entry.compiled, {"compiled_at": utc_now(), "seconds": round(time.monotonic() - began, 3)})
+        record_sizes(layout, entry)
         return True
 
 
-def compile_tree(top: Path, places: Places, workers: int, donors: Donors = NOBODY) -> None:
-    """Give all modules below `top` bytecode of this Python, with so many processes.
-
-    More than one are forks: they share our flocks, so that the entry stays held until the last of them is done. Raises
-    OSError where not all could be written.
-    """
-    directories = list(_with_modules(top))
-    if workers == 1:
-        _do_share(directories, places, donors)
-        return
-    helpers = [_fork(directories[number::workers], places, donors) for number in range(workers)]
-    try:
-        while helpers:
-            _, status = os.waitpid(helpers[0], 0)
-            helpers.pop(0)
-            _require_done(status, top)
-    except BaseException:
-        # One of them found no room, or we were interrupted.
-        for helper in helpers:
-            os.kill(helper, signal.SIGKILL)  # not waited for yet, so the number is its own
-            os.waitpid(helper, 0)
-        raise
+def _compile(layout: Layout, lease: Lease, descriptor: int, *, background: bool) -> None:
+    """Have the entry's own Python compile: ours may be another one. Raises OSError where it could not do all."""
+    entry = lease.entry
+    request = {
+        "top": os.fspath(entry.site_packages),
+        "shared": os.fspath(layout.bytecode),
+        "staged": os.fspath(entry.staged_bytecode),
+        "workers": _workers(background=background),
+        "background": background,
+    }
+    optimized = ["-O"] * sys.flags.optimize
+    command: list[str | Path] = [entry.python, "-I", "-S", *optimized, pyc.__file__, json.dumps(request)]
+    # If we are killed, it goes on: so it inherits what keeps collectors and other compilers away.
+    kept = [descriptor, *lease.descriptors]
+    done = children.run(command, environ=children.clean_environ(), cwd=Path("/"), pass_fds=kept)
+    if done.returncode != 0:
+        reason = done.killed or done.stderr.strip()[-1500:]
+        number = int(done.stdout) if done.stdout.isdigit() else None
+        raise OSError(number, reason) if number else ChildProcessError(f"`{entry.python}` cannot compile: {reason}")
 
 
-def _fork(directories: list[str], places: Places, donors: Donors) -> int:
-    """Start a process that does its share; its exit code is the number of the error that stopped it."""
-    child = os.fork()
-    if child == 0:
-        code = _UNKNOWN
-        try:
-            _do_share(directories, places, donors)
-            code = 0
-        except OSError as error:
-            code = error.errno or _UNKNOWN
-        except Exception:  # noqa: BLE001  # a defect of ours: nobody else can tell
-            sys.excepthook(*sys.exc_info())
-        finally:
-            os._exit(code)
-    return child
-
-
-def _require_done(status: int, top: Path) -> None:
-    code = os.waitstatus_to_exitcode(status)
-    if 0 < code < _UNKNOWN:
-        raise OSError(code, os.strerror(code), os.fspath(top))
-    if code:
-        raise ChildProcessError(f"a process that compiles `{top}` ended with {code}")
-
-
-def _do_share(directories: list[str], places: Places, donors: Donors) -> None:
-    """First what is quick, everywhere: links to what an earlier environment compiled."""
-    missing = {directory: _link_directory(directory, places, donors) for directory in directories}
-    for directory, modules in missing.items():
-        if modules:
-            _compile_directory(directory, modules, places, donors)
-
-
-def _link_directory(directory: str, places: Places, donors: Donors) -> list[str]:
-    """Link the bytecode of a directory's modules, and return those that nobody compiled yet."""
-    with _thawed(directory), os.scandir(directory) as found:
-        modules = [item for item in found if item.name.endswith(".py") and item.is_file()]
-        left = [item.path for item in donors.give(directory, modules)]
-        return [path for path in left if not pyc.link(path, pyc.read(path), places)]
-
-
-def _compile_directory(directory: str, modules: list[str], places: Places, donors: Donors) -> None:
-    with _thawed(directory):
-        for path in modules:
-            pyc.give(path, pyc.read(path), places, donors.twin_of(path))
-
-
-@contextmanager
-def _thawed(directory: str) -> Iterator[None]:
-    """Open a frozen directory and its `__pycache__` for writing, no longer than that takes."""
-    cache = os.path.join(directory, "__pycache__")
-    mode = os.stat(directory).st_mode
-    os.chmod(directory, mode | 0o200)
-    try:
-        os.makedirs(cache, exist_ok=True)
-        os.chmod(cache, mode | 0o200)
-        yield
-    finally:
-        with suppress(FileNotFoundError):
-            os.chmod(cache, mode & ~0o222)
-        os.chmod(directory, mode & ~0o222)
-
-
-def _finish(layout: Layout, entry: Entry, workers: int) -> None:
-    began = time.monotonic()
-    shared = shared_bytecode.folder_of_this_python(layout)
-    places = Places(os.fspath(shared), os.fspath(entry.staged_bytecode / shared.name))
-    os.makedirs(places.staged, exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what foreign text is warned of is nobody's business, nor an error, here
-        compile_tree(entry.site_packages, places, workers, donors_for(layout, entry, shared, packages_folder()))
-    # From here on the entry survives a crash of the machine, not only of processes; and what it shares.
-    files.sync_file_system(entry.path)
-    shared_bytecode.publish(places.staged, shared)
-    files.remove_tree(entry.staged_bytecode)
-    files.write_json(entry.compiled, {"compiled_at": utc_now(), "seconds": round(time.monotonic() - began, 3)})
-    record_sizes(layout, entry)
-
-
-def _with_modules(top: Path) -> Iterator[str]:
-    for directory, subdirectories, names in os.walk(top):
-        if "__pycache__" in subdirectories:
-            subdirectories.remove("__pycache__")
-        if any(name.endswith(".py") for name in names):
-            yield directory
-
-
-def _step_aside() -> None:
-    """Run only when nobody else wants the processor."""
-    os.nice(19)
-    with suppress(OSError):
-        # Linux shares the processor between sessions first, and we lead one: our niceness counts only within it.
-        Path("/proc/self/autogroup").write_text("19", encoding="ascii")
-    if hasattr(os, "SCHED_IDLE"):
-        with suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    if os.getpgrp() == os.getpid():
-        # Asked to stop by whoever removes the entry: at once, and with all helpers.
-        signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+def _workers(*, background: bool) -> int:
+    """How many processes compile at once: in the background one less than could, but always one."""
+    most = min(MOST_PROCESSES, capacity.processors(), capacity.memory() // PROCESS_BYTES)
+    return max(1, most - 1 if background else most)
 
 
 def main(arguments: list[str]) -> int:
+    """Finish the entry of a store in the background."""
     root, name = arguments
     layout = Layout(Path(root))
     entry = layout.entry(name)
     if entry is None:
         return 2
-    _step_aside()
+    pyc.lower_priority()
     finish(layout, entry)
     return 0
 

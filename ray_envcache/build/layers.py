@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ray_envcache.build import venv_files
-from ray_envcache.build.environment import EnvironmentPlan
-from ray_envcache.build.plan import BuildUv, Plan, into
+from ray_envcache.build.plan import EnvironmentPlan, Plan, pip_options
+from ray_envcache.build.uv_calls import UvCalls
 from ray_envcache.errors import DigestError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import content, export
@@ -32,24 +32,24 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _OnTop(Plan):
-    """A build of local packages, in these folders, on top of the environment `base`."""
+class _LocalPackagesPlan(Plan):
+    """A build of the local packages in `folders` on top of the environment `base`."""
 
     base: Entry
     folders: tuple[Path, ...]
     digest: str
 
     holds = 2
-    # The environment below was checked so, and it takes longer than everything else here.
+    # The environment below was checked so; an import of ray takes 0.4 s.
     import_ray = False
 
     @property
     def headline(self) -> str:
         return f"Building the local packages of {self.project}: {', '.join(folder.name for folder in self.folders)}"
 
-    def install(self, entry: Entry, run_uv: BuildUv) -> None:
+    def install(self, entry: Entry, run_uv: UvCalls) -> None:
         venv_files.add_base(entry, self.base)
-        run_uv("pip", "install", "--no-deps", *into(entry), *self.packages(entry))
+        run_uv("pip", "install", "--no-deps", *pip_options(entry), *self.packages(entry))
         venv_files.add_scripts_of(entry, self.base)
         venv_files.add_data_of(entry, self.base)
 
@@ -70,17 +70,17 @@ class _OnTop(Plan):
 
 
 @dataclass(frozen=True)
-class LayerPlan(_OnTop):
+class LayerPlan(_LocalPackagesPlan):
     """A build of the packages as their content is now."""
 
     contents: tuple[Content, ...]
 
-    def install(self, entry: Entry, run_uv: BuildUv) -> None:
+    def install(self, entry: Entry, run_uv: UvCalls) -> None:
         super().install(entry, run_uv)
         files.remove_tree(entry.sources)
 
     def prepare(self, entry: Entry) -> None:
-        """Copy them; they keep their places to each other and to the root of their workspace."""
+        """Copy the packages; they keep their places to each other and to the root of their workspace."""
         for one in self.contents:
             one.copy(self._place(entry, one.folder), within=entry.sources)
         _copy_projects(self.folder, self._place(entry, self.folder), within=entry.sources)
@@ -97,8 +97,8 @@ class LayerPlan(_OnTop):
 
 
 @dataclass(frozen=True)
-class EditableLayerPlan(_OnTop):
-    """The packages where they are developed: edits show at once, and only this one checkout can use the layer."""
+class EditableLayerPlan(_LocalPackagesPlan):
+    """A build that imports the packages from where they are developed: edits show at once, in this checkout only."""
 
     def packages(self, entry: Entry) -> list[str]:  # noqa: ARG002  # the other kind needs it
         return [argument for folder in self.folders for argument in ("--editable", os.fspath(folder))]
@@ -119,7 +119,7 @@ def _copy_projects(root: Path, target: Path, within: Path) -> None:
             shutil.copyfile(source, copy)
 
 
-def look(packages: Iterable[LocalPackage]) -> tuple[Content, ...]:
+def contents_of(packages: Iterable[LocalPackage]) -> tuple[Content, ...]:
     """The content of the packages, in the order of their folders. Raises LockfileError where one is not here."""
     for package in packages:
         content.require_folder(package.path)
@@ -132,7 +132,7 @@ def digest_of(contents: Iterable[Content]) -> str:
 
 
 def digest_of_editable(packages: Iterable[LocalPackage]) -> str:
-    """The digest of packages that are imported from their folders: their places, and what says how to install them."""
+    """The digest of packages imported from their folders: their paths, and the files that say how to install them."""
     folders = sorted({package.path for package in packages})
     for folder in folders:
         content.require_folder(folder)
@@ -143,7 +143,7 @@ def digest_of_editable(packages: Iterable[LocalPackage]) -> str:
 
 def layer_plan(spec: EnvSpec, plan: EnvironmentPlan, base: Entry) -> LayerPlan:
     """The build of `plan`'s local packages on `base`. Raises LockfileError, or DigestError where `spec` pins others."""
-    contents = look(plan.resolved.local)
+    contents = contents_of(plan.resolved.local)
     digest = digest_of(contents)
     _check_digest(spec.content, digest, plan.folder)
     for warning in filter(None, (one.warning() for one in contents)):
@@ -152,7 +152,7 @@ def layer_plan(spec: EnvSpec, plan: EnvironmentPlan, base: Entry) -> LayerPlan:
 
 
 def editable_plan(_spec: EnvSpec, plan: EnvironmentPlan, base: Entry) -> EditableLayerPlan:
-    """The same, with the packages imported from where they are developed."""
+    """The build of `plan`'s local packages on `base`, imported from where they are developed."""
     digest = digest_of_editable(plan.resolved.local)
     folders = tuple(sorted({package.path for package in plan.resolved.local}))
     return EditableLayerPlan(**_common(plan, base, digest), folders=folders)
@@ -160,7 +160,7 @@ def editable_plan(_spec: EnvSpec, plan: EnvironmentPlan, base: Entry) -> Editabl
 
 def _common(plan: EnvironmentPlan, base: Entry, digest: str) -> dict[str, Any]:
     return {
-        "key": key.layer_key(base.key, digest),
+        "key": key.layer_key(base.key, digest, plan.resolved.build_settings),
         "interpreter": plan.interpreter,
         "folder": plan.folder,
         "project": plan.project,

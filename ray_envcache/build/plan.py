@@ -1,27 +1,33 @@
-"""What a build is made of: the plan of what to install, and the calls of uv that do it."""
+"""What a build will install: from a project to its plan. Making a plan asks uv and the interpreter; changes nothing."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ray_envcache.errors import BuildError, DiskFullError
-from ray_envcache.resolve import uv
+from ray_envcache.build import venv_files
+from ray_envcache.build.uv_calls import UvCalls
+from ray_envcache.field.spec import EnvSpec
+from ray_envcache.resolve import export, inherit, interpreter, lockfile
+from ray_envcache.resolve.additions import additions, located
+from ray_envcache.resolve.cluster_ray import AnyRay
+from ray_envcache.resolve.inherit import Inherited
 from ray_envcache.resolve.interpreter import Interpreter
-from ray_envcache.store.layout import Entry, Layout
-from ray_envcache.system import children, disk
+from ray_envcache.resolve.lockfile import ResolvedSet
+from ray_envcache.resolve.project import Project
+from ray_envcache.store.key import compute_key
+from ray_envcache.store.layout import Entry
+from ray_envcache.system.units import format_size
 
 
 @dataclass(frozen=True)
 class Plan:
     """What every build needs. Subclasses say what is installed into the fresh venv.
 
-    `holds` is the number of entries that an interpreter of the result holds: its own, and those below it. Before the
-    result is handed out, it must `import_ray`, unless that was seen already.
+    `holds` is the number of entries that an interpreter of the result holds: its own, and those below it. With
+    `import_ray` the result is handed out only after ray was imported in it.
     """
 
     key: str
@@ -45,94 +51,128 @@ class Plan:
 
     @property
     def venv_options(self) -> list[str]:
-        """What `uv venv` is told beyond the usual."""
+        """More options for `uv venv`."""
         return []
 
     def prepare(self, entry: Entry) -> None:
-        """What has to come before anybody is told of the build: the line may go to a log that lies in a package."""
+        """Copy sources before the first progress line: a log file inside a package would change the copy."""
 
-    def install(self, entry: Entry, run_uv: BuildUv) -> None:
+    def install(self, entry: Entry, run_uv: UvCalls) -> None:
         """Fill the fresh venv of `entry`. Raises BuildError."""
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
-        """What the ready record says of this plan alone: fields of `ReadyRecord`."""
+        """The fields of `ReadyRecord` that this kind of plan knows."""
         raise NotImplementedError
 
 
-def into(entry: Entry) -> list[str]:
+@dataclass(frozen=True)
+class EnvironmentPlan(Plan):
+    """A build of the resolved set. `added` are those of it that the cluster's ray brings: {name: version}.
+
+    `inherited` are those used from the cluster's own Python.
+    """
+
+    resolved: ResolvedSet
+    added: dict[str, str]
+    inherited: tuple[Inherited, ...] = ()
+    system_site_packages: bool = False
+
+    @property
+    def headline(self) -> str:
+        count, size = len(self.resolved.packages), self.download_size
+        sized = f", {format_size(size)}" if size else ""
+        return f"Building the environment of {self.project}: {count} packages{sized}"
+
+    @property
+    def download_size(self) -> int:
+        return self.resolved.download_size
+
+    @property
+    def venv_options(self) -> list[str]:
+        return ["--system-site-packages"] if self.system_site_packages else []
+
+    def install(self, entry: Entry, run_uv: UvCalls) -> None:
+        if self.resolved.packages:
+            self._sync(entry, run_uv)
+        # After uv, which would remove links that it did not make.
+        inherit.link(self.inherited, entry.site_packages)
+
+    def _sync(self, entry: Entry, run_uv: UvCalls) -> None:
+        wanted = [self.resolved]
+        if "no-build-isolation" in self.resolved.build_settings and self.resolved.is_built_here:
+            # A build that sees the environment itself needs everything there that needs no build.
+            wheels = tuple(package for package in self.resolved.packages if not package.is_built_here)
+            wanted.insert(0, replace(self.resolved, packages=wheels))
+        for resolved in wanted:
+            entry.pylock.write_text(venv_files.pylock_text(resolved), encoding="utf-8")
+            run_uv("pip", "sync", "--preview-features=pylock", *pip_options(entry), entry.pylock)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "packages": len(self.resolved.packages),
+            "base": "",
+            "content": "",
+            "hashes": self._hashes(),
+            "no_build": not self.resolved.is_built_here,
+            "inherited": tuple(one.watched() for one in self.inherited),
+            "added": tuple(f"{name}=={version}" for name, version in sorted(self.added.items())),
+        }
+
+    def _hashes(self) -> str:
+        """Of how many packages the lockfile has the hash. It has none of what the cluster's ray brings."""
+        pinned = {package.is_pinned for package in self.resolved.packages}
+        return "some" if len(pinned) == 2 else "none" if pinned == {False} else "all"
+
+
+def pip_options(entry: Entry) -> list[str]:
     """The options by which `uv pip` installs into the venv of `entry`."""
-    # Without bytecode, whatever the project's settings say: it comes after the hand-out, or from earlier ones.
+    # Bytecode is ours to make, after the hand-out and once per store, also where the project asks uv for it.
     return [f"--python={entry.python}", "--no-python-downloads", "--no-compile-bytecode"]
 
 
-class BuildUv:
-    """Calls of uv for one build: logged, inheriting the builder's flock, their failures turned into our errors."""
+def plan_of(spec: EnvSpec, project: Project, executable: str, ray: AnyRay, *, check_current: bool) -> EnvironmentPlan:
+    """The plan of the environment that `spec` means, for the base interpreter at `executable`.
 
-    def __init__(self, layout: Layout, entry: Entry, plan: Plan, flock: int, say: Callable[[str], None]) -> None:
-        self._entry = entry
-        self._plan = plan
-        self._flock = flock
-        self._say = say
-        self._cache = uv.cache_directory(entry.path) or layout.uv_cache
-
-    def __call__(self, *arguments: str | os.PathLike[str]) -> None:
-        with self._entry.build_log.open("a", encoding="utf-8") as log:
-            done = uv.run(
-                arguments,
-                cwd=self._plan.folder,
-                cache=self._cache,
-                on_line=self._listener(log.write),
-                pass_fds=[self._flock],
-            )
-        uv.require_not_killed(done)
-        if done.returncode != 0:
-            raise self._error(done)
-
-    def _listener(self, write: Callable[[str], Any]) -> Callable[[str], None]:
-        def listen(line: str) -> None:
-            # A log that cannot be written must not hide why: uv itself will say that the disk is full.
-            with suppress(OSError):
-                write(f"{line}\n")
-            self._say(line)
-
-        return listen
-
-    def _error(self, done: children.Completed) -> BuildError:
-        plan, reason = self._plan, uv.said(done.stderr)
-        if uv.is_disk_full(done.stderr):
-            return disk_full(self._entry.path.parent, plan.download_size)
-        what = f"uv could not build the environment of `{plan.project}`:\n{_tail(reason)}"
-        if uv.is_unauthorized(done.stderr):
-            return BuildError(
-                what,
-                "give this node the index's credentials as uv takes them: "
-                "UV_INDEX_<NAME>_USERNAME and _PASSWORD, netrc or keyring",
-            )
-        if uv.is_unreachable(done.stderr):
-            return BuildError(
-                what, "see that this node reaches the index of the lockfile; proxies and mirrors are set as for uv"
-            )
-        if "Hash mismatch" in reason:
-            return BuildError(
-                what,
-                "the index serves another file than was locked; if that is right, `uv lock --upgrade-package <name>`",
-            )
-        if "source is disabled" in done.stderr:
-            return BuildError(what, "lock what is missing with the project (uv add ray), so that it may be built")
-        return BuildError(what, f"uv itself, run in {plan.folder}, shows the same")
-
-
-def disk_full(path: Path, download_size: int) -> DiskFullError:
-    """The error for a disk that has no room, with figures."""
-    # Not every lockfile has sizes; what is too little to be all is not told.
-    known = download_size >= 1e6
-    need = f"its packages are {download_size / 1e6:,.0f} MB to download and more once unpacked, " if known else ""
-    return DiskFullError(
-        f"No space left for the environment in `{path}`: {need}{disk.room_left(path)}",
-        "make room (ray-envcache list shows what the store holds), or move the store: RAY_ENVCACHE_DIR",
+    With `check_current` the lockfile has to match the project. Raises LockfileError, InterpreterError, RayVersionError.
+    """
+    python, resolved = _resolve(spec, project, executable, ray, check_current=check_current)
+    added = additions(ray, resolved, python)
+    version = resolved.version_of("ray") or added["ray"]
+    resolved, added, inherited = inherit.split(resolved, added, spec)
+    resolved = resolved.with_packages(located(added, python))
+    return EnvironmentPlan(
+        key=compute_key(resolved, python, _outside(spec, inherited)),
+        resolved=resolved,
+        added=added,
+        interpreter=python,
+        folder=project.folder,
+        project=project.name(),
+        ray=version,
+        inherited=tuple(inherited),
+        system_site_packages=spec.system_site_packages,
     )
 
 
-def _tail(text: str, lines: int = 25) -> str:
-    return "\n".join(text.splitlines()[-lines:])
+def require_buildable(spec: EnvSpec, ray: AnyRay) -> ResolvedSet:
+    """Raise what `Store.acquire` would raise for bad input, without a store and without building anything."""
+    executable = interpreter.base_executable(spec.python)
+    project = Project.locate(Path(spec.path), spec.package)
+    python, resolved = _resolve(spec, project, executable, ray, check_current=True)
+    additions(ray, resolved, python)
+    return resolved
+
+
+def _resolve(
+    spec: EnvSpec, project: Project, executable: str, ray: AnyRay, *, check_current: bool
+) -> tuple[Interpreter, ResolvedSet]:
+    with export.require_current(project, executable) if check_current else nullcontext():
+        python = interpreter.probe(executable)
+        ray.require_fit(python)
+        return python, lockfile.resolve(spec, project, python)
+
+
+def _outside(spec: EnvSpec, inherited: list[Inherited]) -> list[Any]:
+    """What an environment uses from outside of the store; nothing, mostly."""
+    visible = ["system site-packages"] if spec.system_site_packages else []
+    return [*visible, *(one.identity() for one in inherited)]

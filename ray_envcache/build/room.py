@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from ray_envcache.build import venv_files
-from ray_envcache.build.environment import EnvironmentPlan
-from ray_envcache.build.plan import disk_full
+from ray_envcache.build.plan import EnvironmentPlan
+from ray_envcache.build.uv_calls import disk_full
 from ray_envcache.gc.collector import make_room
 from ray_envcache.resolve import uv
 from ray_envcache.store.layout import Layout

@@ -36,14 +36,14 @@ def add_hold(entry: Entry) -> None:
 
 
 def add_pip_guard(entry: Entry) -> None:
-    """Put a script in front of pip that refuses to change what everybody shares.
+    """Put a script in place of pip that refuses to change the shared environment.
 
-    Without one of its own, `pip` in a worker would even be the pip of some other Python on PATH.
+    Without a script of its own, `pip` in a worker would be the pip of another Python on PATH.
     """
     names = {"pip", "pip3", *(path.name for path in entry.bin.glob("pip3.*"))}
     for name in names:
         path = entry.bin / name
-        # Not through an existing name: it could be a link to a file of uv's cache.
+        # Not written through an existing name: it could be a link to a file of uv's cache.
         path.unlink(missing_ok=True)
         path.write_text(_PIP_GUARD, encoding="utf-8")
         path.chmod(0o755)
@@ -57,7 +57,7 @@ def pylock_text(resolved: ResolvedSet) -> str:
 
 def add_base(entry: Entry, base: Entry) -> None:
     """Put the packages of `base` behind those of `entry`, for every interpreter of `entry`; it holds both."""
-    # Through `site`, not as a plain path: what the environment's own .pth files do, its hold among them, is done too.
+    # Through `site`, not as a plain path: so that the .pth files of `base` are run too, its hold among them.
     line = f"import site; site.addsitedir({os.fspath(base.site_packages)!r})\n"
     (entry.site_packages / "_ray_envcache_base.pth").write_text(line, encoding="utf-8")
 
@@ -70,7 +70,7 @@ def add_scripts_of(entry: Entry, base: Entry) -> None:
         if script.name.startswith(("python", "activate", "pip")) or os.path.lexists(path):
             continue
         # The first lines name the interpreter, one way or, where its path is long, another.
-        text = script.read_bytes()
+        text = b"" if script.is_dir() else script.read_bytes()
         if text.startswith(b"#!") and was in text[:1000]:
             path.write_bytes(text[:1000].replace(was, now) + text[1000:])
             path.chmod(0o755)
@@ -79,7 +79,7 @@ def add_scripts_of(entry: Entry, base: Entry) -> None:
 
 
 def add_data_of(entry: Entry, base: Entry) -> None:
-    """Let what looks below `sys.prefix` find the data files (share, etc, include) of `base`."""
+    """Link the data files (share, etc, include) of `base`, which packages look for below `sys.prefix`."""
     for path in base.venv.iterdir():
         if path.is_dir() and not os.path.lexists(entry.venv / path.name):
             (entry.venv / path.name).symlink_to(path)

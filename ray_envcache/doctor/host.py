@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from packaging.requirements import Requirement
 
-from ray_envcache.build.planning import require_buildable
+from ray_envcache.build.plan import require_buildable
 from ray_envcache.doctor import variables
 from ray_envcache.doctor.findings import ERROR, OK, WARN, Finding, finding_of
 from ray_envcache.doctor.unheld import INTERPRETER, users_without_hold

@@ -1,23 +1,28 @@
-"""Bytecode of one module: its name among what is shared, where it comes from, and how it gets to its place.
+"""Bytecode for the modules of an environment: linked where the store has it, else compiled and kept for others.
 
-Imports the standard library only: the check of a new environment loads this file there, where the package is not.
+Run by the environment's own Python, whose bytecode it has to be: as the compiler, `-I -S pyc.py REQUEST`, and as a part
+of the check. The package is not there, so this imports the standard library only.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import marshal
 import os
 import shutil
+import signal
 import sys
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import MAGIC_NUMBER, cache_from_source, source_hash
 
+_UNKNOWN = 255  # the exit code of a helper that stopped for another reason than an OSError
 _UNCHECKED = (1).to_bytes(4, "little")  # flags of PEP 552: hash-based, never checked
-_HEADER = 16  # bytes before the code, also PEP 552
 # No more links to this file; not this file system; no links there, or not to files like this one.
 _NO_LINK = frozenset({errno.EMLINK, errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP})
 
@@ -28,6 +33,11 @@ class Places:
 
     shared: str  # strings: joined thousands of times
     staged: str
+
+    @classmethod
+    def of_this_python(cls, shared: str, staged: str) -> Places:
+        """The folders of the running Python in both."""
+        return cls(f"{shared}/{tag()}", f"{staged}/{tag()}")
 
 
 @cache
@@ -45,91 +55,57 @@ def name_of(text: bytes) -> str:
     return f"{hashlib.sha256(text).hexdigest()}.pyc"
 
 
-def read(path: str) -> bytes:
-    """The content of a file."""
-    with open(path, "rb", buffering=0) as file:
-        return file.readall()
-
-
 @cache
 def _ending() -> str:
     return os.path.basename(cache_from_source("m.py"))[1:]
 
 
-def place_of(path: str) -> str:
+def _place_of(path: str) -> str:
     """Where workers look for the bytecode of the module at `path`, wherever PYTHONPYCACHEPREFIX has us look."""
     directory, _, name = path.rpartition("/")
     return f"{directory}/__pycache__/{name[: -len('.py')]}{_ending()}"
 
 
-def link(path: str, text: bytes, places: Places) -> bool:
-    """Give the module at `path` what somebody made of its text; False where nobody did."""
-    target = place_of(path)
-    return any(put_if_there(file, target) for file in _files(text, places))
-
-
-def known(text: bytes, places: Places) -> bytes:
-    """What somebody made of this text, b"" where nobody did."""
-    for file in _files(text, places):
-        with suppress(FileNotFoundError):
-            return read(file)
-    return b""
-
-
-def _files(text: bytes, places: Places) -> tuple[str, str]:
-    name = name_of(text)
-    return f"{places.shared}/{name}", f"{places.staged}/{name}"
-
-
-def made(path: str, text: bytes, twin: str = "") -> bytes:
-    """The bytecode of the module at `path`, b"" where it cannot be compiled: a template, a test of broken syntax.
-
-    What Python made of its `twin`, a module with the same text elsewhere, is taken instead. The environment never
-    changes, so its bytecode is never checked against the source (PEP 552, unchecked hashes): an import then costs one
-    `stat` less.
-    """
-    of_twin = twin and unproven(twin, text)
-    if of_twin and _is_whole(of_twin):
-        return of_twin
-    code = _compiled(path, text)
-    return _header(text) + code if code else b""
-
-
-def unproven(twin: str, text: bytes) -> bytes:
-    """What Python made of `twin`, b"" where there is none, or it is not of this text and valid. May be cut off."""
-    try:
-        found, bytecode, stat = read(twin), read(cache_from_source(twin)), os.stat(twin)
-    except OSError:
-        return b""
-    # As Python itself decides whether it is valid: its version, time and size of the source.
-    times = (int(stat.st_mtime) & 0xFFFF_FFFF, stat.st_size & 0xFFFF_FFFF)
-    valid = MAGIC_NUMBER + b"\0\0\0\0" + b"".join(number.to_bytes(4, "little") for number in times)
-    return _header(text) + bytecode[_HEADER:] if found == text and bytecode[:_HEADER] == valid else b""
-
-
-def twin_of(path: str, packages: str, own: str) -> str:
-    """Where below `own` the module would be that is at `path` below `packages`; "" where there is no `own`."""
-    return own and own + path[len(packages) :]
-
-
-def give(path: str, text: bytes, places: Places, twin: str = "", compiled: bytes = b"") -> None:
-    """Give the module at `path` bytecode: what somebody made of its text, else `compiled`, else what is `made` here.
+def give(path: str, places: Places) -> None:
+    """Give the module at `path` bytecode: linked, where some module with its text has it, else compiled and staged.
 
     It gets none where it cannot be compiled. Raises OSError.
     """
-    # Another process may have been faster, or another module have the same text.
-    if not link(path, text, places) and (bytecode := compiled or made(path, text, twin)):
-        keep(path, text, bytecode, places)
+    os.makedirs(os.path.dirname(_place_of(path)), exist_ok=True)
+    if not _link(path, places):
+        _compile(path, places)
 
 
-def keep(path: str, text: bytes, bytecode: bytes, places: Places) -> None:
-    """Give the module at `path` this bytecode, and others with its text too. Each file appears when it is whole."""
-    _, staged = _files(text, places)
-    _write_whole(staged, bytecode)
-    put(staged, place_of(path))
+def _link(path: str, places: Places) -> bool:
+    """Link the bytecode that was made of the text of the module at `path`; False where there is none."""
+    name, target = name_of(_read(path)), _place_of(path)
+    for folder in (places.shared, places.staged):
+        with suppress(FileNotFoundError):
+            _put(f"{folder}/{name}", target)
+            return True
+    return False
 
 
-def put(file: str, target: str) -> None:
+def _compile(path: str, places: Places) -> None:
+    text = _read(path)
+    try:
+        code = marshal.dumps(compile(text, path, "exec", dont_inherit=True))
+    except Exception:  # noqa: BLE001  # as py_compile: foreign text can fail in any way
+        return
+    os.makedirs(places.staged, exist_ok=True)
+    staged = f"{places.staged}/{name_of(text)}"
+    # The environment never changes, so its bytecode is never checked against the source (PEP 552, unchecked hashes):
+    # an import then costs one `stat` less.
+    _write_whole(staged, MAGIC_NUMBER + _UNCHECKED + source_hash(text) + code)
+    _put(staged, _place_of(path))
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.readall()
+
+
+def _put(file: str, target: str) -> None:
     """Make `target` the same file as `file`, or a copy where there can be no link, in place of what is there.
 
     Raises FileNotFoundError where there is no `file`, and OSError.
@@ -145,38 +121,12 @@ def put(file: str, target: str) -> None:
         _replace(file, target)
 
 
-def put_if_there(file: str, target: str) -> bool:
-    """The same; False where there is no `file`."""
-    with suppress(FileNotFoundError):
-        put(file, target)
-        return True
-    return False
-
-
-def _compiled(path: str, text: bytes) -> bytes:
-    try:
-        return marshal.dumps(compile(text, path, "exec", dont_inherit=True))
-    except Exception:  # noqa: BLE001  # as py_compile: foreign text can fail in any way
-        return b""
-
-
-def _header(text: bytes) -> bytes:
-    return MAGIC_NUMBER + _UNCHECKED + source_hash(text)
-
-
-def _is_whole(bytecode: bytes) -> bool:
-    try:
-        marshal.loads(bytecode[_HEADER:])  # noqa: S302  # what Python would load, and run
-    except (EOFError, ValueError, TypeError):
-        return False
-    return True
-
-
 def _write_whole(path: str, data: bytes) -> None:
-    unproven = f"{path}.{os.getpid()}"
+    # A name that no killed process can have left behind: in containers the same pid comes again.
+    unproven = f"{path}.{os.urandom(8).hex()}"
     try:
-        # Read-only: whoever overwrote it in place would change it for all environments.
-        descriptor = os.open(unproven, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o444)
+        # Read-only: a write in place would change it for all environments.
+        descriptor = os.open(unproven, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
         with open(descriptor, "wb") as file:
             file.write(data)
         os.replace(unproven, path)
@@ -206,3 +156,123 @@ def _copy(file: str, target: str) -> None:
         with suppress(FileNotFoundError):
             os.unlink(target)
         raise
+
+
+def compile_tree(top: str, places: Places, workers: int) -> None:
+    """Give all modules below `top` bytecode of this Python, with so many processes.
+
+    More than one are forks: they share our flocks, so that the entry stays held until the last of them is done. Raises
+    OSError where not all could be written.
+    """
+    directories = [*_with_modules(top)]
+    if workers == 1:
+        _do_share(directories, places)
+        return
+    helpers = [_fork(directories[number::workers], places) for number in range(workers)]
+    try:
+        while helpers:
+            _, status = os.waitpid(helpers[0], 0)
+            helpers.pop(0)
+            _require_done(status, top)
+    except BaseException:
+        # One of them found no room, or we were interrupted.
+        for helper in helpers:
+            os.kill(helper, signal.SIGKILL)  # not waited for yet, so the number is its own
+            os.waitpid(helper, 0)
+        raise
+
+
+def _fork(directories: list[str], places: Places) -> int:
+    """Start a process that does its share; its exit code is the number of the error that stopped it."""
+    child = os.fork()
+    if child == 0:
+        code = _UNKNOWN
+        try:
+            _do_share(directories, places)
+            code = 0
+        except OSError as error:
+            code = error.errno or _UNKNOWN
+        except Exception:  # noqa: BLE001  # a defect of ours: only its text on stderr tells
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(code)
+    return child
+
+
+def _require_done(status: int, top: str) -> None:
+    code = os.waitstatus_to_exitcode(status)
+    if 0 < code < _UNKNOWN:
+        raise OSError(code, os.strerror(code), top)
+    if code:
+        raise ChildProcessError(f"a process that compiles `{top}` ended with {code}")
+
+
+def _do_share(directories: list[str], places: Places) -> None:
+    """Link everywhere first what the store has: that takes a thirtieth of the time of compiling."""
+    missing = {directory: _link_directory(directory, places) for directory in directories}
+    for directory, modules in missing.items():
+        if modules:
+            with _thawed(directory):
+                for path in modules:
+                    give(path, places)
+
+
+def _link_directory(directory: str, places: Places) -> list[str]:
+    """Link the bytecode of a directory's modules; returns those for which the store has none."""
+    with _thawed(directory), os.scandir(directory) as found:
+        modules = [item.path for item in found if item.name.endswith(".py") and item.is_file()]
+        return [path for path in modules if not _link(path, places)]
+
+
+@contextmanager
+def _thawed(directory: str) -> Iterator[None]:
+    """Open a frozen directory and its `__pycache__` for writing, no longer than that takes."""
+    cache = os.path.join(directory, "__pycache__")
+    mode = os.stat(directory).st_mode
+    os.chmod(directory, mode | 0o200)
+    try:
+        os.makedirs(cache, exist_ok=True)
+        os.chmod(cache, mode | 0o200)
+        yield
+    finally:
+        with suppress(FileNotFoundError):
+            os.chmod(cache, mode & ~0o222)
+        os.chmod(directory, mode & ~0o222)
+
+
+def _with_modules(top: str) -> Iterator[str]:
+    for directory, subdirectories, names in os.walk(top):
+        if "__pycache__" in subdirectories:
+            subdirectories.remove("__pycache__")
+        if any(name.endswith(".py") for name in names):
+            yield directory
+
+
+def lower_priority() -> None:
+    """Run only when the processor has nothing else to do."""
+    os.nice(19)
+    with suppress(OSError), open("/proc/self/autogroup", "w", encoding="ascii") as group:
+        # Linux shares the processor between sessions first, and we lead one: our niceness counts only within it.
+        group.write("19")
+    if hasattr(os, "SCHED_IDLE"):
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def main(request: str) -> int:
+    """Compile as the request says. A failure is told by its number on stdout, and 1 is returned."""
+    asked = json.loads(request)
+    if asked["background"]:
+        lower_priority()
+    warnings.simplefilter("ignore")  # the packages are not ours to mend
+    try:
+        compile_tree(asked["top"], Places.of_this_python(asked["shared"], asked["staged"]), asked["workers"])
+    except OSError as error:
+        sys.stdout.write(str(error.errno or ""))
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -191,6 +191,12 @@ def is_disk_full(stderr: str) -> bool:
     )
 
 
+def full_place(stderr: str) -> Path | None:
+    """The path at which uv found no room, where it names one."""
+    found = _FULL_PLACE.search(stderr)
+    return Path(found[1]) if found else None
+
+
 def require_not_killed(done: children.Completed, who: str = "uv") -> None:
     """Raise PassingError where a signal ended the child: then what it said so far is not the reason."""
     if done.killed:
@@ -208,8 +214,7 @@ def expect_success(done: children.Completed, kind: type[EnvCacheError], what: st
     reason = said(done.stderr) or f"uv ended with status {done.returncode}"
     if is_disk_full(done.stderr):
         # That says nothing about what was asked: uv keeps notes in its cache even where it only reads.
-        found = _FULL_PLACE.search(done.stderr)
-        place = Path(found[1] if found else tempfile.gettempdir())
+        place = full_place(done.stderr) or Path(tempfile.gettempdir())
         raise DiskFullError(
             f"No space left for uv to work: {reason}; {disk.room_left(place)}",
             "make room there, or move what uv writes there: UV_CACHE_DIR, TMPDIR",

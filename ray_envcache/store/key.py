@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 """Increased when equal inputs give other bytes on disk."""
 
-LAYER_SCHEMA = 1
-"""The same for layers."""
+LAYER_SCHEMA = 2
+"""Raised when the same inputs of a layer would give other bytes on disk."""
 
 KEY_LENGTH = 32
 """Hex digits of a key: 128 bits, short enough for shebangs and for people."""
@@ -40,9 +40,13 @@ def compute_key(resolved: ResolvedSet, interpreter: Interpreter, outside: Sequen
     return digest_of(identity)[:KEY_LENGTH]
 
 
-def layer_key(base: str, content: str) -> str:
-    """The key of the layer with this content on the environment with the key `base`."""
-    return digest_of({"schema": LAYER_SCHEMA, "layer on": base, "content": content})[:KEY_LENGTH]
+def layer_key(base: str, content: str, build_settings: str) -> str:
+    """The key of the layer with this content, built with these settings, on the environment with the key `base`.
+
+    The settings stand in the root of the workspace, which is often no package of the layer.
+    """
+    identity = {"schema": LAYER_SCHEMA, "layer on": base, "content": content, "build_settings": build_settings}
+    return digest_of(identity)[:KEY_LENGTH]
 
 
 def digest_of(data: Any) -> str:

@@ -16,7 +16,7 @@ from ray_envcache.store.layout import Entry, Layout, layout_of
 from ray_envcache.system import files
 from ray_envcache.system.files import is_unchanged
 
-_SCHEMA = 4
+_SCHEMA = 5
 """Raised when the same inputs lead to another environment, or a memo is read differently."""
 
 
@@ -26,13 +26,15 @@ class Memo:
 
     `local` are the packages that a layer on top of it has: name, folder (from that of the project), editable.
     `files` are artifacts on this host whose hashes the lockfile does not have, with their `file_identity`: with any,
-    the memo speaks for the project in `folder` alone, and only while none of them is replaced.
+    the memo speaks for the project in `folder` alone, and only while none of them is replaced. `build_settings` are
+    those of the project, which are in the key of a layer.
     """
 
     entry: str
     folder: str
     local: list[tuple[str, str, bool]]
     files: dict[str, tuple[int, int]]
+    build_settings: str
 
     def holds(self, folder: str) -> bool:
         """Whether the memo is true of the project in this folder ("" where that is not known)."""
@@ -68,6 +70,6 @@ def _read(layout: Layout, name: str) -> Memo | None:
     try:
         local = [(str(name), str(path), bool(editable)) for name, path, editable in data["local"]]
         known = {path: (int(size), int(changed)) for path, (size, changed) in data["files"].items()}
-        return Memo(str(data["entry"]), str(data["folder"]), local, known)
+        return Memo(str(data["entry"]), str(data["folder"]), local, known, str(data["build_settings"]))
     except (KeyError, TypeError, ValueError, AttributeError):
         return None

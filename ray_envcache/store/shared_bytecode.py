@@ -1,12 +1,12 @@
 """Bytecode that all environments of the store share: one file per text of a module and per Python, linked into each.
 
 What a Python compiles depends on the text alone. So a file is named after the text (its sha256), and is right wherever
-that text is installed, whichever package brought it there. Nobody's word is taken for what is in it, but that of the
-Python which runs the cluster and would load it itself. The path inside of it is set anew by every import
-(`_fix_co_filename` in CPython), so that tracebacks name the right environment.
+that text is installed, whichever package brought it there. Only the Python that will load a file has compiled it; none
+comes from a package. The path inside of it is set anew by every import (`_fix_co_filename` in CPython), so that
+tracebacks name the right environment.
 
-The kernel counts the links: what no entry links to is needed by nobody. There are no flocks, for no interleaving does
-harm. Who finds nothing compiles; and a file that loses its name here at the moment when somebody links to it is only
+The kernel counts the links: a file to which no entry links is not needed. There are no flocks, for no interleaving does
+harm. A compiler that finds no file compiles; and a file that loses its name here while a compiler links to it is
 compiled once more by the next.
 """
 
@@ -20,7 +20,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
-from ray_envcache.inside import pyc
 from ray_envcache.store.layout import Layout
 from ray_envcache.system import testpoints
 
@@ -29,21 +28,18 @@ _NAME = re.compile(r"[0-9a-f]{64}\.pyc")
 Inode: TypeAlias = tuple[int, int]  # device, number
 
 
-def folder_of_this_python(layout: Layout) -> Path:
-    """Where the bytecode lies that the running interpreter makes, with its options; it need not exist."""
-    return layout.bytecode / pyc.tag()
+def publish(staged: Path, shared: Path) -> None:
+    """Offer all bytecode in `staged`, a folder for each Python, to all entries. It must be on the disk already.
 
-
-def publish(staged: str, folder: Path) -> None:
-    """Offer all bytecode in `staged` to everybody, who must find it whole even after a crash: it is on the disk.
-
-    What cannot be offered (no room, no links) is not, and each environment has its own.
+    Where it cannot be offered (no room, no links) each environment keeps its own.
     """
     with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in filter(_NAME.fullmatch, os.listdir(staged)):
-            with suppress(FileExistsError):
-                _offer(os.path.join(staged, name), folder / name)
+        for folder in staged.iterdir():
+            offered = shared / folder.name
+            offered.mkdir(parents=True, exist_ok=True)
+            for name in filter(_NAME.fullmatch, os.listdir(folder)):
+                with suppress(FileExistsError):
+                    _offer(folder / name, offered / name)
 
 
 def inodes(layout: Layout) -> frozenset[Inode]:
@@ -52,7 +48,7 @@ def inodes(layout: Layout) -> frozenset[Inode]:
 
 
 def let_go(layout: Layout, tree: Path) -> None:
-    """Forget what nobody but `tree` has, which is about to be deleted: then its bytes are freed with it."""
+    """Forget the files that only `tree` has, which is about to be deleted: then their bytes are freed with it."""
     known = _by_inode(layout)
     for inode, (found, links) in _linked(tree, known).items():
         if found.st_nlink == links + 1:
@@ -84,7 +80,7 @@ def sweep(layout: Layout) -> int:
     return freed
 
 
-def _offer(file: str, name: Path) -> None:
+def _offer(file: Path, name: Path) -> None:
     try:
         os.link(file, name)
     except FileNotFoundError:
@@ -94,7 +90,7 @@ def _offer(file: str, name: Path) -> None:
 
 
 def _by_inode(layout: Layout) -> dict[Inode, str]:
-    """All that is here, by inode. A directory tells the numbers, so that no file need be looked at."""
+    """All shared files by inode. A directory lists the numbers, so that no file need be looked at."""
     found: dict[Inode, str] = {}
     with suppress(OSError), os.scandir(layout.bytecode) as folders:
         for folder in folders:
@@ -130,7 +126,7 @@ def _files(tree: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _remove_unlinked(path: str) -> int:
-    """Remove a file that has no other link; the bytes it occupied, unless somebody linked to it meanwhile."""
+    """Remove a file that has no other link; the bytes it occupied, 0 where a compiler linked to it meanwhile."""
     try:
         if os.lstat(path).st_nlink != 1:
             return 0

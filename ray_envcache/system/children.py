@@ -1,18 +1,21 @@
-"""The one door for child processes: argument lists, an explicit environment, and nobody left behind."""
+"""The one door for child processes: argument lists, an explicit environment, and no process left behind."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
+
+from ray_envcache.errors import EnvCacheError
 
 GRACE_SECONDS = 1.0
 """How long a group may clean up after SIGTERM before SIGKILL."""
@@ -51,9 +54,13 @@ def run(
     on_line: OnLine | None = None,
     pass_fds: Sequence[int] = (),
     decode: Decode | None = None,
+    seconds: float | None = None,
 ) -> Completed:
-    """Run a child to its end, as `running` does. `on_line` as for `Finish`."""
-    with running(argv, environ=environ, cwd=cwd, pass_fds=pass_fds, decode=decode) as finish:
+    """Run a child to its end, as `running` does. `on_line` as for `Finish`.
+
+    With `seconds` its group is killed when they are over, and TimeoutError raised.
+    """
+    with running(argv, environ=environ, cwd=cwd, pass_fds=pass_fds, decode=decode, seconds=seconds) as finish:
         return finish(on_line)
 
 
@@ -65,32 +72,71 @@ def running(
     cwd: Path | None = None,
     pass_fds: Sequence[int] = (),
     decode: Decode | None = None,
+    seconds: float | None = None,
 ) -> Iterator[Finish]:
     """Run a child beside us, in a process group of its own; what the context gets waits for its end.
 
     Its stdout is read by `decode`, by default as UTF-8 text with a mark in place of every byte that is none.
 
-    Whatever ends the context (Ctrl-C, cancellation, an error in `on_line`) ends the whole group first; what a child
+    An end of the context by Ctrl-C, cancellation or an error in `on_line` ends the whole group first; what a child
     started that a signal killed ends too. If *we* are killed, the child goes on and keeps what `pass_fds` gave it: a
-    builder's flock thus outlives the builder for as long as somebody still writes.
+    builder's flock thus outlives the builder until uv has written its last file. Raises EnvCacheError where the exit
+    status of children cannot be had.
     """
-    with subprocess.Popen(
-        [os.fspath(part) for part in argv],
-        env=dict(environ),
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        pass_fds=tuple(pass_fds),
-        start_new_session=True,
-    ) as child:
+    with ExitStack() as stack:
+        stack.enter_context(_status_of_children())
+        child = stack.enter_context(
+            subprocess.Popen(
+                [os.fspath(part) for part in argv],
+                env=dict(environ),
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=[_above_streams(descriptor, stack) for descriptor in pass_fds],
+                start_new_session=True,
+            )
+        )
         try:
-            yield partial(_communicate, child, decode or _as_text)
+            yield partial(_communicate, child, decode or _as_text, seconds=seconds)
         except BaseException:
-            # Once it was waited for, its number may be somebody else's.
+            # Once it was waited for, its number may be another process's.
             if child.returncode is None:
                 kill_group(child)
             raise
+
+
+@contextmanager
+def _status_of_children() -> Iterator[None]:
+    """Have the kernel keep the exit status of children, where the program that started us had it throw them away.
+
+    An ignored SIGCHLD is inherited. Then `wait` says 0 for every failure, also to uv about its own children.
+    """
+    if signal.getsignal(signal.SIGCHLD) is not signal.SIG_IGN:
+        yield
+    elif threading.current_thread() is not threading.main_thread():
+        raise EnvCacheError(
+            "This process ignores SIGCHLD, so it cannot know whether uv succeeds",
+            "call signal.signal(signal.SIGCHLD, signal.SIG_DFL) in the main thread first",
+        )
+    else:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+
+def _above_streams(descriptor: int, stack: ExitStack) -> int:
+    """The descriptor, or a copy until the stack unwinds where its number is that of a stream in the child.
+
+    A process that was started with closed streams gets their numbers for its files.
+    """
+    if descriptor > 2:
+        return descriptor
+    copy = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    stack.callback(os.close, copy)
+    return copy
 
 
 def start_detached(argv: Sequence[str | os.PathLike[str]], *, environ: Mapping[str, str]) -> None:
@@ -99,8 +145,11 @@ def start_detached(argv: Sequence[str | os.PathLike[str]], *, environ: Mapping[s
     It is a grandchild: we reap the child that started it, so it is never our zombie. Raises CalledProcessError where
     it could not be started.
     """
-    # Not by the module subprocess, whose import would take as long as everything else.
-    launcher = "import os, sys; os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, setpgroup=0)"
+    # Not by the module subprocess, whose import would take as long as everything else. A Python ignores SIGPIPE; what
+    # it or our parent ignores or blocks would stay so in the new process.
+    usual = [int(number) for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD)]
+    spawn = f"os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, setpgroup=0, setsigdef={usual}, setsigmask=[])"
+    launcher = f"import os, sys; {spawn}"
     run_launcher([sys.executable, "-I", "-S", "-c", launcher, *argv], environ=environ)
 
 
@@ -113,16 +162,17 @@ def run_launcher(
     """
     nothing = subprocess.DEVNULL
     # Raylet notices the end of its agent by the end of a pipe: a long-lived child that kept it would hold up raylet.
-    subprocess.run(
-        [os.fspath(part) for part in argv],
-        env=dict(environ),
-        cwd="/",
-        stdin=stdin,
-        stdout=nothing,
-        stderr=nothing,
-        start_new_session=True,
-        check=True,
-    )
+    with _status_of_children():
+        subprocess.run(
+            [os.fspath(part) for part in argv],
+            env=dict(environ),
+            cwd="/",
+            stdin=stdin,
+            stdout=nothing,
+            stderr=nothing,
+            start_new_session=True,
+            check=True,
+        )
 
 
 def kill_group(child: subprocess.Popen[bytes]) -> None:
@@ -147,28 +197,68 @@ def _as_text(output: bytes) -> str:
     return output.decode(errors="replace")
 
 
-def _communicate(child: subprocess.Popen[bytes], decode: Decode, on_line: OnLine | None = None) -> Completed:
+def _communicate(
+    child: subprocess.Popen[bytes], decode: Decode, on_line: OnLine | None = None, *, seconds: float | None = None
+) -> Completed:
     assert child.stdout is not None  # for mypy: both are pipes
     assert child.stderr is not None
     output: list[bytes] = []
     reader = threading.Thread(target=_drain, args=(child.stdout, output), daemon=True)
     reader.start()
     lines: list[str] = []
-    for raw in child.stderr:
-        line = _as_text(raw).rstrip("\r\n")
-        lines.append(line)
-        if on_line is not None:
-            on_line(line)
-    reader.join()
-    done = Completed(child.wait(), decode(b"".join(output)), "\n".join(lines))
+    with _killed_after(child, seconds) as is_over:
+        for raw in child.stderr:
+            line = _as_text(raw).rstrip("\r\n")
+            lines.append(line)
+            if on_line is not None:
+                on_line(line)
+        reader.join()
+        status = _wait(child)
+    done = Completed(status, decode(b"".join(output)), "\n".join(lines))
     if done.killed:
-        # Killed by somebody else, so that it could not end what it had started: nobody waits for that any more.
+        # It could not end what it had started, and we are the only ones who wait for that.
         _signal_group(child, signal.SIGKILL)
+    if is_over():
+        raise TimeoutError(f"a child was not done after {seconds:g} seconds: {child.args!r:.300}")
     return done
 
 
-def _drain(stream: IO[bytes], into: list[bytes]) -> None:
-    into.append(stream.read())
+@contextmanager
+def _killed_after(child: subprocess.Popen[bytes], seconds: float | None) -> Iterator[Callable[[], bool]]:
+    """Kill the child's group when the seconds are over; what the context gets says whether they were."""
+    over = threading.Event()
+
+    def end() -> None:
+        over.set()
+        if child.returncode is None:
+            _signal_group(child, signal.SIGKILL)
+
+    timer = threading.Timer(seconds or 0, end)
+    timer.daemon = True
+    if seconds is not None:
+        timer.start()
+    try:
+        yield over.is_set
+    finally:
+        timer.cancel()
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int:
+    """The exit status. `Popen.wait` would say 0 where a handler of SIGCHLD was faster to reap the child."""
+    try:
+        _, status = os.waitpid(child.pid, 0)
+    except ChildProcessError:
+        child.returncode = 0  # never to be signalled: its number may be another process's
+        raise EnvCacheError(
+            f"Another part of this program took the exit status of a child: {child.args!r:.300}",
+            "a handler of SIGCHLD must reap only the children that it knows",
+        ) from None
+    child.returncode = os.waitstatus_to_exitcode(status)
+    return child.returncode
+
+
+def _drain(stream: IO[bytes], output: list[bytes]) -> None:
+    output.append(stream.read())
 
 
 def clean_environ() -> dict[str, str]:

@@ -285,11 +285,10 @@ threading.Timer(2, finish).start()
 def test_compiled_is_what_all_helpers_compiled(tmp_path: Path) -> None:
     """A helper that finds no room fails the whole, and what it cut off is not there."""
     program = """if True:
-        import os, pathlib, sys
-        from ray_envcache.build import bytecode
-        top, (shared, staged) = pathlib.Path(sys.argv[1]), (os.path.join(sys.argv[1], name) for name in "ab")
-        os.mkdir(staged)
-        bytecode.compile_tree(top, bytecode.Places(shared, staged), workers=2)
+        import os, sys
+        from ray_envcache.inside import pyc
+        os.mkdir(os.path.join(sys.argv[1], "b"))
+        pyc.compile_tree(sys.argv[1], pyc.Places(*(os.path.join(sys.argv[1], name) for name in "ab")), workers=2)
     """
     with support.small_disk(tmp_path / "disk") as place:
         # The top comes first, and the package is the second helper's share.

@@ -39,9 +39,10 @@ from pathlib import Path
 # Imported before the counting begins: bytecode of the package itself is none of its business.
 from ray_envcache import acquire
 from ray_envcache.build import bytecode, room
+from ray_envcache.inside import pyc
 from ray_envcache.gc import collector, evict
 from ray_envcache.store import pins
-from ray_envcache.build.builder import Build
+from ray_envcache.build.builder import Builder
 from ray_envcache.resolve.cluster_ray import installed_ray
 from ray_envcache.store.layout import Layout
 from ray_envcache.store.leases import Holder, claim
@@ -68,11 +69,19 @@ if remaining:
     sys.addaudithook(count)
 """
 
+# By the process that is killed, not by the environment's Python that it starts.
+COMPILE_HERE = """
+def compile_here(layout, lease, descriptor, *, background):
+    places = pyc.Places.of_this_python(str(layout.bytecode), str(lease.entry.staged_bytecode))
+    pyc.compile_tree(str(lease.entry.site_packages), places, 1)
+
+bytecode._compile = compile_here
+"""
 OPERATIONS = {
     "build": "Store.open(root).acquire(EnvSpec.parse(project), installed_ray(), Holder('test')).release()",
     "acquire": "Store.open(root).acquire(EnvSpec.parse(project), installed_ray(), Holder('test'), finish=False).release()",
-    "finish": "[bytecode.finish(layout, entry) for entry in layout.all_entries()]",
-    "finish with links": "[bytecode.finish(layout, entry) for entry in layout.all_entries()]",
+    "finish": COMPILE_HERE + "[bytecode.finish(layout, entry) for entry in layout.all_entries()]",
+    "finish with links": COMPILE_HERE + "[bytecode.finish(layout, entry) for entry in layout.all_entries()]",
     "pin": "[(pins.pin(layout, entry), pins.unpin(layout, entry.key)) for entry in layout.all_entries()]",
     "gc": "collector.collect(layout, Limits(everything=True))",
     "evict": "[evict.evict(layout, entry) for entry in list(layout.all_entries())]",
@@ -124,6 +133,8 @@ def examine(root: Path, project: Path, operation: str) -> None:
     layout = Layout(root)
     quiet = lambda: all(flock.is_free(path) for path in layout.flocks.iterdir()) if layout.flocks.exists() else True  # noqa: E731
     support.wait_until(quiet, "orphans are done")
+    compiled = lambda: not any(flock.is_held(layout.finishing_flock(entry)) for entry in layout.all_entries())  # noqa: E731
+    support.wait_until(compiled, "what a killed compiler started is done")
     for entry in layout.all_entries():
         if ReadyRecord.read(entry) is not None and operation == "build":
             done = subprocess.run(

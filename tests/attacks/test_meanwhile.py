@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ray_envcache.acquire import Store, digest_of_files
-from ray_envcache.build import planning
+from ray_envcache.build import plan as planning
 from ray_envcache.errors import DigestError, LockfileError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import content

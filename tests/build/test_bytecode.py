@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import marshal
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.util import MAGIC_NUMBER, cache_from_source
 from pathlib import Path
 
 import pytest
 
 from ray_envcache.acquire import Store
-from ray_envcache.build import builder
-from ray_envcache.build import bytecode as compiler
+from ray_envcache.build import bytecode as bytecode_of_entry
+from ray_envcache.errors import InUseError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.collector import collect
 from ray_envcache.gc.evict import evict
 from ray_envcache.gc.policy import Limits
 from ray_envcache.inside import pyc
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.cluster_ray import LockedRay, installed_ray
 from ray_envcache.store.inventory import status
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder
-from ray_envcache.system import files
+from ray_envcache.system import capacity, files, flock
 from tests import support
 
 pytestmark = pytest.mark.host
@@ -130,46 +128,6 @@ def test_first_workers_find_bytecode(store: Store, build: Build) -> None:
     assert list(second.staged_bytecode.rglob("*.pyc")) == []
 
 
-def have(module: Path, text: str, *, cut_off: bool = False) -> None:
-    """Have the cluster's Python have a module with this text, and bytecode of it that gives itself away."""
-    module.parent.mkdir(parents=True, exist_ok=True)
-    module.write_text(text)
-    os.utime(module, (1e9, 1e9))
-    numbers = b"".join(number.to_bytes(4, "little") for number in (0, 10**9, len(text)))
-    code = marshal.dumps(compile(f"{text}TAKEN = True\n", "twin", "exec"))
-    module.with_name("__pycache__").mkdir(exist_ok=True)
-    cached = MAGIC_NUMBER + numbers + code
-    Path(cache_from_source(os.fspath(module))).write_bytes(cached[: -5 if cut_off else None])
-
-
-def run(entry: Entry, program: str) -> str:
-    return subprocess.run([entry.python, "-c", program], capture_output=True, text=True, check=True).stdout
-
-
-def test_bytecode_of_the_clusters_python(
-    store: Store, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The very first environment takes over what the Python of the cluster has compiled of the same ray."""
-    monkeypatch.setattr(builder, "packages_folder", lambda: os.fspath(tmp_path / "cluster"))
-    have(tmp_path / "cluster" / "ray" / "__init__.py", f"__version__ = {support.RAY_VERSION!r}\n")
-    assert run(build("aa"), "import ray; print(ray.TAKEN)") == "True\n"
-
-
-def test_the_rest_of_the_clusters_python(
-    store: Store, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the check did not import is taken over when the environment is finished; what is cut off is compiled."""
-    monkeypatch.setattr(compiler, "packages_folder", lambda: os.fspath(tmp_path / "cluster"))
-    have(tmp_path / "cluster" / "aa.py", "NAME = 'aa'\n")
-    have(tmp_path / "cluster" / "common" / "deep.py", COMMON["common/deep.py"], cut_off=True)
-    have(tmp_path / "cluster" / "common" / "__init__.py", "OTHER = 1\n")
-    entry = build("aa", "common")
-    compiler.finish_now(store.layout, entry)
-    program = "import aa, common.deep; print(*(hasattr(one, 'TAKEN') for one in (aa, common, common.deep)))"
-    assert run(entry, program) == "True False False\n"
-    assert "ZeroDivisionError" in traceback(entry)
-
-
 def test_two_at_once(store: Store, build: Build) -> None:
     """Two that compile the same at the same time come to their ends, and the third links all of it."""
     entries = [build("aa", "common"), build("bb", "common")]
@@ -225,3 +183,88 @@ def test_somebody_links_what_is_being_removed(
     finish(store, build("cc", "common"))
     assert collect(store.layout, Limits(everything=True)).failed == []
     assert offered(store.layout) == set()
+
+
+def other_python() -> str:
+    """A Python of this system that is not ours, and compiles under another name."""
+    for path in ("/usr/bin/python3", "/usr/local/bin/python3"):
+        if (
+            os.path.exists(path)
+            and support.run_python("import sys; print(sys.version)", python=Path(path)).strip() != sys.version
+        ):
+            return path
+    pytest.skip("there is one Python only")
+
+
+def test_compiled_by_the_environments_python(
+    store: Store, tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an environment of another Python than ours gets is bytecode of its own, and nothing else counts as done."""
+    monkeypatch.setattr(Store, "finish", lambda _store, _entry: None)
+    python = other_python()
+    support.make_wheel(wheels, "common", modules=COMMON)
+    project = support.make_project(tmp_path / "project", wheels, ["ray", "common"])
+    with store.acquire(EnvSpec.parse({"path": project, "python": python}), LockedRay(), Holder("test")) as lease:
+        finish(store, entry := lease.entry)
+    program = f"import sys; sys.path.insert(0, {os.path.dirname(pyc.__file__)!r}); import pyc; print(pyc.tag())"
+    (folder,) = store.layout.bytecode.iterdir()
+    assert folder.name == support.run_python(program, python=entry.python).strip() != pyc.tag()
+    assert "ZeroDivisionError" in traceback(entry)
+
+
+def test_environment_whose_python_cannot(
+    store: Store, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its Python cannot compile, an entry does not count as compiled, and the error has its last words."""
+    entry = build("aa")
+    (tmp_path / "broken.py").write_text("raise SystemExit('not today')\n")
+    monkeypatch.setattr(pyc, "__file__", str(tmp_path / "broken.py"))
+    with pytest.raises(ChildProcessError, match="not today"):
+        bytecode_of_entry.finish_now(store.layout, entry)
+    assert not entry.compiled.exists()
+
+
+def test_what_compiles_keeps_the_entry(
+    store: Store, build: Build, tmp_path: Path, children: list[subprocess.Popen[str]]
+) -> None:
+    """If the compiler's parent is killed, the entry stays held, and no other compiler begins, until it is done."""
+    entry, slow = build("aa"), tmp_path / "slow.py"
+    slow.write_text(
+        f"""if True:
+        import os, runpy, time
+        open("{tmp_path}/began", "w").close()
+        while not os.path.exists("{tmp_path}/go"):
+            time.sleep(0.05)
+        runpy.run_path("{pyc.__file__}", run_name="__main__")
+        """
+    )
+    program = (
+        "import sys; from ray_envcache.build import bytecode; bytecode.pyc.__file__ = sys.argv.pop(1);"
+        "bytecode.main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", program, str(slow), str(store.layout.root), entry.path.name]
+    finisher = subprocess.Popen(command, text=True)
+    children.append(finisher)
+    support.wait_until((tmp_path / "began").exists, "it compiles")
+    finisher.kill()
+    finisher.wait()
+    with pytest.raises(InUseError):
+        evict(store.layout, entry)
+    assert not bytecode_of_entry.finish(store.layout, entry)
+    (tmp_path / "go").touch()
+    support.wait_until(lambda: flock.is_free(store.layout.finishing_flock(entry)), "it is done")
+    assert "__pycache__/aa" in " ".join(bytecode(entry))
+    assert bytecode_of_entry.finish(store.layout, entry)
+
+
+@pytest.mark.parametrize(
+    ("processors", "memory", "background", "found"),
+    [(1, 10**12, True, 1), (4, 10**12, True, 3), (4, 10**12, False, 4), (96, 10**12, False, 8), (96, 2 * 10**9, False, 4), (96, 10, False, 1)],
+)  # fmt: skip
+def test_number_of_processes(
+    monkeypatch: pytest.MonkeyPatch, processors: int, memory: int, *, background: bool, found: int
+) -> None:
+    """As many as we have processors and memory for, at most eight; in the background one processor is left free."""
+    monkeypatch.setattr(capacity, "processors", lambda: processors)
+    monkeypatch.setattr(capacity, "memory", lambda: memory)
+    assert bytecode_of_entry._workers(background=background) == found

@@ -172,6 +172,42 @@ def test_an_interpreter_holds_the_layer_and_what_it_lies_on(
     assert list(store.layout.all_entries()) == []
 
 
+def test_settings_of_the_root(store: Store, tmp_path: Path, wheels: Path, acquire: Acquire) -> None:
+    """How a member is built, which the root of its workspace says, makes another layer; anything else there does not."""
+    member = make_package(tmp_path / "root" / "member", "member", dependencies=["ray"])
+    with (member / "backend.py").open("a") as file:
+        file.write(
+            "\nplain = build_wheel\n"
+            "def build_wheel(directory, settings=None, metadata=None):\n"
+            "    path = pathlib.Path('src/member/setting.py')\n"
+            '    path.write_text(f\'CHOSEN = {(settings or {}).get("accelerator", "none")!r}\\n\')\n'
+            "    try: return plain(directory, settings, metadata)\n"
+            "    finally: path.unlink()\n"
+        )
+    root = tmp_path / "root" / "pyproject.toml"
+    text = f'[tool.uv.workspace]\nmembers = ["member"]\n[tool.uv]\nno-index = true\nfind-links = ["{wheels}"]\n'
+    found, keys = [], []
+    for more in ("", '[tool.uv.config-settings-package]\nmember = { accelerator = "some" }\n', "# a comment\n"):
+        root.write_text(text + more)
+        support.run_uv("lock", cwd=root.parent)
+        for _ in range(2):
+            lease = acquire(member)
+            found.append(says(lease, "from member.setting import CHOSEN; print(CHOSEN)"))
+            keys.append(lease.entry.key)
+    assert found == ["none", "none", "some", "some", "none", "none"]
+    assert keys[0] == keys[1] == keys[4] == keys[5] != keys[2] == keys[3]
+
+
+def test_folder_among_the_scripts(store: Store, tmp_path: Path, wheels: Path, acquire: Acquire) -> None:
+    """A wheel that has a folder in bin/ is no trouble for a layer: it finds what is in it."""
+    support.make_wheel(wheels, "tools", modules={"tools.py": "", "tools-1.0.data/data/bin/kit/part.txt": "a part"})
+    folder = make_package(tmp_path / "app", "app", dependencies=["ray", "tools"])
+    with (folder / "pyproject.toml").open("a") as file:
+        file.write(f'[tool.uv]\nno-index = true\nfind-links = ["{wheels}"]\n')
+    support.run_uv("lock", cwd=folder)
+    assert (acquire(folder).entry.bin / "kit" / "part.txt").read_text() == "a part"
+
+
 def test_a_lease_keeps_what_a_layer_lies_on(store: Store, project: Path, acquire: Acquire) -> None:
     """The environment below cannot go while somebody has the layer, found or just built."""
     for _ in range(2):

@@ -167,7 +167,8 @@ def _stop_compilers(host: Host) -> None:
     """Nobody will use these environments again; their bytecode would only take time from the tests to come."""
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []
-        if "ray_envcache.build.bytecode" in command and any(part.startswith(str(host.folder)) for part in command):
+        words = " ".join(command)
+        if str(host.folder) in words and ("ray_envcache.build.bytecode" in words or "inside/pyc.py" in words):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 

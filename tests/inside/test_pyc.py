@@ -1,117 +1,98 @@
-"""Bytecode of one module: taken from a twin that Python itself would believe, else compiled."""
+"""Bytecode of one module: right for its text, never checked again, and none where there can be none."""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
-import py_compile
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.util import cache_from_source
 from pathlib import Path
 
 import pytest
 
-from ray_envcache.build import bytecode
 from ray_envcache.inside import pyc
-
-TEXT = b"VALUE = 'compiled here'\n"
-OTHER = b"VALUE = 'of the twin..'\n"
-assert len(OTHER) == len(TEXT)
 
 
 @pytest.fixture
-def twin(tmp_path: Path) -> Path:
-    """A module whose bytecode says that it comes from there, which no compiler would make of its text."""
-    path = tmp_path / "twin" / "module.py"
-    path.parent.mkdir()
-    path.write_bytes(OTHER)
-    os.utime(path, (1e9, 1e9))
-    py_compile.compile(str(path), doraise=True, invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP)
-    path.write_bytes(TEXT)
-    os.utime(path, (1e9, 1e9))
+def places(tmp_path: Path) -> pyc.Places:
+    return pyc.Places(str(tmp_path / "shared"), str(tmp_path / "staged"))
+
+
+def make(path: Path, text: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
     return path
 
 
-def value(tmp_path: Path, twin: str) -> str:
-    """What a module with TEXT says, once it has bytecode."""
-    module = tmp_path / "site" / "module.py"
-    for folder in (module.parent / "__pycache__", tmp_path / "staged"):
-        folder.mkdir(parents=True, exist_ok=True)
-    module.write_bytes(TEXT)
-    places = pyc.Places(str(tmp_path / "shared"), str(tmp_path / "staged"))
-    pyc.keep(str(module), TEXT, pyc.made(str(module), TEXT, twin), places)
-    program = "import module; print(module.VALUE); print(module.__spec__.loader.get_code('module').co_filename)"
-    command = [sys.executable, "-S", "-c", program]
-    said = subprocess.run(command, cwd=module.parent, env={}, capture_output=True, text=True, check=True).stdout
-    found, path = said.splitlines()
-    assert os.path.samefile(module.parent / path, module), "tracebacks name the module, not the twin"
-    return found
+def says(module: Path) -> str:
+    """What Python takes a module for, and where its traceback points."""
+    program = "import module; print(module.VALUE, module.__spec__.loader.get_code('module').co_filename)"
+    command = [sys.executable, "-S", "-B", "-c", program]
+    return subprocess.run(command, cwd=module.parent, env={}, capture_output=True, text=True, check=True).stdout
 
 
-def test_twin_is_taken(tmp_path: Path, twin: Path) -> None:
-    """Where Python would believe the bytecode of a module with the same text, so do we."""
-    assert value(tmp_path, str(twin)) == "of the twin.."
-    (staged,) = (tmp_path / "staged").iterdir()
-    assert staged.name == pyc.name_of(TEXT)
+def test_two_modules_of_one_text(tmp_path: Path, places: pyc.Places) -> None:
+    """They have one file, which Python takes for each at once, with tracebacks that name the module itself."""
+    modules = [make(tmp_path / name / "module.py", "VALUE = 1\n") for name in "ab"]
+    for module in modules:
+        pyc.give(str(module), places)
+    cached = [Path(cache_from_source(str(module))) for module in modules]
+    assert cached[0].samefile(cached[1])
+    assert [path.name for path in Path(places.staged).iterdir()] == [pyc.name_of(b"VALUE = 1\n")]
+    for module in modules:
+        assert says(module).split() == ["1", str(module)]
 
 
-def bytecode_of(twin: Path) -> Path:
-    return Path(cache_from_source(str(twin)))
+def test_bytecode_is_not_checked(tmp_path: Path, places: pyc.Places) -> None:
+    """An import believes the bytecode without a look at the source: the environment never changes."""
+    module = make(tmp_path / "a" / "module.py", "VALUE = 1\n")
+    pyc.give(str(module), places)
+    module.write_text("VALUE = 'changed'\n")
+    assert says(module).startswith("1 ")
 
 
-def other_text(twin: Path) -> None:
-    twin.write_bytes(OTHER)
-    os.utime(twin, (1e9, 1e9))
-
-
-def cut_off(twin: Path) -> None:
-    path = bytecode_of(twin)
-    path.write_bytes(path.read_bytes()[:-5])
-
-
-def touched(twin: Path) -> None:
-    os.utime(twin, (2e9, 2e9))
-
-
-def other_python(twin: Path) -> None:
-    path = bytecode_of(twin)
-    path.write_bytes(b"\0\0\r\n" + path.read_bytes()[4:])
-
-
-def checked_hash(twin: Path) -> None:
-    path = bytecode_of(twin)
-    path.write_bytes(path.read_bytes()[:4] + b"\3" + path.read_bytes()[5:])
-
-
-def no_code(twin: Path) -> None:
-    path = bytecode_of(twin)
-    path.write_bytes(path.read_bytes()[:16])
-
-
-def no_bytecode(twin: Path) -> None:
-    bytecode_of(twin).unlink()
-
-
-def gone(twin: Path) -> None:
-    twin.unlink()
-
-
-@pytest.mark.parametrize(
-    "spoil", [other_text, cut_off, touched, other_python, checked_hash, no_code, no_bytecode, gone]
-)
-def test_doubtful_twin_is_not(tmp_path: Path, twin: Path, spoil: Callable[[Path], None]) -> None:
-    """Of another text, another Python, another moment, damaged or gone: then it is compiled."""
-    spoil(twin)
-    assert value(tmp_path, str(twin)) == "compiled here"
-
-
-def test_without_a_twin(tmp_path: Path) -> None:
-    """Compiled from its text; what cannot be compiled has no bytecode, and no rubbish stays."""
-    assert value(tmp_path, "") == "compiled here"
-    broken, staged = tmp_path / "site" / "broken.py", tmp_path / "staged"
-    broken.write_bytes(b"def (:\n")
-    bytecode.compile_tree(broken.parent, pyc.Places(str(tmp_path / "shared"), str(staged)), workers=1)
-    assert pyc.made(str(broken), b"def (:\n") == b""
+def test_text_that_does_not_compile(tmp_path: Path, places: pyc.Places) -> None:
+    """A template, or a test of broken syntax, gets no bytecode, and no rubbish stays."""
+    broken = make(tmp_path / "a" / "broken.py", "def (:\n")
+    pyc.give(str(broken), places)
     assert not Path(cache_from_source(str(broken))).exists()
-    assert [path.name for path in staged.iterdir()] == [pyc.name_of(TEXT)]
+    assert not Path(places.staged).exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becomes another user in a child")
+def test_same_pid_again(tmp_path: Path) -> None:
+    """What a killed compiler with our pid left behind is in nobody's way: in a container the same pid comes again."""
+    (tmp_path / "staged").mkdir()
+    tmp_path.chmod(0o755)
+    program = """if True:
+        import os, sys
+        from ray_envcache.inside import pyc
+        os.chown(sys.argv[1], 65534, 65534)
+        os.chdir(sys.argv[1])
+        os.setgid(65534); os.setuid(65534)
+        left = os.open(f"whole.pyc.{os.getpid()}", os.O_WRONLY | os.O_CREAT, 0o444)
+        os.close(left)
+        pyc._write_whole("whole.pyc", b"whole")
+        print(open("whole.pyc").read())
+    """
+    command = [sys.executable, "-c", program, str(tmp_path / "staged")]
+    assert subprocess.check_output(command, text=True) == "whole\n"
+
+
+def test_failure_is_told_by_its_number(tmp_path: Path, places: pyc.Places) -> None:
+    """Run as a program it says on stdout which error of the system stopped it, for its caller to raise again."""
+    make(tmp_path / "a" / "module.py", "VALUE = 1\n")
+    (tmp_path / "staged").touch()
+    asked = {
+        "top": f"{tmp_path}/a",
+        "shared": places.shared,
+        "staged": places.staged,
+        "workers": 1,
+        "background": False,
+    }
+    command = [sys.executable, "-I", "-S", pyc.__file__, json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, str(errno.ENOTDIR))
+    assert "Not a directory" in done.stderr

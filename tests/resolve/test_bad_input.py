@@ -12,7 +12,7 @@ import pytest
 
 from ray_envcache import errors
 from ray_envcache.acquire import Store
-from ray_envcache.build.planning import require_buildable
+from ray_envcache.build.plan import require_buildable
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve.cluster_ray import ClusterRay, installed_ray
 from ray_envcache.store.leases import Holder

@@ -71,8 +71,9 @@ def test_layer_key(digests: list[str], dice: object) -> None:
     digest = layers.digest_of(contents)
     assert layers.digest_of(reversed(contents)) == digest
     assert layers.digest_of([*contents, contents[0]]) != digest
-    assert key.layer_key("a" * 32, digest) != key.layer_key("b" * 32, digest)
-    assert key.layer_key("a" * 32, digest) != key.layer_key("a" * 32, digest[:-1])
+    assert key.layer_key("a" * 32, digest, "") != key.layer_key("b" * 32, digest, "")
+    assert key.layer_key("a" * 32, digest, "") != key.layer_key("a" * 32, digest[:-1], "")
+    assert key.layer_key("a" * 32, digest, "") != key.layer_key("a" * 32, digest, "{}")
 
 
 @pytest.mark.parametrize("git", [True, False])

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import uv as uv_package
 
-from ray_envcache.build import planning
-from ray_envcache.build.environment import EnvironmentPlan
+from ray_envcache.build.plan import EnvironmentPlan, plan_of
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import interpreter, settings, toml, uv
 from ray_envcache.resolve.cluster_ray import installed_ray
@@ -210,7 +209,7 @@ target = "elsewhere"
 def plan(pyproject: Path) -> EnvironmentPlan:
     spec = EnvSpec.parse(pyproject)
     project, executable = Project.locate(pyproject), interpreter.base_executable(None)
-    return planning.plan_of(spec, project, executable, installed_ray(), check_current=True)
+    return plan_of(spec, project, executable, installed_ray(), check_current=True)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ray_envcache.build.bytecode import compile_tree
 from ray_envcache.inside import pyc
-from ray_envcache.inside.pyc import Places
+from ray_envcache.inside.pyc import Places, compile_tree
 from ray_envcache.store import shared_bytecode
 from ray_envcache.store.layout import Layout
 from ray_envcache.system import disk
@@ -24,7 +23,7 @@ class Host:
 
     def __init__(self, root: Path) -> None:
         self.layout = Layout(root)
-        self.shared = shared_bytecode.folder_of_this_python(self.layout)
+        self.shared = self.layout.bytecode / pyc.tag()
 
     def tree(self, name: str, modules: dict[str, str]) -> Path:
         for path, text in modules.items():
@@ -34,14 +33,15 @@ class Host:
         return self.layout.entries / name
 
     def compile(self, tree: Path) -> Path:
-        """Give the tree its bytecode, and the store what is new; where that is staged."""
-        staged = tree / "staged"
-        staged.mkdir(exist_ok=True)
-        compile_tree(tree, Places(str(self.shared), str(staged)), workers=1)
-        shared_bytecode.publish(str(staged), self.shared)
-        for path in staged.iterdir():
+        """Give the tree its bytecode, and the store what is new; where that was staged."""
+        compile_tree(str(tree), self.places(tree), workers=1)
+        shared_bytecode.publish(tree / "staged", self.layout.bytecode)
+        for path in (tree / "staged").rglob("*.pyc*"):
             path.unlink()
-        return staged
+        return tree / "staged"
+
+    def places(self, tree: Path) -> Places:
+        return Places.of_this_python(str(self.layout.bytecode), str(tree / "staged"))
 
     def offered(self) -> set[str]:
         return set(os.listdir(self.shared)) if self.shared.exists() else set()
@@ -110,10 +110,9 @@ def test_nobody_is_trusted_but_the_text(host: Host) -> None:
 def test_what_a_killed_compiler_staged_is_taken_over(host: Host) -> None:
     """The next compiler of the tree goes on where the last one was."""
     tree = host.tree("a", {"one.py": "X = 1\n", "two.py": "X = 2\n"})
-    (staged := tree / "staged").mkdir()
-    compile_tree(tree, Places(str(host.shared), str(staged)), workers=1)
+    compile_tree(str(tree), host.places(tree), workers=1)
     before = inodes(tree)
-    (staged / f"{'0' * 64}.pyc.4711").write_bytes(b"cut o")
+    (Path(host.places(tree).staged) / f"{'0' * 64}.pyc.4711").write_bytes(b"cut o")
     for path in tree.rglob("__pycache__/one.*"):
         path.unlink()
     host.compile(tree)
@@ -172,7 +171,7 @@ def test_no_room_to_compile(host: Host, monkeypatch: pytest.MonkeyPatch) -> None
         patch.setattr(os, "replace", full)
         with pytest.raises(OSError, match="No space left"):
             host.compile(tree)
-    assert len(inodes(tree)) == len(list((tree / "staged").iterdir())) == 2
+    assert len(inodes(tree)) == len(list((tree / "staged").rglob("*.pyc"))) == 2
     host.compile(tree)
     assert len(inodes(tree)) == len(host.offered()) == 4
 
@@ -218,14 +217,9 @@ def test_each_python_has_its_own(host: Host, options: list[str]) -> None:
     """An interpreter that compiles differently, be it by an option, has a folder of its own."""
     if options[0] == "-X" and sys.version_info < (3, 11):
         options = ["-O"]
-    program = "import pathlib, ray_envcache.store.shared_bytecode as s, ray_envcache.store.layout as l, sys\n"
-    program += "print(s.folder_of_this_python(l.Layout(pathlib.Path(sys.argv[1]))))"
+    program = "from ray_envcache.inside import pyc; print(pyc.tag())"
     said = [
-        subprocess.run(
-            [sys.executable, *chosen, "-c", program, host.layout.root], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for chosen in ([], options)
+        subprocess.check_output([sys.executable, *chosen, "-c", program], text=True).strip() for chosen in ([], options)
     ]
-    assert said[0] == str(host.shared)
+    assert said[0] == host.shared.name
     assert said[1] != said[0]
-    assert Path(said[1]).parent == host.layout.bytecode

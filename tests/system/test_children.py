@@ -267,3 +267,105 @@ def test_detached_failure() -> None:
     """A program that cannot be started is an error here, not silence."""
     with pytest.raises(subprocess.CalledProcessError):
         children.start_detached(["/no/such/program"], environ=ENVIRON)
+
+
+def in_a_program(text: str, *, threaded: bool = False) -> str:
+    """What a program says that has SIGCHLD ignored from its start, as some supervisors leave it."""
+    program = f"""if True:
+        import os, signal, sys, threading
+        from pathlib import Path
+        from ray_envcache.errors import EnvCacheError
+        from ray_envcache.system import children
+        def work():
+            {text}
+        if {threaded}:
+            thread = threading.Thread(target=work); thread.start(); thread.join()
+        else:
+            work()
+    """
+    ignoring = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    return subprocess.check_output([sys.executable, "-c", ignoring, "-c", program], text=True)
+
+
+def test_ignored_sigchld() -> None:
+    """A failure is one also where our parent had us ignore SIGCHLD, and children can wait for theirs."""
+    inner = "import subprocess; print(subprocess.run(['false']).returncode)"
+    text = (
+        f"print(children.run(['false'], environ=os.environ).returncode,"
+        f" children.run([sys.executable, '-c', {inner!r}], environ=os.environ).stdout.strip(),"
+        " signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN)"
+    )
+    assert in_a_program(text) == "1 1 True\n"
+
+
+def test_ignored_sigchld_of_a_launcher(tmp_path: Path) -> None:
+    """That a detached process could not be started is an error there too."""
+    text = """
+            try: children.start_detached(["/no/such/program"], environ=os.environ)
+            except Exception as error: print(type(error).__name__)
+    """
+    assert in_a_program(text.strip()) == "CalledProcessError\n"
+
+
+def test_ignored_sigchld_in_a_thread() -> None:
+    """Where only the main thread could mend it, it is an error with the way out, and no success."""
+    text = """
+            try: children.run(["false"], environ=os.environ)
+            except EnvCacheError as error: print(error.hint)
+    """
+    assert "signal.signal(signal.SIGCHLD, signal.SIG_DFL)" in in_a_program(text.strip(), threaded=True)
+
+
+def test_status_that_a_handler_took() -> None:
+    """A program's own handler that reaps every child makes an error of a status that nobody can know."""
+    program = """if True:
+        import os, signal
+        from ray_envcache.errors import EnvCacheError
+        from ray_envcache.system import children
+        signal.signal(signal.SIGCHLD, lambda *_: os.waitpid(-1, 0))
+        try: print(children.run(["false"], environ=os.environ))
+        except EnvCacheError as error: print(error.message)
+    """
+    said = subprocess.check_output([sys.executable, "-c", program], text=True)
+    assert said.startswith("Another part of this program took the exit status of a child: ['false']")
+
+
+def test_flock_of_a_process_without_streams(tmp_path: Path) -> None:
+    """A descriptor with the number of a stream reaches the child under another one, which keeps its flock."""
+    program = """if True:
+        import os, sys
+        from ray_envcache.system import children, flock
+        for stream in range(3):
+            os.close(stream)
+        held = flock.try_flock(sys.argv[1], exclusive=True, flags=os.O_RDWR | os.O_CREAT)
+        assert held == 0
+        with children.running(["sh", "-c", "sleep 0.2; exit 3"], environ=os.environ, pass_fds=[held]) as finish:
+            os.close(held)
+            taken = flock.is_held(sys.argv[1])
+            sys.exit(finish().returncode + 10 * taken)
+    """
+    assert subprocess.run([sys.executable, "-c", program, tmp_path / "flock"], check=False).returncode == 13
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
+def test_detached_has_the_usual_signals(tmp_path: Path) -> None:
+    """Nothing that Python, or our parent, ignores or blocks is ignored or blocked in a detached process."""
+    report, program = tmp_path / "report", "grep Sig /proc/self/status > $0.part; mv $0.part $0"
+    text = """
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            children.start_detached(["/bin/sh", "-c", PROGRAM, REPORT], environ=os.environ)
+    """
+    in_a_program(text.strip().replace("PROGRAM", repr(program)).replace("REPORT", repr(str(report))))
+    support.wait_until(report.exists, "it has told")
+    found = dict(line.split() for line in report.read_text().splitlines() if line.startswith(("SigBlk", "SigIgn")))
+    # Above 31 are those of the C library.
+    assert {name: int(mask, 16) & 0x7FFF_FFFF for name, mask in found.items()} == {"SigBlk:": 0, "SigIgn:": 0}
+
+
+def test_time_out() -> None:
+    """A child that is not done in time is killed with what it started, and the error says how long that was."""
+    pids: list[int] = []
+    with pytest.raises(TimeoutError, match=r"not done after 0\.5 seconds: \['sh'"):
+        sh("sleep 600 & echo $! >&2; wait", on_line=lambda line: pids.append(int(line)), seconds=0.5)
+    assert_all_gone(pids)
+    assert sh("exit 3", seconds=60).returncode == 3
