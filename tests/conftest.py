@@ -89,7 +89,7 @@ def _a_machine_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     and so does uv's cache: a test run is no reason to download Ray again.
     """
     with pytest.MonkeyPatch.context() as patch:
-        cache = support.run(uv.find_uv_bin(), "cache", "dir").strip()
+        cache = support.run(uv.find_uv_bin(), "--color=never", "cache", "dir").strip()
         for name in filter(_is_of_the_user, list(os.environ)):
             patch.delenv(name)
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
