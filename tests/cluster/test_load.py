@@ -85,7 +85,8 @@ class Node:
     def run_jobs(self, jobs: int, tasks: int, actors: int, projects: list[Path]) -> None:
         """Run so many jobs at once, each with so many tasks and actors, and check what they found."""
         drivers = [
-            self.host.start(JOB, self.address, str(tasks), str(actors), *projects, **WITH_TOKEN) for _ in range(jobs)
+            self.host.start(JOB, self.address, str(tasks), str(actors), *projects, before=(), **WITH_TOKEN)
+            for _ in range(jobs)
         ]
         outputs = [driver.communicate() for driver in drivers]
         assert [driver.returncode for driver in drivers] == [0] * jobs, outputs
@@ -167,7 +168,7 @@ def node(host: Host) -> Iterator[Node]:
         "PYTHONPATH": os.path.dirname(__file__),
         "ENVCACHE_TEST_STEPS": str(host.folder / "steps.json"),
     }
-    process = host.start(CLUSTER, **timed, **WITH_TOKEN)
+    process = host.start(CLUSTER, before=(), **timed, **WITH_TOKEN)
     try:
         yield Node(host, process)
     finally:

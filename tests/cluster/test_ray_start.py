@@ -86,3 +86,16 @@ def test_ray_start_with_the_exports(host: Host, nodes: tuple[str, list[subproces
     assert [child.returncode for child in started] == [1, 1]
     support.wait_until(lambda: all(map(support.is_gone, family)), "all that the nodes started is gone")
     assert host.holders() == []
+
+
+def test_another_home(host: Host, nodes: tuple[str, list[subprocess.Popen[str]]]) -> None:
+    """A driver whose home has not the token of the cluster is refused by Ray, with words about the token."""
+    address, _ = nodes
+    project, other = host.project("project"), host.folder / "other home"
+    other.mkdir()
+    for variables in ({}, WITH_TOKEN):
+        driver = host.start(WHERE, address, project, before=(), HOME=str(other), **variables)
+        _, err = driver.communicate()
+        assert driver.returncode == 1
+        assert "authentication token" in err.lower()
+    assert host.holders() == []
