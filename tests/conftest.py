@@ -5,14 +5,15 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import uv
 from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 from ray_envcache.acquire import Store
-from ray_envcache.field import registration
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve.cluster_ray import installed_ray
 from ray_envcache.store.leases import Holder, Lease
@@ -21,6 +22,21 @@ from tests import support
 # No test is timed: on a busy machine anything takes long once.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+def _be_the_first() -> None:
+    """As the first process of a container we are the parent of all orphans: only reap them, and test in a child."""
+    child = os.fork()
+    if child == 0:
+        return
+    while True:
+        pid, status = os.wait()
+        if pid == child:
+            os._exit(abs(os.waitstatus_to_exitcode(status)))
+
+
+if os.getpid() == 1:
+    _be_the_first()
 
 
 _LONG = ("cluster", "attack", "host", "pypi", "slow")
@@ -66,26 +82,51 @@ def _interruptible() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _bytecode_is_written() -> Iterator[None]:
-    """Where a machine forbids it, each of the thousands of child processes would compile all that it imports."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
-        yield
+def _a_machine_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An empty home, no settings of this machine's user, and a default store that cannot be made.
 
-
-@pytest.fixture(autouse=True, scope="session")
-def _trap_the_default_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A test that forgets to choose a store must fail, not fill the user's: this root cannot be made."""
-    trap = tmp_path_factory.mktemp("trap") / "file"
-    trap.write_text("you forgot to choose a store")
+    A test that forgets to choose a store must fail, not fill the user's. What says how to reach package indexes stays,
+    and so does uv's cache: a test run is no reason to download Ray again.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        cache = support.run(uv.find_uv_bin(), "--color=never", "cache", "dir").strip()
+        for name in filter(_is_of_the_user, list(os.environ)):
+            patch.delenv(name)
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("UV_CACHE_DIR", cache)
+        patch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+        trap = tmp_path_factory.mktemp("trap") / "file"
+        trap.write_text("you forgot to choose a store")
         patch.setenv("RAY_ENVCACHE_DIR", str(trap / "you-forgot-to-choose-a-store"))
-        # Importing the package registered it here; tests that want that say so.
-        for name in (registration.HOOK, registration.PLUGINS, registration.UV_RUN):
-            patch.delenv(name, raising=False)
-        # Whoever runs us with this one means our own environment: a `uv sync` of a test would replace it.
-        patch.delenv("UV_PROJECT_ENVIRONMENT", raising=False)
         yield
+
+
+_SETTINGS = ("CLICOLOR", "CONDA", "GIT_", "LC_", "PYTHON", "RAY_", "UV_", "VIRTUAL_ENV", "XDG_")
+"""Prefixes of variables that change what programs do. Some come from `uv run`, or from importing this package."""
+_REACH = (
+    "GIT_SSL_", "UV_DEFAULT_INDEX", "UV_EXTRA_INDEX", "UV_FIND_LINKS", "UV_HTTP_", "UV_INDEX", "UV_INSECURE_HOST",
+    "UV_NATIVE_TLS", "UV_SYSTEM_CERTS",
+)  # fmt: skip
+
+
+def _is_of_the_user(name: str) -> bool:
+    if name.startswith(_REACH) and name != "UV_INDEX_STRATEGY":
+        return False
+    return name.startswith(_SETTINGS) or name in {"COLUMNS", "FORCE_COLOR", "LINES", "NO_COLOR", "TZ", "UV"}
+
+
+@pytest.fixture(autouse=True)
+def _failed_commands_are_shown(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report of a failed test has the output of each command that failed in it, whatever the test asserts of that."""
+    communicate = subprocess.Popen.communicate
+
+    def recorded(child: subprocess.Popen[Any], *arguments: Any, **options: Any) -> tuple[Any, Any]:
+        out, err = communicate(child, *arguments, **options)
+        if child.returncode and (out or err):
+            request.node.add_report_section("call", "command", support.describe(child.args, child.returncode, out, err))
+        return out, err
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", recorded)
 
 
 @pytest.fixture
@@ -130,9 +171,4 @@ def children() -> Iterator[list[subprocess.Popen[str]]]:
     """Processes that a test starts; whatever happens they are gone after it."""
     started: list[subprocess.Popen[str]] = []
     yield started
-    for child in started:
-        child.kill()
-        child.wait()
-        for stream in (child.stdin, child.stdout, child.stderr):
-            if stream is not None:
-                stream.close()
+    support.reap(started)

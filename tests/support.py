@@ -7,6 +7,7 @@ import hashlib
 import io
 import itertools
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -68,6 +69,12 @@ def make_wheel(
             # A fixed date: the same content always gives the same wheel, and the same hash.
             archive.writestr(zipfile.ZipInfo(path, (2020, 1, 1, 0, 0, 0)), text)
     return wheel
+
+
+def unpack(wheel: Path, folder: Path) -> None:
+    """Install a wheel of Python modules into a folder, for its `sys.path`."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
 
 
 def _record_hash(text: str) -> str:
@@ -132,32 +139,51 @@ def build_finished(store: Store, project: Path) -> Entry:
     return entry
 
 
-def run_uv(*arguments: str | os.PathLike[str], cwd: Path, **more: str) -> str:
-    """Run uv, with `more` in its environment; a failure fails the test with its output."""
-    environ = {**os.environ, "UV_PYTHON": sys.executable, "UV_PYTHON_DOWNLOADS": "never"}
-    environ.pop("VIRTUAL_ENV", None)
-    environ.update(more)
-    done = subprocess.run(
-        [uv.find_uv_bin(), *arguments], cwd=cwd, env=environ, capture_output=True, text=True, check=False
+def run(*command: str | os.PathLike[str], code: int = 0, **options: Any) -> str:
+    """Run a command to its end and return its stdout; with another exit code the test fails and shows what it said."""
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        command, capture_output=True, text=True, check=False, **options
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, describe(command, done.returncode, done.stdout, done.stderr)
     return done.stdout
+
+
+def describe(command: Any, code: int, *outputs: str | bytes | None) -> str:
+    """A command, its exit code and what it said, for the report of a failed test."""
+    words = [command] if isinstance(command, (str, bytes, os.PathLike)) else command
+    line = shlex.join(os.fsdecode(word) for word in words)
+    said = [text.decode(errors="replace") if isinstance(text, bytes) else text for text in outputs if text]
+    return "\n".join([f"exit code {code}: {line[:1000]}", *(text[-10_000:] for text in said)])
+
+
+def run_uv(*arguments: str | os.PathLike[str], cwd: Path, **more: str) -> str:
+    """Run uv with our own Python, and with `more` in its environment; returns its stdout."""
+    environ = {**os.environ, "UV_PYTHON": sys.executable, "UV_PYTHON_DOWNLOADS": "never", **more}
+    return run(uv.find_uv_bin(), *arguments, cwd=cwd, env=environ)
 
 
 def run_python(
     code: str, *arguments: str, environ: Mapping[str, str] | None = None, python: Path | str = sys.executable
 ) -> str:
-    """Run a Python program to its end and return its stdout; a failure fails the test with its output."""
-    done = subprocess.run(
-        [python, "-c", textwrap.dedent(code), *arguments],
-        env={**os.environ, **(environ or {})},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout
+    """Run a Python program, with `environ` besides our own environment; returns its stdout."""
+    command = [python, "-c", textwrap.dedent(code), *arguments]
+    return run(*command, env={**os.environ, **(environ or {})}, timeout=240)
+
+
+def reap(children: Iterable[subprocess.Popen[str]]) -> None:
+    """Kill these processes. What they said on stderr, and no test has read, is shown where the test fails."""
+    for child in children:
+        child.kill()
+        child.wait()
+        if child.stderr is not None and not child.stderr.closed:
+            # Not to its end: a process that it started may have the other end open.
+            os.set_blocking(child.stderr.fileno(), False)
+            with suppress(BlockingIOError):
+                if unread := os.read(child.stderr.fileno(), 1 << 16):
+                    print(describe(child.args, child.returncode, unread))
+        for stream in (child.stdin, child.stdout, child.stderr):
+            if stream is not None:
+                stream.close()
 
 
 def start_python(
@@ -183,6 +209,15 @@ def command_of(process: psutil.Process) -> list[str]:
         command: list[str] = process.cmdline()
         return command
     return []
+
+
+def is_gone(process: psutil.Process | int) -> bool:
+    """Whether a process ended. That of a container which has to reap orphans, its first, may never do so."""
+    try:
+        found = psutil.Process(process) if isinstance(process, int) else process
+        return not found.is_running() or found.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:

@@ -202,7 +202,7 @@ def test_interrupted_build_leaves_nothing(
     support.wait_until(lambda: started.exists() and started.read_text() != "", "the build of the source package began")
     builder.send_signal(signal.SIGINT)
     builder.wait()
-    support.wait_until(lambda: not Path(f"/proc/{started.read_text()}").exists(), "the build backend is gone")
+    support.wait_until(lambda: support.is_gone(int(started.read_text())), "the build backend is gone")
     assert list(store.layout.entries.iterdir()) == list(store.layout.trash.iterdir()) == []
     assert not any(flock.is_held(path) for path in store.layout.flocks.iterdir())
 

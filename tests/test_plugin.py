@@ -153,7 +153,7 @@ def test_cancelled_build(
 
     asyncio.run(run())
     assert psutil.Process().children(recursive=True) == []
-    support.wait_until(lambda: not psutil.pid_exists(int(note.read_text())), "uv is gone")
+    support.wait_until(lambda: support.is_gone(int(note.read_text())), "uv is gone")
     if not deaf:
         assert list(store.layout.entries.iterdir()) == list(store.layout.trash.iterdir()) == []
     assert not any(flock.is_held(path) for path in store.layout.flocks.iterdir())

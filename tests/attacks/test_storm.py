@@ -15,6 +15,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,54 +29,97 @@ from tests import support
 
 pytestmark = [pytest.mark.host, pytest.mark.attack]
 
+COLOURS = ("red", "green", "blue", "black", "white")
+ALL = ("use",) * 10 + ("gc",) * 3 + ("pin", "rm")
+"""What a process of the storm does, by the names of functions in USER: one of these, again and again."""
+
 USER = """
 import fcntl, os, subprocess, sys, time, random
 from pathlib import Path
 from ray_envcache.gc import collector, evict
-from ray_envcache.store import pins
+from ray_envcache.store import inventory, pins
 from ray_envcache.resolve.cluster_ray import installed_ray
 from ray_envcache.errors import EnvCacheError, InUseError, UnknownKeyError
 from ray_envcache.store.leases import Holder
 from ray_envcache.gc.policy import Limits
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.acquire import Store
+from ray_envcache.system import flock
 
-projects, markers, seed = sys.argv[1].split(","), Path(sys.argv[2]), int(sys.argv[3])
+projects, markers, seed, actions = sys.argv[1].split(","), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4].split(",")
 dice = random.Random(seed)
 store = Store.open()
 
-# Marks its entry as used from outside, waits, and imports what it has not imported yet.
+# Marks its entry as used from outside, looks for its own hold as the kernel knows it, waits, and imports what it has not
+# imported yet.
 PROGRAM = '''
-import fcntl, sys, time
+import fcntl, os, sys, time
 marker = open(sys.argv[1], "w")
 fcntl.flock(marker, fcntl.LOCK_EX)
 marker.write(sys.argv[2]); marker.flush()
+if os.path.isdir("/proc/self/fdinfo"):
+    in_use = os.stat(os.path.join(sys.argv[2], "in-use")).st_ino
+    held = []
+    for fd in os.listdir("/proc/self/fdinfo"):
+        try:
+            held += [line for line in open(f"/proc/self/fdinfo/{fd}") if "FLOCK" in line]
+        except FileNotFoundError:
+            pass  # the descriptor of that list
+    if not any(f":{in_use} " in line for line in held):
+        sys.exit("it runs without its hold")
 time.sleep(float(sys.argv[3]))
 import deep.late
 '''
 
+def start(entry):
+    marker = markers / f"{os.getpid()}-{time.monotonic_ns()}"
+    command = [entry.python, "-c", PROGRAM, marker, entry.path, str(dice.random() / 5)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True), marker
+
+def end(child, marker):
+    said = child.communicate()[1]
+    # Else they grow faster than the watcher, one among many here, can look at them.
+    marker.unlink(missing_ok=True)
+    if child.returncode not in (0, -9):
+        print("VIOLATION", said, flush=True)
+    print("used", flush=True)
+
 def use():
     project = dice.choice(projects)
     with store.acquire(EnvSpec.parse(project), installed_ray(), Holder("storm")) as lease:
-        marker = markers / f"{os.getpid()}-{time.monotonic_ns()}"
-        child = subprocess.Popen([lease.python, "-c", PROGRAM, marker, lease.entry.path, str(dice.random() / 5)], stderr=subprocess.PIPE, text=True)
+        child, marker = start(lease.entry)
         if dice.random() < 0.3:
             # From here on the interpreter's own hold is all that keeps the entry.
             while not marker.exists() and child.poll() is None: time.sleep(0.002)
             lease.release()
         if dice.random() < 0.15:
             child.kill()
-        said = child.communicate()[1]
-        # Else they grow faster than the watcher, one among many here, can look at them.
-        marker.unlink(missing_ok=True)
-        if child.returncode not in (0, -9):
-            print("VIOLATION", said, flush=True)
-        print("used", flush=True)
+        end(child, marker)
+
+def run():
+    # As a cron job does, without a lease.
+    ready = [entry for entry in store.layout.all_entries() if entry.ready.exists()]
+    if ready:
+        end(*start(dice.choice(ready)))
 
 def gc():
     report = collector.collect(store.layout, Limits(everything=True) if dice.random() < 0.5 else Limits(unused_for=0.2, min_free_space=None))
     for name, reason in report.failed: print("FAILED", name, reason, flush=True)
     print("removed", len(report.removed), flush=True)
+
+def look():
+    print("looked", len(inventory.survey(store.layout)), flush=True)
+
+def peek():
+    # What a lister does with an entry, without all that it does besides.
+    for entry in store.layout.all_entries():
+        for _ in range(100): flock.is_free(entry.in_use)
+
+def rest():
+    time.sleep(dice.random() / 2)
+
+def tidy():
+    collector.collect(store.layout, Limits(min_free_space=None))
 
 def pin():
     # One at a time: whoever unpins gives free what another one pinned.
@@ -101,7 +146,7 @@ def rm():
 
 while True:
     try:
-        dice.choices([use, gc, pin, rm], weights=[10, 3, 1, 1])[0]()
+        globals()[dice.choice(actions)]()
     except (InUseError, UnknownKeyError, FileNotFoundError) as error:
         if isinstance(error, FileNotFoundError) and "trash" not in str(error) and "entries" not in str(error): raise
         print("refused", flush=True)
@@ -124,76 +169,93 @@ def watch(markers: Path) -> list[str]:
     return found
 
 
-def storm(store: Store, folder: Path, projects: list[Path], seconds: float, processes: int) -> dict[str, int]:
-    """Let it rage; what happened, counted."""
-    markers = folder / "markers"
-    markers.mkdir()
-    dice = random.Random(1)
-    users: list[subprocess.Popen[bytes]] = []
-    logs: list[Path] = []
-    counts = {"kills": 0, "violations": 0, "used": 0, "removed": 0, "refused": 0}
+Users = dict["subprocess.Popen[bytes]", Sequence[str]]
+"""The living processes of a storm, and what each does."""
 
-    def begin() -> None:
-        log = folder / f"log-{len(logs)}"
-        arguments = [",".join(map(str, projects)), str(markers), str(len(logs))]
-        logs.append(log)
+
+def kill(users: Users, counts: Counter[str], dice: random.Random) -> None:
+    """Now and then kill one of the users: sometimes alone, sometimes with all that it started."""
+    if dice.random() < 0.15:
+        victim = dice.choice(list(users))
+        (os.killpg if dice.random() < 0.5 else os.kill)(victim.pid, signal.SIGKILL)
+        victim.wait()
+        counts["kills"] += 1
+
+
+class Storm:
+    """A process for each of `actions`, which does at random what these name, on the store of our environment."""
+
+    def __init__(self, folder: Path, projects: list[Path], actions: Sequence[Sequence[str]]) -> None:
+        self.folder, self.projects = folder, projects
+        self.markers = folder / "markers"
+        self.markers.mkdir()
+        self.counts = Counter[str]()
+        self.logs: list[Path] = []
+        self.users: Users = {}
+        for some in actions:
+            self._begin(some)
+
+    def rage(self, seconds: float, disturb: Callable[[Users, Counter[str], random.Random], None]) -> Counter[str]:
+        """Let it go on; `disturb` is called twenty times a second, and who ends is replaced. What happened, counted."""
+        deadline, dice = time.monotonic() + seconds, random.Random(1)
+        try:
+            while time.monotonic() < deadline:
+                time.sleep(0.05)
+                for entry in watch(self.markers):
+                    print("removed under a user:", entry)
+                    self.counts["violations"] += 1
+                disturb(self.users, self.counts, dice)
+                for user in [user for user in self.users if user.poll() is not None]:
+                    self._begin(self.users.pop(user))
+        finally:
+            for user in self.users:
+                os.killpg(user.pid, signal.SIGKILL)
+                user.wait()
+        self._read_logs()
+        return self.counts
+
+    def _begin(self, actions: Sequence[str]) -> None:
+        log = self.folder / f"log-{len(self.logs)}"
+        arguments = [",".join(map(str, self.projects)), str(self.markers), str(len(self.logs)), ",".join(actions)]
+        self.logs.append(log)
         with log.open("w") as file:
-            users.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", textwrap.dedent(USER), *arguments],
-                    stdout=file,
-                    stderr=file,
-                    start_new_session=True,
-                )
-            )
+            command = [sys.executable, "-c", textwrap.dedent(USER), *arguments]
+            self.users[subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)] = actions
 
-    for _ in range(processes):
-        begin()
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        time.sleep(0.05)
-        for entry in watch(markers):
-            print("removed under a user:", entry)
-            counts["violations"] += 1
-        if dice.random() < 0.15:
-            victim = users.pop(dice.randrange(len(users)))
-            # Sometimes alone, sometimes with all it started.
-            (os.killpg if dice.random() < 0.5 else os.kill)(victim.pid, signal.SIGKILL)
-            victim.wait()
-            counts["kills"] += 1
-            begin()
-        for user in [user for user in users if user.poll() is not None]:
-            users.remove(user)
-            counts["crashes"] = counts.get("crashes", 0) + 1
-            begin()
-    for user in users:
-        os.killpg(user.pid, signal.SIGKILL)
-        user.wait()
-    text = "".join(log.read_text() for log in logs)
-    counts["violations"] += text.count("VIOLATION") + text.count("FAILED")
-    counts["used"], counts["refused"] = text.count("used\n"), text.count("refused\n")
-    counts["removed"] = sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("removed"))
-    for line in text.splitlines():
-        if line.startswith(("VIOLATION", "FAILED")):
-            print(line)
-    assert "Traceback" not in text, text[text.index("Traceback") :][:3000]
-    return counts
+    def _read_logs(self) -> None:
+        texts = [log.read_text() for log in self.logs]
+        lines = "".join(texts).splitlines()
+        wrong = [line for line in lines if line.startswith(("VIOLATION", "FAILED"))]
+        self.counts["violations"] += len(wrong)
+        self.counts["used"], self.counts["refused"] = lines.count("used"), lines.count("refused")
+        self.counts["looked"] = sum(line.startswith("looked") for line in lines)
+        self.counts["removed"] = sum(int(line.split()[1]) for line in lines if line.startswith("removed"))
+        print(*wrong, dict(self.counts), sep="\n")
+        crashed = [text for text in texts if "Traceback" in text]
+        assert not crashed, crashed[0][-3000:]
 
 
-def rage(store: Store, tmp_path: Path, wheels: Path, seconds: float, processes: int) -> dict[str, int]:
-    projects = []
-    for name in ("red", "green", "blue", "black", "white"):
+def make_projects(tmp_path: Path, wheels: Path, *more: str) -> list[Path]:
+    """Projects with an environment each, whose package has a module to be imported late."""
+    for name in COLOURS:
         modules = {"deep/__init__.py": "", "deep/late.py": f"COLOUR = {name!r}\n"}
         support.make_wheel(wheels, name, modules=modules)
-        projects.append(support.make_project(tmp_path / f"project-{name}", wheels, ["ray", name]))
-    counts = storm(store, tmp_path, projects, seconds, processes)
-    print(counts)
+    return [support.make_project(tmp_path / f"project-{name}", wheels, ["ray", name, *more]) for name in COLOURS]
+
+
+def clear(store: Store) -> None:
+    """Wait until nobody uses the store, and empty it."""
     for pin in store.layout.pins.iterdir():
-        # Of somebody killed before he unpinned: a pin survives everything.
+        # Of a process that was killed before it unpinned: a pin survives everything.
         pin.unlink()
     support.wait_until(lambda: collect(store.layout, Limits(everything=True)).in_use == 0, "all users are gone")
     collect(store.layout, Limits(everything=True))
     assert list(store.layout.entries.iterdir()) == list(store.layout.trash.iterdir()) == []
+
+
+def rage(store: Store, tmp_path: Path, wheels: Path, seconds: float, processes: int) -> Counter[str]:
+    counts = Storm(tmp_path, make_projects(tmp_path, wheels), [ALL] * processes).rage(seconds, kill)
+    clear(store)
     return counts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,13 @@ class Host:
         self.uv("pip", "install", *compiling, f"--python={venv}", *wanted)
         return venv / "bin" / "python"
 
+    @cached_property
+    def token(self) -> Path:
+        """Ray's token: clusters authenticate as they do by default, and leave the user's own home alone."""
+        file = self.disk / "auth_token"
+        file.write_text(secrets.token_hex(32))
+        return file
+
     @staticmethod
     def free(place: Path) -> int:
         """Bytes that are free where `place` is."""
@@ -80,7 +88,7 @@ class Host:
             "UV_PYTHON_DOWNLOADS": "never",
             "UV_NO_PROGRESS": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_AUTH_MODE": "disabled",
+            "RAY_AUTH_TOKEN_PATH": os.fspath(self.token),
             # Ray's hook looks for a `uv run` among all parents of a driver: the one that started the suite is not meant.
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
             "RAY_TMPDIR": os.fspath(temp or self.disk),

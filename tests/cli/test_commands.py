@@ -303,7 +303,7 @@ def test_interrupted_compiling(
     _, said = child.communicate()
     assert child.returncode == 130
     assert "Traceback" not in said
-    assert not any(helper.is_running() for helper in helpers)
+    assert all(map(support.is_gone, helpers))
     (entry,) = store.layout.all_entries()
     support.wait_until(entry.compiled.exists, "the background finished it")
     assert len(list(entry.site_packages.glob("many?/__pycache__/*.pyc"))) == 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from tests import support
 
 REPOSITORY = Path(__file__).parents[2]
 OLDEST, NEWEST = "2.51.1", "newest"
+WITH_TOKEN = {"RAY_AUTH_MODE": "token"}
+"""What a cluster with a token needs besides it, where Ray is given an address or `ray.cluster_utils` starts the nodes."""
 with_both_rays = pytest.mark.parametrize("python", [OLDEST, NEWEST], indirect=True)
 """For tests whose run with the oldest Ray is part of CI: of the others it is only with `-m slow`."""
 
@@ -48,9 +52,7 @@ def bytecode(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def make(folder: Path) -> None:
         with run_host(python, folder) as host:
-            command: list[str | Path] = [python, "-m", "ray_envcache", "build", host.project("project")]
-            done = subprocess.run(command, env=host.environ(), capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr
+            support.run(python, "-m", "ray_envcache", "build", host.project("project"), env=host.environ())
             (entry,) = host.layout.all_entries()
             support.wait_until(entry.compiled.exists, "all bytecode is there")
 
@@ -61,7 +63,7 @@ def bytecode(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Host:
-    """One store, one temp directory for Ray, and the drivers that tests run there.
+    """One store, one temp directory for Ray, one home with Ray's token, and the drivers that tests run there.
 
     Its stores have the `bytecode` from the start, where that is given.
     """
@@ -83,10 +85,17 @@ class Host:
             shutil.copytree(self.bytecode, layout.bytecode, copy_function=os.link)
         return layout.root
 
+    @cached_property
+    def home(self) -> Path:
+        """The home of a user who has started a cluster before: Ray left its token there."""
+        (self.folder / "home" / ".ray").mkdir(parents=True)
+        (self.folder / "home" / ".ray" / "auth_token").write_text(secrets.token_hex(32))
+        return self.folder / "home"
+
     def environ(self, **more: str) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))}
         # Ray phones home and colours its output otherwise; sessions of a test go with its temp directory.
-        quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(self.temp), "RAY_AUTH_MODE": "disabled"}
+        quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(self.temp), "HOME": str(self.home)}
         # These tests themselves may run under `uv run`: no driver but the one of that test is meant to notice.
         alone = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_ENVCACHE_DIR": str(self.layout.root)}
         return {**kept, **quiet, **alone, **more}
@@ -154,12 +163,7 @@ def run_host(python: Path, folder: Path, bytecode: Path | None = None) -> Iterat
         try:
             yield one
         finally:
-            for child in one.started:
-                child.kill()
-                child.wait()
-                for stream in (child.stdin, child.stdout, child.stderr):
-                    if stream is not None:
-                        stream.close()
+            support.reap(one.started)
             _stop_compilers(one)
 
 

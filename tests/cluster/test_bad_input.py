@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,6 +135,6 @@ def test_cancelled_setup_leaves_no_process_and_no_flock(host: Host) -> None:
     assert host.run(driver, project) is True
     started = [int(path.name) for path in pids.iterdir()]
     assert started
-    support.wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started), "the build backends are gone")
+    support.wait_until(lambda: all(map(support.is_gone, started)), "the build backends are gone")
     support.wait_until(lambda: list(host.layout.entries.iterdir()) == [], "the half environments are gone")
     assert not any(flock.is_held(path) for path in host.layout.flocks.iterdir())

@@ -68,7 +68,7 @@ def test_interrupted(children: list[subprocess.Popen[str]]) -> None:
         os.kill(child.pid, signal.SIGINT)
         _, err = child.communicate()
         assert child.returncode == 130, err
-        assert not any(process.is_running() for process in family)
+        assert all(map(support.is_gone, family))
         assert list(place.iterdir()) == []
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from ray_envcache.field import registration
 from tests import support
-from tests.cluster.conftest import NEWEST, Host
+from tests.cluster.conftest import NEWEST, WITH_TOKEN, Host
 
 pytestmark = [pytest.mark.cluster, pytest.mark.parametrize("python", [NEWEST], indirect=True)]
 
@@ -84,7 +84,10 @@ class Node:
 
     def run_jobs(self, jobs: int, tasks: int, actors: int, projects: list[Path]) -> None:
         """Run so many jobs at once, each with so many tasks and actors, and check what they found."""
-        drivers = [self.host.start(JOB, self.address, str(tasks), str(actors), *projects) for _ in range(jobs)]
+        drivers = [
+            self.host.start(JOB, self.address, str(tasks), str(actors), *projects, before=(), **WITH_TOKEN)
+            for _ in range(jobs)
+        ]
         outputs = [driver.communicate() for driver in drivers]
         assert [driver.returncode for driver in drivers] == [0] * jobs, outputs
         # Ray prints warnings beside it.
@@ -165,7 +168,7 @@ def node(host: Host) -> Iterator[Node]:
         "PYTHONPATH": os.path.dirname(__file__),
         "ENVCACHE_TEST_STEPS": str(host.folder / "steps.json"),
     }
-    process = host.start(CLUSTER, **timed)
+    process = host.start(CLUSTER, before=(), **timed, **WITH_TOKEN)
     try:
         yield Node(host, process)
     finally:

@@ -13,7 +13,7 @@ import pytest
 
 from ray_envcache.store.layout import Layout
 from tests import support
-from tests.cluster.conftest import NEWEST, Host
+from tests.cluster.conftest import NEWEST, WITH_TOKEN, Host
 
 pytestmark = [pytest.mark.cluster, pytest.mark.pypi]
 
@@ -48,7 +48,7 @@ def error(reference):
 def run(host: Host, body: str, *arguments: Any) -> Any:
     """Run a driver that makes such a cluster; arguments reach it as JSON."""
     prelude = f"arguments = json.loads({json.dumps(arguments, default=str)!r})"
-    return host.run(CLUSTER + prelude + textwrap.dedent(body))
+    return host.run(CLUSTER + prelude + textwrap.dedent(body), **WITH_TOKEN)
 
 
 def test_every_host_builds_once(host: Host) -> None:

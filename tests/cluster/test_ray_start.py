@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import signal
 import socket
 import subprocess
@@ -12,7 +11,7 @@ import psutil
 import pytest
 
 from tests import support
-from tests.cluster.conftest import NEWEST, Host
+from tests.cluster.conftest import NEWEST, WITH_TOKEN, Host
 
 pytestmark = [pytest.mark.cluster, pytest.mark.parametrize("python", [NEWEST], indirect=True)]
 
@@ -51,12 +50,18 @@ def nodes(host: Host) -> Iterator[tuple[str, list[subprocess.Popen[str]]]]:
         for name, role in roles.items():
             command = NODE.format(bin=host.python.parent, role=role, name=name)
             child = subprocess.Popen(
-                ["bash", "-c", command], env=host.environ(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                ["bash", "-c", command],
+                env=host.environ(**WITH_TOKEN),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
             started.append(child)
             assert child.stdout is not None
-            said = [*itertools.takewhile(lambda line: "block forever" not in line, child.stdout)]
-            assert child.poll() is None, "".join(said)
+            said: list[str] = []
+            while not any("block forever" in line for line in said[-1:]):
+                said.append(child.stdout.readline())
+                assert said[-1], "".join(said)
         yield address, started
     finally:
         for child in started:
@@ -70,7 +75,7 @@ def nodes(host: Host) -> Iterator[tuple[str, list[subprocess.Popen[str]]]]:
 def test_ray_start_with_the_exports(host: Host, nodes: tuple[str, list[subprocess.Popen[str]]]) -> None:
     """A driver that connects by address gets its environment on both nodes; SIGTERM ends all of it, and every lease."""
     address, started = nodes
-    found = host.run(WHERE, address, host.project("project"))
+    found = host.run(WHERE, address, host.project("project"), **WITH_TOKEN)
     (entry,) = host.layout.all_entries()
     assert found == [[str(entry.python), False]] * 2
     family = [process for child in started for process in psutil.Process(child.pid).children(recursive=True)]
@@ -79,6 +84,18 @@ def test_ray_start_with_the_exports(host: Host, nodes: tuple[str, list[subproces
         child.wait()
     # As the unit file in the README says.
     assert [child.returncode for child in started] == [1, 1]
-    _, alive = psutil.wait_procs(family, timeout=120)
-    assert alive == []
+    support.wait_until(lambda: all(map(support.is_gone, family)), "all that the nodes started is gone")
+    assert host.holders() == []
+
+
+def test_another_home(host: Host, nodes: tuple[str, list[subprocess.Popen[str]]]) -> None:
+    """A driver whose home has not the token of the cluster is refused by Ray, with words about the token."""
+    address, _ = nodes
+    project, other = host.project("project"), host.folder / "other home"
+    other.mkdir()
+    for variables in ({}, WITH_TOKEN):
+        driver = host.start(WHERE, address, project, before=(), HOME=str(other), **variables)
+        _, err = driver.communicate()
+        assert driver.returncode == 1
+        assert "authentication token" in err.lower()
     assert host.holders() == []

@@ -179,8 +179,8 @@ def test_signals_and_the_end(host: Host, program: Path) -> None:
     # of the core is the one to be called, and aborts.
     aborted = child.returncode == -signal.SIGABRT and "*** SIGTERM received" in err
     assert aborted or child.returncode in {signal.SIGTERM, -signal.SIGTERM, 128 + signal.SIGTERM}, err
-    support.wait_until(lambda: not psutil.pid_exists(pid), "the program is gone")
-    support.wait_until(lambda: not any(process.is_running() for process in family), "its cluster is gone")
+    support.wait_until(lambda: support.is_gone(pid), "the program is gone")
+    support.wait_until(lambda: all(map(support.is_gone, family)), "its cluster is gone")
     assert list(host.temp.rglob("sockets")) == []
 
 

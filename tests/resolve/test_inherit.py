@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def preinstall(site: Path, name: str, version: str, modules: dict[str, str]) -> None:
-    with zipfile.ZipFile(support.make_wheel(site.parent / "image", name, version, modules=modules)) as wheel:
-        wheel.extractall(site)
+    support.unpack(support.make_wheel(site.parent / "image", name, version, modules=modules), site)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from ray_envcache.sessions import liveness
 from ray_envcache.sessions.collector import collect_sessions
 from ray_envcache.system import disk, flock, processes
 from tests import support
-from tests.sessions.made import NOBODY, cli, give_to_nobody, judge, make, needs_proc, needs_root, rest, start
+from tests.sessions.made import NOBODY, cli, give_to_nobody, judge, make, needs_proc, needs_root, rest, sees_all, start
 
 
 def test_a_session_that_no_process_names_is_dead_and_goes(temp: Path) -> None:
@@ -137,6 +137,7 @@ def test_a_socket_file_says_nothing(temp: Path) -> None:
     assert judge(session)[0] == "dead"
 
 
+@sees_all
 @pytest.mark.parametrize("zone", [0, 3600, -12600, 45900])
 def test_a_starting_cluster_is_in_doubt(zone: float, temp: Path) -> None:
     """A session made a moment ago stays, in whichever time zone it is named, unless the caller knows better."""
@@ -148,6 +149,7 @@ def test_a_starting_cluster_is_in_doubt(zone: float, temp: Path) -> None:
     assert [one.name for one in collect_sessions([temp], starting=0).removed] == [named]
 
 
+@sees_all
 def test_a_session_that_has_just_ended_is_dead(temp: Path) -> None:
     """Ray changes the directory at a clean end: that makes no new session of an old one."""
     named = time.strftime(f"session_%Y-%m-%d_%H-%M-%S_000001_{support.NO_PID}", time.localtime(time.time() - 2300))
@@ -366,6 +368,7 @@ def test_on_a_network_file_system_it_stays(temp: Path, monkeypatch: pytest.Monke
     assert collect_sessions([temp]).removed == []
 
 
+@sees_all
 def test_what_a_session_holds(temp: Path) -> None:
     """Bytes of logs and all, and the virtual environments that Ray left."""
     session = make(temp)

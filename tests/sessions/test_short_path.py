@@ -200,7 +200,8 @@ def test_a_program_that_takes_our_place_keeps_the_link(long: Path, place: Path) 
 
 def test_foreign_things_are_not_swept(long: Path, place: Path) -> None:
     """Only a private directory of ours with nothing but the link in it is swept."""
-    (place / "re-aaaaaaaa").mkdir(mode=0o755)
+    (place / "re-aaaaaaaa").mkdir()
+    (place / "re-aaaaaaaa").chmod(0o755)
     (place / "re-bbbbbbbb").mkdir(mode=0o700)
     (place / "re-bbbbbbbb" / "thesis").touch()
     (place / "re-cccccccc").symlink_to(long)

@@ -215,6 +215,7 @@ def test_other_user(image: Layout, project: Path, tmp_path: Path) -> None:
     environ = {
         **os.environ,
         "HOME": str(mine),
+        "UV_CACHE_DIR": str(mine / "uv"),
         "RAY_ENVCACHE_DIR": str(mine / "store"),
         readonly.VARIABLE: str(image.root),
     }

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests import support
-from tests.cluster.conftest import NEWEST, OLDEST, REPOSITORY, Host, run_host
+from tests.cluster.conftest import NEWEST, OLDEST, REPOSITORY, WITH_TOKEN, Host, run_host
 
 EXTRAS = "default,serve,data,train,tune"
 
@@ -108,7 +108,7 @@ class Cluster:
 
     def start(self, code: str, *arguments: str | Path) -> subprocess.Popen[str]:
         """Start a driver, whose bare `ray.init()` connects to the cluster."""
-        environ = {"RAY_ADDRESS": self.address, "DASHBOARD": self.dashboard, "CLIENT": self.client}
+        environ = {**WITH_TOKEN, "RAY_ADDRESS": self.address, "DASHBOARD": self.dashboard, "CLIENT": self.client}
         projects = json.dumps({name: str(project.folder) for name, project in self.projects.items()})
         code = DRIVER + textwrap.dedent(code)
         environ |= {"SERVE": str(self.serve_port), "PROJECTS": projects}
@@ -132,7 +132,7 @@ def cluster(python: Path, wheel: Path, tmp_path_factory: pytest.TempPathFactory)
         projects = make_projects(host, wheel)
         # Without the first, one in ten servers that Ray's proxy for clients forks dies before it starts. Without the
         # second, Serve gives up on a proxy that has not started after five seconds, which a busy machine may take.
-        tuned = {"GRPC_ENABLE_FORK_SUPPORT": "false", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
+        tuned = {**WITH_TOKEN, "GRPC_ENABLE_FORK_SUPPORT": "false", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
         process = host.start(CLUSTER, before=(), **tuned)
         try:
             assert process.stdout is not None
@@ -170,7 +170,5 @@ def make_project(host: Host, name: str, dependencies: list[str]) -> Project:
     pyproject = support.make_project(folder, host.wheels, dependencies, lock=False)
     pyproject.write_text(pyproject.read_text().replace("no-index = true\n", ""))
     support.run_uv("lock", cwd=folder)
-    command: list[str | Path] = [host.python, "-m", "ray_envcache", "build", folder]
-    done = subprocess.run(command, env=host.environ(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return Project(folder, str(Path(done.stdout.strip()).parents[1]))
+    built = support.run(host.python, "-m", "ray_envcache", "build", folder, env=host.environ())
+    return Project(folder, str(Path(built.strip()).parents[1]))

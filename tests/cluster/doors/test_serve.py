@@ -69,7 +69,10 @@ applications = [
 ]
 
 def status(name):
-    with urllib.request.urlopen(os.environ["DASHBOARD"] + "/api/serve/applications/") as answer:
+    with open(os.path.expanduser("~/.ray/auth_token")) as file:
+        token = {"Authorization": f"Bearer {file.read()}"}
+    request = urllib.request.Request(os.environ["DASHBOARD"] + "/api/serve/applications/", headers=token)
+    with urllib.request.urlopen(request) as answer:
         found = json.load(answer)["applications"].get(name, {})
     return found.get("status"), found.get("message")
 
