@@ -9,9 +9,9 @@ from pathlib import Path
 from subprocess import CalledProcessError
 from typing import TYPE_CHECKING, NamedTuple
 
+from ray_envcache.checkout.project import Project
 from ray_envcache.errors import ChangedError, LockfileError, UnknownKeyError
 from ray_envcache.resolve import interpreter
-from ray_envcache.resolve.project import Project
 from ray_envcache.store import memo
 from ray_envcache.store.key import layer_key
 from ray_envcache.store.layout import Entry, Layout, newest_first

@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 from ray_envcache.inside import pyc
-from ray_envcache.store import shared_bytecode
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, Lease, claim
-from ray_envcache.store.sizes import record_sizes
+from ray_envcache.survey import shared_bytecode
+from ray_envcache.survey.sizes import record_sizes
 from ray_envcache.system import capacity, children, files, flock, testpoints
 from ray_envcache.system.units import utc_now
 

@@ -19,10 +19,11 @@ from typing import Any
 from ray_envcache.build import venv_files
 from ray_envcache.build.plan import EnvironmentPlan, Plan, pip_options
 from ray_envcache.build.uv_calls import UvCalls
+from ray_envcache.checkout import content
+from ray_envcache.checkout.content import Content
 from ray_envcache.errors import DigestError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve import content, export
-from ray_envcache.resolve.content import Content
+from ray_envcache.resolve import export
 from ray_envcache.resolve.lockfile import LocalPackage
 from ray_envcache.store import key
 from ray_envcache.store.layout import Entry

@@ -9,6 +9,7 @@ from typing import Any
 
 from ray_envcache.build import venv_files
 from ray_envcache.build.uv_calls import UvCalls
+from ray_envcache.checkout.project import Project
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import export, inherit, interpreter, lockfile
 from ray_envcache.resolve.additions import additions, located
@@ -16,7 +17,6 @@ from ray_envcache.resolve.cluster_ray import AnyRay
 from ray_envcache.resolve.inherit import Inherited
 from ray_envcache.resolve.interpreter import Interpreter
 from ray_envcache.resolve.lockfile import ResolvedSet
-from ray_envcache.resolve.project import Project
 from ray_envcache.store.key import compute_key
 from ray_envcache.store.layout import Entry
 from ray_envcache.system.units import format_size

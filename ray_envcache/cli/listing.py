@@ -10,7 +10,8 @@ import click
 from ray_envcache.cli import tables
 from ray_envcache.cli.arguments import refuse_without_sessions, tmpdir_option
 from ray_envcache.cli.sessions import show
-from ray_envcache.store import inventory, readonly
+from ray_envcache.store import readonly
+from ray_envcache.survey import inventory
 
 
 @click.command("list", epilog="Example: ray-envcache list --json")

@@ -18,8 +18,9 @@ from ray_envcache.doctor.unheld import users_without_hold
 from ray_envcache.gc.collector import Collected, collect
 from ray_envcache.gc.evict import evict
 from ray_envcache.gc.policy import Limits
-from ray_envcache.store import inventory, pins, readonly
+from ray_envcache.store import pins, readonly
 from ray_envcache.store.layout import Entry
+from ray_envcache.survey import inventory
 from ray_envcache.system.units import format_size, parse_duration, parse_space
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ray_envcache.gc.collector import Collected
     from ray_envcache.sessions.collector import SessionReport
     from ray_envcache.sessions.directories import Session
-    from ray_envcache.store.inventory import Status, User
+    from ray_envcache.survey.inventory import Status, User
 
 JSON_SCHEMA = 1
 """The version of what `--json` prints: another number where a field goes or changes its meaning."""

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from ray_envcache.acquire import Store
 from ray_envcache.build.builder import Observer
+from ray_envcache.checkout.project import Project
 from ray_envcache.errors import CommandError, LockfileError
 from ray_envcache.field import registration
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import interpreter, uv
 from ray_envcache.resolve.cluster_ray import LockedRay
-from ray_envcache.resolve.project import Project
 from ray_envcache.store.leases import Holder, Lease
 
 # The terminal sends its signals to the whole process group, and so to the command; other senders reach only us.

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
-from ray_envcache.store.inventory import User
 from ray_envcache.store.layout import Entry, Layout
+from ray_envcache.survey.inventory import User
 from ray_envcache.system import processes
 from ray_envcache.system.units import utc
 

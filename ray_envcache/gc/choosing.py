@@ -12,9 +12,9 @@ from pathlib import Path
 from ray_envcache.gc import policy
 from ray_envcache.gc.policy import Candidate, Disk, Limits, Victim
 from ray_envcache.store import leases
-from ray_envcache.store.inventory import Status, survey
 from ray_envcache.store.layout import Layout
-from ray_envcache.store.sizes import going_too
+from ray_envcache.survey.inventory import Status, survey
+from ray_envcache.survey.sizes import going_too
 from ray_envcache.system import disk, processes
 
 

@@ -18,10 +18,10 @@ from ray_envcache.errors import InUseError, UnknownKeyError
 from ray_envcache.gc import choosing, rubbish
 from ray_envcache.gc.evict import evict_idle
 from ray_envcache.gc.policy import Limits, Victim
-from ray_envcache.store import shared_bytecode, uv_cache
-from ray_envcache.store.inventory import Status, last_used
 from ray_envcache.store.layout import Layout
-from ray_envcache.store.sizes import going_too
+from ray_envcache.survey import shared_bytecode, uv_cache
+from ray_envcache.survey.inventory import Status, last_used
+from ray_envcache.survey.sizes import going_too
 from ray_envcache.system import disk, flock
 from ray_envcache.system.units import Space
 

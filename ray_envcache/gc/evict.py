@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_envcache.errors import InUseError, ReadOnlyError, UnknownKeyError
-from ray_envcache.store import leases, pins, shared_bytecode
+from ray_envcache.store import leases, pins
 from ray_envcache.store.layout import Entry, Layout, layout_of
+from ray_envcache.survey import shared_bytecode
 from ray_envcache.system import disk, files, flock, processes, testpoints
 
 

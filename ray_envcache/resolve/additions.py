@@ -11,8 +11,9 @@ from packaging.pylock import Pylock
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from ray_envcache.checkout import toml
 from ray_envcache.errors import RayVersionError
-from ray_envcache.resolve import lockfile, toml, uv
+from ray_envcache.resolve import lockfile, uv
 from ray_envcache.resolve.cluster_ray import AnyRay, LockedRay
 from ray_envcache.resolve.interpreter import Interpreter
 from ray_envcache.resolve.lockfile import ResolvedPackage, ResolvedSet

@@ -10,11 +10,12 @@ from typing import Any
 
 from packaging.utils import canonicalize_name
 
+from ray_envcache.checkout import requirements, toml
+from ray_envcache.checkout.project import Kind, Project
 from ray_envcache.errors import LockfileError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve import requirements, toml, uv
+from ray_envcache.resolve import uv
 from ray_envcache.resolve.interpreter import Interpreter
-from ray_envcache.resolve.project import Kind, Project
 from ray_envcache.resolve.uv import Scope
 from ray_envcache.system import children
 

@@ -15,12 +15,12 @@ from packaging.pylock import Pylock, PylockSelectError, PylockUnsupportedVersion
 from packaging.tags import parse_tag
 from packaging.utils import canonicalize_name
 
+from ray_envcache.checkout.project import Kind, Project
+from ray_envcache.checkout.urls import path_of
 from ray_envcache.errors import InterpreterError, LockfileError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import export, settings
 from ray_envcache.resolve.interpreter import Interpreter
-from ray_envcache.resolve.project import Kind, Project
-from ray_envcache.resolve.urls import path_of
 from ray_envcache.system import secrets
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import Any
 
 import tomli_w
 
-from ray_envcache.resolve import toml
-from ray_envcache.resolve.toml import table_in
+from ray_envcache.checkout import toml
+from ray_envcache.checkout.toml import table_in
 
 PLACE = "/dev/fd"
 """The folder of the uv.toml that our calls are given, by its descriptor: relative paths in it start there."""

@@ -16,8 +16,9 @@ from types import MappingProxyType
 
 import uv
 
+from ray_envcache.checkout import git
 from ray_envcache.errors import BuildError, DiskFullError, EnvCacheError, PassingError
-from ray_envcache.resolve import git, settings
+from ray_envcache.resolve import settings
 from ray_envcache.system import children, disk, secrets
 
 # How indexes are reached. A job may say so too, in the `env_vars` of its runtime_env.

@@ -30,9 +30,9 @@ from ray_envcache.gc.collector import collect
 from ray_envcache.gc.policy import Limits
 from ray_envcache.resolve.cluster_ray import installed_ray
 from ray_envcache.store import pins
-from ray_envcache.store.inventory import status
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder
+from ray_envcache.survey.inventory import status
 from tests import support
 
 pytestmark = [pytest.mark.host, pytest.mark.attack]

@@ -37,7 +37,8 @@ USER = """
 import fcntl, os, subprocess, sys, time, random
 from pathlib import Path
 from ray_envcache.gc import collector, evict
-from ray_envcache.store import inventory, pins
+from ray_envcache.store import pins
+from ray_envcache.survey import inventory
 from ray_envcache.resolve.cluster_ray import installed_ray
 from ray_envcache.errors import EnvCacheError, InUseError, UnknownKeyError
 from ray_envcache.store.leases import Holder

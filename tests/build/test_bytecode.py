@@ -19,9 +19,9 @@ from ray_envcache.gc.evict import evict
 from ray_envcache.gc.policy import Limits
 from ray_envcache.inside import pyc
 from ray_envcache.resolve.cluster_ray import LockedRay, installed_ray
-from ray_envcache.store.inventory import status
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder
+from ray_envcache.survey.inventory import status
 from ray_envcache.system import capacity, files, flock
 from tests import support
 

@@ -16,7 +16,7 @@ import pytest
 import ray_envcache
 from ray_envcache.acquire import Store
 from ray_envcache.field import registration
-from ray_envcache.store import inventory
+from ray_envcache.survey import inventory
 from tests import support
 from tests.benchmarks import fabricate
 

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from ray_envcache.store.inventory import survey
+from ray_envcache.survey.inventory import survey
 from tests import support
 from tests.cluster.conftest import NEWEST, Host, with_both_rays
 

@@ -16,7 +16,7 @@ import pytest
 
 from ray_envcache.sessions.collector import collect_sessions
 from ray_envcache.sessions.directories import temp_dirs
-from ray_envcache.store.inventory import survey
+from ray_envcache.survey.inventory import survey
 from tests import support
 from tests.cluster.conftest import NEWEST, Host
 

@@ -24,10 +24,10 @@ from ray_envcache.gc.evict import evict
 from ray_envcache.gc.policy import Limits
 from ray_envcache.resolve.cluster_ray import installed_ray
 from ray_envcache.store import leases, pins
-from ray_envcache.store.inventory import status
 from ray_envcache.store.layout import Entry
 from ray_envcache.store.leases import Holder
-from ray_envcache.store.sizes import FRESH_SECONDS, MeasuredRecord, Sizes, record_sizes
+from ray_envcache.survey.inventory import status
+from ray_envcache.survey.sizes import FRESH_SECONDS, MeasuredRecord, Sizes, record_sizes
 from ray_envcache.system import disk, flock, processes
 from ray_envcache.system.units import Space
 from tests import support

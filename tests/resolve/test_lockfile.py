@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ray_envcache.acquire import Store, digest_of_files
+from ray_envcache.checkout.project import Project
 from ray_envcache.errors import BuildError, InterpreterError, LockfileError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import interpreter, lockfile
 from ray_envcache.resolve.cluster_ray import installed_ray
 from ray_envcache.resolve.lockfile import ResolvedSet
-from ray_envcache.resolve.project import Project
 from ray_envcache.store.key import compute_key
 from ray_envcache.store.leases import Holder
 from ray_envcache.store.record import ReadyRecord

@@ -11,10 +11,11 @@ import pytest
 import uv as uv_package
 
 from ray_envcache.build.plan import EnvironmentPlan, plan_of
+from ray_envcache.checkout import toml
+from ray_envcache.checkout.project import Project
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve import interpreter, settings, toml, uv
+from ray_envcache.resolve import interpreter, settings, uv
 from ray_envcache.resolve.cluster_ray import installed_ray
-from ray_envcache.resolve.project import Project
 from ray_envcache.resolve.uv import Scope
 from tests import index, support
 from tests.conftest import Acquire

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ray_envcache.store.layout import Layout
-from ray_envcache.store.shared_bytecode import Inode
+from ray_envcache.survey.shared_bytecode import Inode
 from ray_envcache.system import disk, files, flock
 from ray_envcache.system.disk import DiskUse
 

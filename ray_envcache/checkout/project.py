@@ -16,9 +16,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ray_envcache.checkout import requirement_files, toml
+from ray_envcache.checkout.toml import table_in
 from ray_envcache.errors import DigestError, LockfileError
-from ray_envcache.resolve import requirement_files, toml
-from ray_envcache.resolve.toml import table_in
 
 _SCRIPT_BLOCK = re.compile(rb"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$")  # from PEP 723
 _PYLOCK = re.compile(r"pylock(\.[^.]+)?\.toml")

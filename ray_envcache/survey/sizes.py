@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from ray_envcache.store import shared_bytecode, uv_cache
 from ray_envcache.store.layout import MEASURED, Entry, Layout
 from ray_envcache.store.record import SCHEMA_VERSION, recorded
-from ray_envcache.store.shared_bytecode import Inode
+from ray_envcache.survey import shared_bytecode, uv_cache
+from ray_envcache.survey.shared_bytecode import Inode
 from ray_envcache.system import disk, files
 
 FRESH_SECONDS = 3600.0

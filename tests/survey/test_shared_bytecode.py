@@ -12,8 +12,8 @@ import pytest
 
 from ray_envcache.inside import pyc
 from ray_envcache.inside.pyc import Places, compile_tree
-from ray_envcache.store import shared_bytecode
 from ray_envcache.store.layout import Layout
+from ray_envcache.survey import shared_bytecode
 from ray_envcache.system import disk
 from tests import support
 

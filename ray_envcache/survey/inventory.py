@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ray_envcache.store import leases, pins, readonly
 from ray_envcache.store.layout import Entry, Layout, layout_of
 from ray_envcache.store.record import ReadyRecord
-from ray_envcache.store.sizes import FRESH_SECONDS, MeasuredRecord, Sizes
+from ray_envcache.survey.sizes import FRESH_SECONDS, MeasuredRecord, Sizes
 from ray_envcache.system import flock, processes
 from ray_envcache.system.processes import ray_session
 from ray_envcache.system.units import utc

@@ -14,10 +14,10 @@ from typing import Any
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
+from ray_envcache.checkout import requirement_files
+from ray_envcache.checkout.requirement_files import Line
+from ray_envcache.checkout.urls import path_of
 from ray_envcache.errors import LockfileError
-from ray_envcache.resolve import requirement_files
-from ray_envcache.resolve.requirement_files import Line
-from ray_envcache.resolve.urls import path_of
 
 _HASH = re.compile(r"\s--hash(?:=|\s+)([a-z0-9]+:[0-9a-f]+)")
 _FRAGMENT = re.compile(r"[#&](sha256|sha384|sha512|sha1|md5)=([0-9a-f]+)")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ray_envcache.checkout import requirement_files, requirements
 from ray_envcache.errors import LockfileError
-from ray_envcache.resolve import requirement_files, requirements
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ONE, TWO = "1" * 64, "2" * 64

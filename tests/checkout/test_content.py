@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from ray_envcache.acquire import Store
 from ray_envcache.build import layers
+from ray_envcache.checkout import content
+from ray_envcache.checkout.content import scan
 from ray_envcache.errors import LockfileError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve import content
 from ray_envcache.resolve.cluster_ray import installed_ray
-from ray_envcache.resolve.content import scan
 from ray_envcache.store import key
 from ray_envcache.store.leases import Holder
 from tests import support
@@ -252,7 +252,7 @@ def test_names_that_are_no_text(tmp_path: Path, *, git: bool) -> None:
 def test_digest_is_the_same_in_every_locale(tmp_path: Path) -> None:
     """Nodes compare digests, and not all of them have the same encoding."""
     write(tmp_path, {"café.py": b"", "naïve.py": b""})
-    program = "import sys; from pathlib import Path; from ray_envcache.resolve.content import scan; print(scan(Path(sys.argv[1])).digest)"
+    program = "import sys; from pathlib import Path; from ray_envcache.checkout.content import scan; print(scan(Path(sys.argv[1])).digest)"
     plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "POSIX"}
     seen = {support.run_python(program, str(tmp_path), environ=environ).strip() for environ in ({}, plain)}
     assert seen == {scan(tmp_path).digest}

@@ -14,10 +14,10 @@ import uv
 from ray_envcache.acquire import Store
 from ray_envcache.gc.collector import collect, make_room
 from ray_envcache.gc.policy import DAY, Limits
-from ray_envcache.store import uv_cache
-from ray_envcache.store.inventory import survey
 from ray_envcache.store.layout import Entry, Layout
-from ray_envcache.store.sizes import record_sizes
+from ray_envcache.survey import uv_cache
+from ray_envcache.survey.inventory import survey
+from ray_envcache.survey.sizes import record_sizes
 from ray_envcache.system import disk, flock
 from ray_envcache.system.units import Space
 from tests import support

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ray_envcache.checkout.content import scan
 from ray_envcache.errors import LockfileError
-from ray_envcache.resolve.content import scan
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -15,8 +15,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ray_envcache.checkout import git, toml
 from ray_envcache.errors import ChangedError, LockfileError
-from ray_envcache.resolve import git, toml
 
 MAX_FILES = 50_000
 """A folder with more files is no package: it has data in it, or an environment without a `pyvenv.cfg`."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ray_envcache.checkout.project import Kind, Project
 from ray_envcache.errors import LockfileError
-from ray_envcache.resolve.project import Kind, Project
 from tests import support
 
 MEMBER = '[project]\nname = "{name}"\nversion = "1"\nrequires-python = ">=3.10"\n'
