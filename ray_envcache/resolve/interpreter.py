@@ -1,4 +1,4 @@
-"""What a Python is: everything about an interpreter that decides which packages fit it."""
+"""The Python and the ray of workers: which packages fit an interpreter, and whether it fits the cluster."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import hashlib
 import json
 import os
 import sys
+from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import packaging
 
-from ray_envcache.errors import InterpreterError
+from ray_envcache.errors import InterpreterError, RayVersionError
 from ray_envcache.inside import identity
 from ray_envcache.system import children
 from ray_envcache.system.children import clean_environ
@@ -61,12 +63,6 @@ def base_executable(python: str | None) -> str:
             "start the cluster with that Python: Ray's workers must have the same version as the cluster",
         )
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
-
-
-def packages_folder() -> str:
-    """The site-packages that has the cluster's ray, found without importing it; "" where there is none."""
-    found = find_spec("ray")
-    return os.path.dirname(os.path.dirname(found.origin)) if found and found.origin else ""
 
 
 def base_of(executable: str) -> str:
@@ -133,13 +129,52 @@ def _unusable(executable: str, reason: str) -> InterpreterError:
     )
 
 
-def require_same_version(found: Interpreter) -> None:
-    """Raise InterpreterError where Ray would not take `found` for a Python of the cluster's version."""
-    level = os.environ.get("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL", "patch")
-    length = 2 if level == "minor" else 3
-    running = [*map(str, sys.version_info[:3])]
-    if found.version.split(".")[:length] != running[:length]:
-        raise InterpreterError(
-            f"The Python at `{found.executable}` is {found.version}, the cluster runs {'.'.join(running)}",
-            "Ray's workers must have the same Python version as the cluster",
-        )
+@dataclass(frozen=True)
+class ClusterRay:
+    """The ray that the cluster runs, installed in the Python that runs us."""
+
+    version: str
+
+    def require_fit(self, found: Interpreter) -> None:
+        """Raise InterpreterError where Ray would not take `found` for a Python of the cluster's version."""
+        level = os.environ.get("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL", "patch")
+        length = 2 if level == "minor" else 3
+        running = [*map(str, sys.version_info[:3])]
+        if found.version.split(".")[:length] != running[:length]:
+            raise InterpreterError(
+                f"The Python at `{found.executable}` is {found.version}, the cluster runs {'.'.join(running)}",
+                "Ray's workers must have the same Python version as the cluster",
+            )
+
+    def fingerprint(self) -> list[Any]:
+        """A cheap stand-in for ray and the versions of what it needs, good on this host only.
+
+        Each installation, upgrade or removal of a distribution changes the directory that holds them.
+        """
+        found = find_spec("ray")  # without importing it
+        if found is None or not found.origin:
+            return [self.version]
+        folder = os.path.dirname(os.path.dirname(found.origin))
+        return [self.version, folder, os.stat(folder).st_mtime_ns]
+
+
+class LockedRay:
+    """The ray of the lockfile, where driver and cluster run from the environment themselves: then no other counts."""
+
+    def require_fit(self, found: Interpreter) -> None:
+        """Accept any interpreter: the whole cluster runs it."""
+
+    def fingerprint(self) -> list[Any]:
+        """A constant: nothing of this host decides."""
+        return ["locked"]
+
+
+AnyRay = ClusterRay | LockedRay
+
+
+def installed_ray() -> ClusterRay:
+    """The ray installed beside us, without importing it. Raises RayVersionError where there is none."""
+    try:
+        return ClusterRay(version("ray"))
+    except PackageNotFoundError:
+        raise RayVersionError("There is no ray beside ray-envcache", "python -m pip install ray") from None

@@ -17,7 +17,7 @@ import pytest
 
 from ray_envcache.errors import InterpreterError
 from ray_envcache.resolve import interpreter
-from ray_envcache.resolve.interpreter import Interpreter, require_same_version
+from ray_envcache.resolve.interpreter import ClusterRay, Interpreter
 from ray_envcache.system import children
 from tests import support
 
@@ -175,16 +175,16 @@ def test_another_patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Python of another patch version is refused, unless Ray is told to compare minor versions only."""
     path = _claiming(tmp_path / "python", RUNNING.rpartition(".")[0] + ".99")
     with pytest.raises(InterpreterError, match=f"cluster runs {RUNNING}"):
-        require_same_version(interpreter.probe(path))
+        ClusterRay("").require_fit(interpreter.probe(path))
     monkeypatch.setenv("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL", "minor")
-    require_same_version(interpreter.probe(path))
+    ClusterRay("").require_fit(interpreter.probe(path))
 
 
 def test_another_minor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Python of another minor version is never taken."""
     monkeypatch.setenv("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL", "minor")
     with pytest.raises(InterpreterError, match="same Python version"):
-        require_same_version(interpreter.probe(_claiming(tmp_path / "python", "3.2.1")))
+        ClusterRay("").require_fit(interpreter.probe(_claiming(tmp_path / "python", "3.2.1")))
 
 
 def test_identity() -> None:

@@ -15,7 +15,7 @@ from ray_envcache.checkout import toml
 from ray_envcache.checkout.project import Project
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import interpreter, settings, uv
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.resolve.uv import Scope
 from tests import index, support
 from tests.conftest import Acquire
