@@ -173,7 +173,7 @@ def _uv_version(path: str) -> str:
 
 
 def _python() -> Finding:
-    found = interpreter.ask(interpreter.base_executable(None))
+    found = interpreter.probe(interpreter.base_executable(None))
     return Finding("python", OK, f"{found.implementation} {found.version}: {found.executable}")
 
 

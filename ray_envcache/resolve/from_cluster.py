@@ -139,9 +139,9 @@ def split(
     Raises InheritError where a named package is not in the lockfile or not installed, or has another version there.
     """
     locked = {package.name: package.version for package in resolved.packages} | added
-    inherited = {name: _inherit(name, version) for name, version in locked.items() if _is_wanted(name, spec)}
-    _require_all(spec, locked, {name for name, found in inherited.items() if found})
-    taken = {name: found for name, found in inherited.items() if found}
+    wanted = {name: version for name, version in locked.items() if _is_wanted(name, spec)}
+    taken = {name: found for name, version in wanted.items() if (found := _inherit(name, version))}
+    _require_all(spec, locked, taken)
     return (
         replace(resolved, packages=tuple(package for package in resolved.packages if package.name not in taken)),
         {name: version for name, version in added.items() if name not in taken},
@@ -152,10 +152,9 @@ def split(
 def link(inherited: Iterable[Inherited], site_packages: Path) -> None:
     """Link the files of these packages into a venv's site-packages; scripts are not among them."""
     found = list(inherited)
-    folders = {one.folder for one in found}
-    for folder in folders:
-        names = {name for one in found if one.folder == folder for name in one.files}
-        _link_folder(folder, site_packages, {folder / name for name in names})
+    for folder in {one.folder for one in found}:
+        files = {folder / name for one in found if one.folder == folder for name in one.files}
+        _link_folder(folder, site_packages, files)
 
 
 def _is_wanted(name: str, spec: EnvSpec) -> bool:
@@ -199,7 +198,7 @@ def _require_all(spec: EnvSpec, locked: Collection[str], found: Collection[str])
 
 def _link_folder(source: Path, target: Path, files: set[Path]) -> None:
     """Link what `files` has below `source`: a folder as a whole where nothing in it belongs to others."""
-    for item in sorted({_child(source, file) for file in files if source in file.parents}):
+    for item in sorted({source / file.relative_to(source).parts[0] for file in files if source in file.parents}):
         path = target / item.name
         if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink()):
             continue
@@ -211,10 +210,6 @@ def _link_folder(source: Path, target: Path, files: set[Path]) -> None:
         else:
             path.mkdir(exist_ok=True)
             _link_folder(item, path, files)
-
-
-def _child(folder: Path, file: Path) -> Path:
-    return folder / file.relative_to(folder).parts[0]
 
 
 def _belongs_to(folder: Path, files: set[Path]) -> bool:

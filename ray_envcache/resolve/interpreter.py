@@ -91,35 +91,17 @@ def fingerprint(executable: str) -> list[Any]:
 
 @cache
 def probe(executable: str) -> Interpreter:
-    """What the base interpreter at `executable` is. Another one than our own is asked (about 50 ms).
-
-    Raises InterpreterError where it does not start.
-    """
-    if _is_running(executable):
-        return _interpreter(executable, identity.identity())
-    return ask(executable)
-
-
-def _is_running(executable: str) -> bool:
-    """Whether we run from this very file: not from a copy, nor from one that an upgrade replaced since."""
-    return os.path.realpath("/proc/self/exe") == executable
-
-
-def ask(executable: str) -> Interpreter:
-    """Start the interpreter at `executable`, and ask it. Raises InterpreterError where it does not start."""
+    """What the base interpreter at `executable` is, as it says itself. Raises InterpreterError where it does not start."""
     program, packages = Path(identity.__file__), Path(packaging.__path__[0]).parent
     try:
         done = children.run([executable, "-I", "-S", program, packages], environ=clean_environ())
         if done.returncode != 0:
             raise _unusable(executable, done.stderr.strip()[-500:])
-        return _interpreter(executable, json.loads(done.stdout))
+        data = json.loads(done.stdout)
+        return Interpreter(**{**data, "executable": executable, "tags": tuple(data["tags"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
         # Not a program of this machine, or none that takes Python's options and prints what we asked for.
         raise _unusable(executable, str(error)) from error
-
-
-def _interpreter(executable: str, identity: dict[str, Any]) -> Interpreter:
-    return Interpreter(**{**identity, "executable": executable, "tags": tuple(identity["tags"])})
 
 
 def _unusable(executable: str, reason: str) -> InterpreterError:

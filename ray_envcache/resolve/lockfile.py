@@ -239,7 +239,7 @@ def _artifact_table(artifact: Any, folder: Path) -> dict[str, Any]:
         path = folder / table["path"]
         table["path"] = str(path)
         if path.is_file():
-            table["hashes"] = dict(table.get("hashes") or {"sha256": _sha256(path)})
+            table["hashes"] = dict(table.get("hashes") or {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
     if "url" in table:
         table["url"] = secrets.strip_credentials(table["url"])
     return table
@@ -252,8 +252,3 @@ def _build_settings(folder: Path) -> str:
         _logger.warning("`%s` in the settings of `%s` has no effect: it is of a later uv than we know", name, folder)
     chosen = {name: value for name, value in found.items() if name in settings.BUILD}
     return json.dumps(chosen, sort_keys=True, default=str)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()

@@ -128,7 +128,7 @@ def test_every_setting_of_uv_is_decided(tmp_path: Path) -> None:
 
 
 def read_back(folder: Path, scope: Scope = Scope.REACH) -> dict[str, object]:
-    return toml.parse(settings.for_uv(folder, uv._FROM_NODE[scope]))
+    return toml.parse(settings.for_uv(folder, scope.value))
 
 
 @pytest.fixture
