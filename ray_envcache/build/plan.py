@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -164,10 +163,13 @@ def require_buildable(spec: EnvSpec, ray: AnyRay) -> ResolvedSet:
 def _resolve(
     spec: EnvSpec, project: Project, executable: str, ray: AnyRay, *, check_current: bool
 ) -> tuple[Interpreter, ResolvedSet]:
-    with export.require_current(project, executable) if check_current else nullcontext():
-        python = interpreter.probe(executable)
-        ray.require_fit(python)
-        return python, lockfile.resolve(spec, project, python)
+    python = interpreter.probe(executable)
+    ray.require_fit(python)
+    resolved = lockfile.resolve(spec, project, python)
+    if check_current:
+        # Last: what is wrong with the interpreter or the lockfile itself says more.
+        export.require_current(project, executable)
+    return python, resolved
 
 
 def _outside(spec: EnvSpec, inherited: list[Inherited]) -> list[Any]:

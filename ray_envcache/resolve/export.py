@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,26 +71,18 @@ def _hint(stderr: str) -> str:
     return "run `uv lock` in that folder and read what it says"
 
 
-@contextmanager
-def require_current(project: Project, executable: str) -> Iterator[None]:
-    """Raise LockfileError where uv.lock no longer matches pyproject.toml, or a script's lock the script.
-
-    At the end of the context: uv looks while others ask the interpreter and read the lockfile, and what they find wrong
-    says more.
-    """
+def require_current(project: Project, executable: str) -> None:
+    """Raise LockfileError where uv.lock no longer matches pyproject.toml, or a script's lock the script."""
     if project.kind not in {Kind.UV, Kind.SCRIPT}:
-        yield
         return
     script = [f"--script={project.file.name}"] if project.kind is Kind.SCRIPT else []
     check = ["lock", "--check", *script, f"--python={executable}"]
-    with uv.running([*check, "--offline"], cwd=project.folder, scope=Scope.USER) as finish:
-        yield
-        done = finish()
+    done = uv.run([*check, "--offline"], cwd=project.folder, scope=Scope.USER)
     if done.returncode != 0:
         done = _checked_again(done, check, project)
     lock, source = project.lock_files()[-1].name, project.file.name if script else "pyproject.toml"
     what = f"{lock} in `{project.folder}` no longer matches {source}"
-    hint = f"run `uv lock{' --script ' if script else ''}{source if script else ''}`"
+    hint = f"run `uv lock --script {source}`" if script else "run `uv lock`"
     if done.returncode != 0 and "not found in the cache" in done.stderr:
         # A package was added. uv, which was to ask no index, calls that a conflict: there is none.
         raise LockfileError(what, hint)

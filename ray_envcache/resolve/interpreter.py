@@ -91,7 +91,7 @@ def fingerprint(executable: str) -> list[Any]:
 
 @cache
 def probe(executable: str) -> Interpreter:
-    """What the base interpreter at `executable` is, as it says itself. Raises InterpreterError where it does not start."""
+    """What the base interpreter at `executable` says it is. Raises InterpreterError where it does not start."""
     program, packages = Path(identity.__file__), Path(packaging.__path__[0]).parent
     try:
         done = children.run([executable, "-I", "-S", program, packages], environ=clean_environ())

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
@@ -64,39 +65,25 @@ def run(
     pass_fds: Sequence[int] = (),
     scope: Scope = Scope.REACH,
 ) -> children.Completed:
-    """Run uv to its end, as `running` does. `on_line` as for `Finish`."""
-    with running(arguments, cwd=cwd, cache=cache, pass_fds=pass_fds, scope=scope) as finish:
-        return finish(on_line)
+    """Run uv in `cwd` to its end, with the settings of the files there, and its cache at `cache`.
 
-
-@contextmanager
-def running(
-    arguments: Sequence[str | os.PathLike[str]],
-    *,
-    cwd: Path,
-    cache: Path | None = None,
-    pass_fds: Sequence[int] = (),
-    scope: Scope = Scope.REACH,
-) -> Iterator[children.Finish]:
-    """Run uv in `cwd` with the settings of the files there, and its cache at `cache`.
-
-    What else counts, of files and of variables, says `scope`. Credentials never leave what the context gives. Raises
-    LockfileError where a file with settings is broken.
+    What else counts, of files and of variables, says `scope`. `on_line` gets each line of stderr as it comes.
+    Credentials never leave this function. Raises LockfileError where a file with settings is broken.
     """
     environ = _environ(scope)
     if cache is not None:
         environ["UV_CACHE_DIR"] = os.fspath(cache)
     with file_of(settings.for_uv(cwd, scope.value)) as file:
-        config, fds = f"{settings.PLACE}/{file}", [*pass_fds, file]
-        command = [find(), *arguments, f"--config-file={config}"]
-        with children.running(command, environ=environ, cwd=cwd, pass_fds=fds) as finish:
-
-            def without_secrets(on_line: children.OnLine | None = None) -> children.Completed:
-                done = finish(None if on_line is None else lambda line: on_line(without_credentials(line)))
-                stderr = without_credentials(done.stderr).replace(config, "uv.toml or [tool.uv]")
-                return children.Completed(done.returncode, done.stdout, stderr)
-
-            yield without_secrets
+        config = f"{settings.PLACE}/{file}"
+        done = children.run(
+            [find(), *arguments, f"--config-file={config}"],
+            environ=environ,
+            cwd=cwd,
+            on_line=None if on_line is None else lambda line: on_line(without_credentials(line)),
+            pass_fds=[*pass_fds, file],
+        )
+    stderr = without_credentials(done.stderr).replace(config, "uv.toml or [tool.uv]")
+    return replace(done, stderr=stderr)
 
 
 @contextmanager
