@@ -124,8 +124,12 @@ def resolve(spec: EnvSpec, project: Project, interpreter: Interpreter) -> Resolv
     local = [(package, artifact) for package, artifact in selected if isinstance(artifact, PackageDirectory)]
     others = [(package, artifact) for package, artifact in selected if not isinstance(artifact, PackageDirectory)]
     packages = [resolved_package(package, artifact, project.folder, known) for package, artifact in others]
-    if spec.no_build:
-        _require_wheels(packages)
+    built = [f"{one.name} {one.version} ({one.kind})" for one in packages if one.is_built_here]
+    if built and spec.no_build:
+        raise LockfileError(
+            f"Not a wheel, and `no_build` is set: {', '.join(built)}",
+            "lock versions that have a wheel for this platform, or leave out `no_build`",
+        )
     return ResolvedSet(
         packages=tuple(sorted(packages, key=lambda package: package.name)),
         local=tuple(_local(package, artifact, project.folder) for package, artifact in local),
@@ -137,16 +141,6 @@ def _local(package: Any, artifact: Any, folder: Path) -> LocalPackage:
     # A path starts where the lockfile is.
     path = Path(os.path.normpath(folder / artifact.path / (artifact.subdirectory or ".")))
     return LocalPackage(package.name, path, bool(artifact.editable))
-
-
-def _require_wheels(packages: list[ResolvedPackage]) -> None:
-    built = [package for package in packages if package.is_built_here]
-    if built:
-        listed = ", ".join(f"{package.name} {package.version} ({package.kind})" for package in built)
-        raise LockfileError(
-            f"Not a wheel, and `no_build` is set: {listed}",
-            "lock versions that have a wheel for this platform, or leave out `no_build`",
-        )
 
 
 def _validated(data: dict[str, Any], project: Project) -> Pylock:
