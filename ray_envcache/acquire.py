@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ray_envcache.build.builder import Observer
     from ray_envcache.build.plan import EnvironmentPlan
     from ray_envcache.field.spec import EnvSpec
-    from ray_envcache.resolve.cluster_ray import AnyRay
+    from ray_envcache.resolve.interpreter import AnyRay
     from ray_envcache.resolve.lockfile import ResolvedSet
 
 _TRIES = 3

@@ -16,7 +16,7 @@ from ray_envcache.field import ray_init, registration
 from ray_envcache.field.guard import guarded
 from ray_envcache.field.spec import FIELD, EnvSpec, refuse_combinations
 from ray_envcache.resolve import uv
-from ray_envcache.resolve.cluster_ray import ClusterRay, installed_ray
+from ray_envcache.resolve.interpreter import ClusterRay, installed_ray
 from ray_envcache.store import leases
 from ray_envcache.store.layout import Layout
 from ray_envcache.store.leases import Holder, Lease

@@ -32,7 +32,7 @@ from ray_envcache.errors import EnvCacheError, FieldValueError, StoreError
 from ray_envcache.field import guard, probe
 from ray_envcache.field.spec import FIELD, EnvSpec, refuse_combinations, set_by_ray
 from ray_envcache.resolve import uv
-from ray_envcache.resolve.cluster_ray import ClusterRay
+from ray_envcache.resolve.interpreter import ClusterRay
 from ray_envcache.store.layout import Layout, default_root
 from ray_envcache.store.leases import Holder, Lease
 

@@ -15,7 +15,7 @@ from ray_envcache.errors import FieldValueError
 from ray_envcache.field import guard
 from ray_envcache.field.registration import HOOK, HOOK_FUNCTION
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store import leases
 from ray_envcache.store.leases import Holder
 from tests import support

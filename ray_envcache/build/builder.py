@@ -12,6 +12,7 @@ import os
 import re
 import time
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Protocol
 
@@ -222,7 +223,7 @@ class Builder:
             ray=self.plan.ray,
             download_bytes=self.plan.download_size,
             build_seconds=round(seconds, 3),
-            uv=uv.version(),
+            uv=metadata.version("uv"),
             boot_id=boot_id(),
             **self.plan.facts(),
         )

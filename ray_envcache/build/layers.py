@@ -112,7 +112,7 @@ class EditableLayerPlan(_LocalPackagesPlan):
 def _copy_projects(root: Path, target: Path, within: Path) -> None:
     """Copy the pyproject.toml of a workspace and its members: a build of one reads what they say of each other."""
     lock = root / "uv.lock"
-    for name in {".", *(export.local_sources(lock) if lock.is_file() else ())}:
+    for name in {".", *export.local_sources(lock)}:
         source, copy = root / name / "pyproject.toml", target / name / "pyproject.toml"
         # One elsewhere that is not installed is not needed either.
         if source.is_file() and not copy.exists() and content.is_inside(copy, within):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,9 @@ from ray_envcache.build import venv_files
 from ray_envcache.build.uv_calls import UvCalls
 from ray_envcache.checkout.project import Project
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve import export, inherit, interpreter, lockfile
-from ray_envcache.resolve.additions import additions, located
-from ray_envcache.resolve.cluster_ray import AnyRay
-from ray_envcache.resolve.inherit import Inherited
-from ray_envcache.resolve.interpreter import Interpreter
+from ray_envcache.resolve import export, from_cluster, interpreter, lockfile
+from ray_envcache.resolve.from_cluster import Inherited, additions, located
+from ray_envcache.resolve.interpreter import AnyRay, Interpreter
 from ray_envcache.resolve.lockfile import ResolvedSet
 from ray_envcache.store.key import compute_key
 from ray_envcache.store.layout import Entry
@@ -96,7 +93,7 @@ class EnvironmentPlan(Plan):
         if self.resolved.packages:
             self._sync(entry, run_uv)
         # After uv, which would remove links that it did not make.
-        inherit.link(self.inherited, entry.site_packages)
+        from_cluster.link(self.inherited, entry.site_packages)
 
     def _sync(self, entry: Entry, run_uv: UvCalls) -> None:
         wanted = [self.resolved]
@@ -139,7 +136,7 @@ def plan_of(spec: EnvSpec, project: Project, executable: str, ray: AnyRay, *, ch
     python, resolved = _resolve(spec, project, executable, ray, check_current=check_current)
     added = additions(ray, resolved, python)
     version = resolved.version_of("ray") or added["ray"]
-    resolved, added, inherited = inherit.split(resolved, added, spec)
+    resolved, added, inherited = from_cluster.split(resolved, added, spec)
     resolved = resolved.with_packages(located(added, python))
     return EnvironmentPlan(
         key=compute_key(resolved, python, _outside(spec, inherited)),
@@ -166,10 +163,13 @@ def require_buildable(spec: EnvSpec, ray: AnyRay) -> ResolvedSet:
 def _resolve(
     spec: EnvSpec, project: Project, executable: str, ray: AnyRay, *, check_current: bool
 ) -> tuple[Interpreter, ResolvedSet]:
-    with export.require_current(project, executable) if check_current else nullcontext():
-        python = interpreter.probe(executable)
-        ray.require_fit(python)
-        return python, lockfile.resolve(spec, project, python)
+    python = interpreter.probe(executable)
+    ray.require_fit(python)
+    resolved = lockfile.resolve(spec, project, python)
+    if check_current:
+        # Last: what is wrong with the interpreter or the lockfile itself says more.
+        export.require_current(project, executable)
+    return python, resolved
 
 
 def _outside(spec: EnvSpec, inherited: list[Inherited]) -> list[Any]:

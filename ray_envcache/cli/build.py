@@ -14,7 +14,7 @@ from ray_envcache.build.progress import observer
 from ray_envcache.cli.arguments import absolute
 from ray_envcache.errors import BuildError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store.layout import Entry
 from ray_envcache.store.leases import Holder
 

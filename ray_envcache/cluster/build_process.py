@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from ray_envcache.acquire import Store
 from ray_envcache.errors import EnvCacheError, InterpreterError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve.cluster_ray import ClusterRay
+from ray_envcache.resolve.interpreter import ClusterRay
 from ray_envcache.store.leases import Holder, Lease
 
 

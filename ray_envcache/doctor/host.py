@@ -22,7 +22,7 @@ from ray_envcache.errors import EnvCacheError, StoreError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.policy import Limits
 from ray_envcache.resolve import interpreter, uv
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store import readonly
 from ray_envcache.store.layout import Layout, default_root
 from ray_envcache.store.root import prepare_root
@@ -173,7 +173,7 @@ def _uv_version(path: str) -> str:
 
 
 def _python() -> Finding:
-    found = interpreter.ask(interpreter.base_executable(None))
+    found = interpreter.probe(interpreter.base_executable(None))
     return Finding("python", OK, f"{found.implementation} {found.version}: {found.executable}")
 
 

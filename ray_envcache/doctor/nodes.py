@@ -9,7 +9,7 @@ from typing import Any
 
 from ray_envcache.doctor.findings import ERROR, WARN, Finding
 from ray_envcache.field import guard, probe
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.version import __version__
 
 SAYS = "ray-envcache: "

@@ -23,7 +23,7 @@ from ray_envcache.acquire import Store
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.collector import collect
 from ray_envcache.gc.policy import Limits
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store.layout import Layout
 from ray_envcache.store.leases import Holder
 from ray_envcache.store.record import ReadyRecord
@@ -43,7 +43,7 @@ from ray_envcache.inside import pyc
 from ray_envcache.gc import collector, evict
 from ray_envcache.store import pins
 from ray_envcache.build.builder import Builder
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store.layout import Layout
 from ray_envcache.store.leases import Holder, claim
 from ray_envcache.gc.policy import Limits

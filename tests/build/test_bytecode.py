@@ -18,7 +18,7 @@ from ray_envcache.gc.collector import collect
 from ray_envcache.gc.evict import evict
 from ray_envcache.gc.policy import Limits
 from ray_envcache.inside import pyc
-from ray_envcache.resolve.cluster_ray import LockedRay, installed_ray
+from ray_envcache.resolve.interpreter import LockedRay, installed_ray
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder
 from ray_envcache.survey.inventory import status

@@ -150,7 +150,7 @@ def test_nothing_is_built_a_second_time_beside_a_stopped_lister(
     program = """
     from ray_envcache.acquire import Store
     from ray_envcache.field.spec import EnvSpec
-    from ray_envcache.resolve.cluster_ray import installed_ray
+    from ray_envcache.resolve.interpreter import installed_ray
     from ray_envcache.store.leases import Holder
     with Store.open().acquire(EnvSpec.parse(sys.argv[1]), installed_ray(), Holder("test"), finish=False) as lease:
         print(lease.entry.path.name, flush=True)

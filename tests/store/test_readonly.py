@@ -25,7 +25,7 @@ from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.collector import collect
 from ray_envcache.gc.evict import evict
 from ray_envcache.gc.policy import Limits
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store import leases, readonly, record
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, Lease
@@ -48,7 +48,7 @@ OTHER_USER += [f"--{kind}-caps=+dac_read_search" for kind in ("inh", "ambient") 
 # What a worker does, by a lease and without.
 USE = """
 import subprocess, sys
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store.leases import Holder
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.acquire import Store
