@@ -367,10 +367,8 @@ def test_local_packages(tmp_path: Path, wheels: Path) -> None:
 
 def make_repository(tmp_path: Path, wheels: Path) -> tuple[str, str]:
     """A git repository with a package: its URL, and its commit."""
-    import tarfile
-
-    with tarfile.open(support.make_sdist(wheels, "from-git")) as archive:
-        archive.extractall(tmp_path, filter="data")
+    # By no Python: those before 3.11.4 have no filter for what they unpack, later ones warn without one.
+    support.run("tar", "xf", support.make_sdist(wheels, "from-git"), "-C", tmp_path)
     folder = tmp_path / "from_git-1.0"
     who = ["-c", "user.name=Somebody", "-c", "user.email=somebody@example.org"]
     for arguments in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "The package"]):
