@@ -25,8 +25,6 @@ from ray_envcache.system import disk, files, flock
 from ray_envcache.system.processes import find_mentions
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from typing_extensions import Self
 
 SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
@@ -107,9 +105,7 @@ class ShortTmpdir(str):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
 
@@ -186,7 +182,7 @@ def make_link(target: str, places: Iterable[Path]) -> ShortTmpdir:
 
 def sweep_links(places: Iterable[Path] | None = None) -> None:
     """Remove our links whose process is dead, unless a process names them: a cluster may outlive its driver."""
-    idle = [folder for place in places or _places() for folder in _folders(place) if _is_idle(folder)]
+    idle = [folder for place in places or _places() for folder in place.glob(f"{_PREFIX}*") if _is_idle(folder)]
     named = find_mentions(_NAMED).by_name if idle else {}
     for folder in idle:
         with suppress(OSError):
@@ -225,17 +221,12 @@ def _link(place: Path, target: str) -> ShortTmpdir:
     return ShortTmpdir(os.fspath(folder / _LINK), target, descriptor)
 
 
-def _folders(place: Path) -> list[Path]:
-    with suppress(OSError):
-        return [place / name for name in os.listdir(place) if _NAME.fullmatch(name)]
-    return []
-
-
 def _is_idle(folder: Path) -> bool:
     """Whether this is a private directory of ours with at most a link in it, and no process has a flock on it."""
     with suppress(OSError):
-        has_links = all(item.name == _LINK and item.is_symlink() for item in folder.iterdir())
-        return has_links and directories.is_own(folder, private=True) and flock.is_free(folder)
+        if _NAME.fullmatch(folder.name) and directories.is_own(folder, private=True):
+            links_only = all(item.name == _LINK and item.is_symlink() for item in folder.iterdir())
+            return links_only and flock.is_free(folder)
     return False
 
 

@@ -58,21 +58,15 @@ def _dump(data: dict[str, Any], file: TextIO, *, durable: bool) -> None:
         os.fsync(file.fileno())
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """The content of a file. An OSError names the file, also where reading fails after it was opened."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        error.filename = error.filename or os.fspath(path)
-        raise
-
-
 def read_json(path: str | Path) -> dict[str, Any] | None:
     """The JSON object in `path`, or None where there is none: no file, truncated, or something else."""
     try:
-        data = json.loads(read_bytes(path).decode())
+        data = json.loads(Path(path).read_bytes().decode())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    except OSError as error:
+        error.filename = os.fspath(path)  # Python does not name it where reading fails after opening
+        raise
     return data if isinstance(data, dict) else None
 
 
