@@ -138,7 +138,11 @@ def require_usable(path: str) -> None:
         with tempfile.TemporaryFile(dir=path) as probe:
             probe.write(b"\0" * 65536)
     except OSError as error:
-        raise _unusable(path, error) from error
+        if error.errno in files.FULL_DISK:
+            raise _full(path, error.strerror or "no space left") from error
+        hints = {FileNotFoundError: f"mkdir -p '{path}'", NotADirectoryError: "name a directory"}
+        hint = hints.get(type(error), "choose a directory you may write to")
+        raise TempDirError(f"Cannot use the temp directory `{path}`: {error.strerror or error}", hint) from error
     if disk.is_network(found.kind) and os.environ.get("RAY_ENVCACHE_ALLOW_NETWORK_FS") != "1":
         raise TempDirError(
             f"The temp directory `{path}` is on a network file system ({found.kind}), where sockets and flocks fail",
@@ -146,14 +150,6 @@ def require_usable(path: str) -> None:
         )
     if found.free < _NEEDED_BYTES:
         raise _full(path, f"{found.free // 1_000_000} MB are free")
-
-
-def _unusable(path: str, error: OSError) -> TempDirError:
-    if error.errno in files.FULL_DISK:
-        return _full(path, error.strerror or "no space left")
-    hints = {FileNotFoundError: f"mkdir -p '{path}'", NotADirectoryError: "name a directory"}
-    hint = hints.get(type(error), "choose a directory you may write to")
-    return TempDirError(f"Cannot use the temp directory `{path}`: {error.strerror or error}", hint)
 
 
 def _full(path: str, detail: str) -> TempDirError:

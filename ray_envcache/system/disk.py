@@ -95,8 +95,13 @@ def occupied_in_turn(tops: Iterable[Path]) -> list[int]:
 
     All together they are what the trees occupy, each inode once.
     """
-    taken: dict[int, set[int]] = {}
-    return [_occupied_beside(top, taken) for top in reversed([*tops])][::-1]
+    taken: set[tuple[int, int]] = set()
+    occupied = []
+    for top in reversed([*tops]):
+        inodes = {(found.st_dev, found.st_ino): found for _, found in walk(top)}
+        occupied.append(sum(found.st_blocks * 512 for inode, found in inodes.items() if inode not in taken))
+        taken.update(inode for inode, found in inodes.items() if found.st_nlink > 1)
+    return occupied[::-1]
 
 
 def walk(top: Path, on_error: Callable[[OSError], None] = lambda _: None) -> Iterator[tuple[str, os.stat_result]]:
@@ -253,18 +258,6 @@ def _tally(top: Path, besides: Collection[tuple[int, int]], linked: dict[tuple[i
         if found.st_dev == device or not stat.S_ISDIR(found.st_mode):
             tally.add(path, found)
     return tally
-
-
-def _occupied_beside(top: Path, taken: dict[int, set[int]]) -> int:
-    """The bytes of a tree without the inodes in `taken`, by device, to which its own are added."""
-    occupied = 0
-    for _, found in walk(top):
-        known = taken.setdefault(found.st_dev, set())
-        if found.st_ino not in known:
-            occupied += found.st_blocks * 512
-        if found.st_nlink > 1:
-            known.add(found.st_ino)
-    return occupied
 
 
 def _overlap(ranges: list[_Place]) -> bool:
