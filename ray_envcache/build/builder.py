@@ -29,7 +29,7 @@ from ray_envcache.system import children, files
 from ray_envcache.system.files import file_identity
 from ray_envcache.system.flock import exclusive_flock, is_free
 from ray_envcache.system.processes import boot_id
-from ray_envcache.system.units import utc_now
+from ray_envcache.system.texts import utc_now
 
 CHECK_MINUTES = 5.0
 """How long `import ray` may take in a new environment; it takes half a second, on slow disks half a minute."""
@@ -166,7 +166,7 @@ class Builder:
         venv_files.add_hold(entry)
         venv_files.add_pip_guard(entry)
         self._check(entry)
-        files.set_directories_writable(entry.venv, writable=False)
+        files.freeze(entry.venv)
 
     def _uv_calls(self, entry: Entry, flock: int) -> UvCalls:
         plan, cache = self.plan, uv.cache_directory(entry.path) or self.layout.uv_cache

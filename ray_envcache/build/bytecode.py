@@ -20,7 +20,7 @@ from ray_envcache.store.leases import Holder, Lease, claim
 from ray_envcache.survey import shared_bytecode
 from ray_envcache.survey.sizes import record_sizes
 from ray_envcache.system import capacity, children, files, flock, testpoints
-from ray_envcache.system.units import utc_now
+from ray_envcache.system.texts import utc_now
 
 MOST_PROCESSES = 8
 """On a machine with a hundred processors the compiler is a guest: a cluster has just begun to use it."""

@@ -16,7 +16,7 @@ from ray_envcache.resolve.interpreter import AnyRay, Interpreter
 from ray_envcache.resolve.lockfile import ResolvedSet
 from ray_envcache.store.key import compute_key
 from ray_envcache.store.layout import Entry
-from ray_envcache.system.units import format_size
+from ray_envcache.system.texts import format_size
 
 
 @dataclass(frozen=True)

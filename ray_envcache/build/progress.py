@@ -13,7 +13,7 @@ from typing import TextIO
 from ray_envcache.build.builder import Observer
 from ray_envcache.build.plan import Plan
 from ray_envcache.store.leases import Lease
-from ray_envcache.system.units import printable
+from ray_envcache.system.texts import printable
 
 LOG_SECONDS = 10.0
 """How often a log gets a sign of life while uv says nothing."""

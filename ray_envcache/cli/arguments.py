@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ray_envcache.errors import FieldValueError
-from ray_envcache.system.units import is_off
+from ray_envcache.system.texts import is_off
 
 SWITCHED_OFF = object()
 """The value of a limit that was given as "off"."""

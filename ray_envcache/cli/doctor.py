@@ -26,7 +26,7 @@ from ray_envcache.field.spec import FIELD
 from ray_envcache.hook import pinned_field
 from ray_envcache.store.layout import SHOWN_DIGITS
 from ray_envcache.system import children
-from ray_envcache.system.units import format_size
+from ray_envcache.system.texts import format_size
 
 _COLORS = {"ok": "green", "warn": "yellow", "error": "red"}
 

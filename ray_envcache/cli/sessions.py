@@ -17,7 +17,7 @@ from ray_envcache.sessions.collector import SessionReport, collect_sessions
 from ray_envcache.sessions.directories import Session
 from ray_envcache.sessions.liveness import judge_sessions
 from ray_envcache.sessions.short_path import sweep_links
-from ray_envcache.system.units import printable, utc
+from ray_envcache.system.texts import printable, utc
 
 PrintJson = Callable[[dict[str, Any]], None]
 

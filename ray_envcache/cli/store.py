@@ -21,7 +21,7 @@ from ray_envcache.gc.policy import Limits
 from ray_envcache.store import pins, readonly
 from ray_envcache.store.layout import Entry
 from ray_envcache.survey import inventory
-from ray_envcache.system.units import format_size, parse_duration, parse_space
+from ray_envcache.system.texts import format_size, parse_duration, parse_space
 
 
 @click.command(epilog="Example: ray-envcache why 125a8")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from ray_envcache.store.layout import SHOWN_DIGITS
-from ray_envcache.system.units import format_duration, format_size, printable, utc
+from ray_envcache.system.texts import format_duration, format_size, printable, utc
 
 if TYPE_CHECKING:
     from ray_envcache.gc.collector import Collected

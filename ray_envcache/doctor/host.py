@@ -27,7 +27,7 @@ from ray_envcache.store import readonly
 from ray_envcache.store.layout import Layout, default_root
 from ray_envcache.store.root import prepare_root
 from ray_envcache.system import disk, flock
-from ray_envcache.system.units import format_size
+from ray_envcache.system.texts import format_size
 from ray_envcache.version import __version__
 
 T = TypeVar("T")

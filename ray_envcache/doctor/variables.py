@@ -11,7 +11,7 @@ from ray_envcache.errors import FieldValueError
 from ray_envcache.field import probe, registration
 from ray_envcache.gc.policy import VARIABLES, Limits
 from ray_envcache.system.testpoints import FOLDER
-from ray_envcache.system.units import parse_duration
+from ray_envcache.system.texts import parse_duration
 
 _PREFIX = "RAY_ENVCACHE_"
 _OTHERS = ("DIR", "READONLY_DIRS", "ALLOW_NETWORK_FS", "GC_INTERVAL")

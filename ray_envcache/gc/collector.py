@@ -23,7 +23,7 @@ from ray_envcache.survey import shared_bytecode, uv_cache
 from ray_envcache.survey.inventory import Status, last_used
 from ray_envcache.survey.sizes import going_too
 from ray_envcache.system import disk, flock
-from ray_envcache.system.units import Space
+from ray_envcache.system.texts import Space
 
 PATIENCE_SECONDS = 60.0
 """How long a build on a full disk waits for another collector: to delete 60 GB takes about 10 s."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ray_envcache.store.layout import Layout
 from ray_envcache.system import children
-from ray_envcache.system.units import is_off, parse_duration
+from ray_envcache.system.texts import is_off, parse_duration
 
 INTERVAL = "RAY_ENVCACHE_GC_INTERVAL"
 DEFAULT_INTERVAL_SECONDS = 3600.0

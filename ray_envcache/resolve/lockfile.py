@@ -28,7 +28,7 @@ from ray_envcache.errors import InterpreterError, LockfileError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import export, settings
 from ray_envcache.resolve.interpreter import Interpreter
-from ray_envcache.system import secrets
+from ray_envcache.system.texts import strip_credentials
 
 if TYPE_CHECKING:
     from packaging.markers import Environment
@@ -196,7 +196,7 @@ def resolved_package(package: Any, artifact: Any, folder: Path, known: str) -> R
     """A selected package with its artifact. Relative paths start from `folder`; `known` is the text of the lockfile."""
     kind = type(artifact).__name__.removeprefix("Package").lower()
     table = _artifact_table(artifact, folder)
-    index = secrets.strip_credentials(package.index or "")
+    index = strip_credentials(package.index or "")
     about = {"name": package.name, "version": str(package.version or ""), "index": index}
     hashes = table.get("hashes", {})
     return ResolvedPackage(
@@ -235,7 +235,7 @@ def _artifact_table(artifact: Any, folder: Path) -> dict[str, Any]:
         if path.is_file():
             table["hashes"] = dict(table.get("hashes") or {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
     if "url" in table:
-        table["url"] = secrets.strip_credentials(table["url"])
+        table["url"] = strip_credentials(table["url"])
     return table
 
 

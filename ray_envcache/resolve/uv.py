@@ -19,7 +19,7 @@ import uv
 from ray_envcache.checkout import git
 from ray_envcache.errors import BuildError, DiskFullError, EnvCacheError, PassingError
 from ray_envcache.resolve import settings
-from ray_envcache.system import children, disk, secrets
+from ray_envcache.system import children, disk, texts
 
 # How indexes are reached. A job may say so too, in the `env_vars` of its runtime_env.
 _REACH = re.compile(
@@ -138,7 +138,7 @@ def relevant(env_vars: Mapping[str, str]) -> dict[str, str]:
 
 def without_credentials(text: str) -> str:
     """The text with what is secret in every URL, and every password that uv was given, blotted out."""
-    return secrets.without_credentials(text, _GIVEN.get())
+    return texts.without_credentials(text, _GIVEN.get())
 
 
 def is_unreachable(stderr: str) -> bool:

@@ -26,7 +26,7 @@ from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.record import ReadyRecord
 from ray_envcache.system import files, flock
 from ray_envcache.system.processes import pid_namespace
-from ray_envcache.system.units import utc_now
+from ray_envcache.system.texts import utc_now
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -12,7 +12,7 @@ from ray_envcache.store.layout import Entry, Layout, layout_of
 from ray_envcache.store.leases import Holder, Lease, claim, hold
 from ray_envcache.store.record import ReadyRecord
 from ray_envcache.system import disk, files
-from ray_envcache.system.units import utc_now
+from ray_envcache.system.texts import utc_now
 
 
 def pin(layout: Layout, entry: Entry) -> None:

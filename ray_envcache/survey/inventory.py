@@ -13,7 +13,7 @@ from ray_envcache.store.record import ReadyRecord
 from ray_envcache.survey.sizes import FRESH_SECONDS, MeasuredRecord, Sizes
 from ray_envcache.system import flock, processes
 from ray_envcache.system.processes import ray_session
-from ray_envcache.system.units import utc
+from ray_envcache.system.texts import utc
 
 if TYPE_CHECKING:
     from ray_envcache.system.processes import Process

@@ -112,7 +112,7 @@ def _text_of(path: Path) -> bytes:
 def _is_left(archive: Path, since: float, before: float) -> bool:
     # The kernel sets ctime when a file gets or loses a link.
     changed = 0.0
-    for found in disk.inodes(archive):
+    for _, found in disk.walk(archive):
         if not stat.S_ISDIR(found.st_mode):
             if found.st_nlink > 1:
                 return False

@@ -7,6 +7,7 @@ there is strace, it kills every process of an operation in turn, uv's too, by sy
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -27,7 +28,7 @@ from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store.layout import Layout
 from ray_envcache.store.leases import Holder
 from ray_envcache.store.record import ReadyRecord
-from ray_envcache.system import files, flock
+from ray_envcache.system import flock
 from tests import support
 from tests.attacks.test_full_disk import wait_for_background
 
@@ -121,7 +122,8 @@ def prepare(operation: str, root: Path, project: Path, template: Path) -> None:
         for entry in Layout(root).all_entries():
             entry.compiled.unlink()
             entry.measured.unlink()
-            files.set_directories_writable(entry.site_packages, writable=True)
+            for folder, _, _ in os.walk(entry.site_packages):
+                os.chmod(folder, 0o755)
             for path in entry.site_packages.rglob("*.pyc"):
                 path.unlink()
     if operation == "finish":

@@ -11,7 +11,7 @@ from typing import Any
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.survey.sizes import MeasuredRecord
 from ray_envcache.system import files
-from ray_envcache.system.units import utc_now
+from ray_envcache.system.texts import utc_now
 
 
 def fill(store: Path, count: int) -> None:

@@ -29,7 +29,7 @@ from ray_envcache.store.leases import Holder
 from ray_envcache.survey.inventory import status
 from ray_envcache.survey.sizes import FRESH_SECONDS, MeasuredRecord, Sizes, record_sizes
 from ray_envcache.system import disk, flock, processes
-from ray_envcache.system.units import Space
+from ray_envcache.system.texts import Space
 from tests import support
 from tests.cli.test_commands import run
 from tests.gc.fabricated import add_file, make_entry, make_layout

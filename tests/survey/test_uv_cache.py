@@ -19,7 +19,7 @@ from ray_envcache.survey import uv_cache
 from ray_envcache.survey.inventory import survey
 from ray_envcache.survey.sizes import record_sizes
 from ray_envcache.system import disk, flock
-from ray_envcache.system.units import Space
+from ray_envcache.system.texts import Space
 from tests import support
 from tests.gc.fabricated import make_entry, make_layout
 
