@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ray_envcache.errors import EnvCacheError, StoreError
-from ray_envcache.field import ray_init, registration
+from ray_envcache.field import registration
 from ray_envcache.version import __version__ as __version__  # re-exported
 
 if TYPE_CHECKING:
@@ -81,4 +81,4 @@ def __getattr__(name: str) -> Any:
 if sys.platform == "win32":
     raise StoreError("ray-envcache does not run on Windows: it needs flock", "use WSL 2 or a Linux container")
 registration.register(os.environ)
-ray_init.extend()
+registration.extend()
