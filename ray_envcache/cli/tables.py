@@ -26,7 +26,6 @@ JSON_SCHEMA = 1
 """The version of what `--json` prints: another number where a field goes or changes its meaning."""
 
 _BELOW = "└"
-_USER_FIELDS = ("pid", "kind", "cluster", "job", "command", "since")
 
 
 def print_json(data: dict[str, Any]) -> None:
@@ -38,7 +37,7 @@ def status_as_json(status: Status) -> dict[str, Any]:
     """One environment, as `list --json` and `why --json` show it."""
     data = status._asdict()
     del data["base_path"]
-    users = [{name: getattr(user, name) for name in _USER_FIELDS} for user in data.pop("users")]
+    users = [user._asdict() for user in data.pop("users")]
     last_used = utc(data.pop("last_used"))
     return {**data, "holders": users, "last_used_at": last_used}
 

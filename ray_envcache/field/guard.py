@@ -38,8 +38,7 @@ def guarded(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
 
 def disarm(runtime_env: MutableMapping[str, Any]) -> None:
     """Take away what `guarded` added, before Ray reads it; what users put into the same fields stays."""
-    others = _others(runtime_env)
-    if others:
+    if others := _others(runtime_env):
         runtime_env[CARRIER] = others
     else:
         runtime_env.pop(CARRIER, None)

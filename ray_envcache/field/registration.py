@@ -101,15 +101,14 @@ def extend_in(worker: ModuleType) -> None:
     ask_hooks = getattr(worker, WORKER_FUNCTION, None)
     if ask_hooks is None:
         os.environ.setdefault(HOOK, HOOK_FUNCTION)
-    elif not hasattr(ask_hooks, "__wrapped__"):
-        setattr(worker, WORKER_FUNCTION, _extended(ask_hooks))
+        return
+    if hasattr(ask_hooks, "__wrapped__"):
+        return
 
-
-def _extended(ask_hooks: Any) -> Any:
     @functools.wraps(ask_hooks)
     def ask_ours_first(runtime_env: Any, _skip_env_hook: bool = False) -> Any:  # noqa: FBT001, FBT002  # as Ray's
         if _skip_env_hook or not isinstance(runtime_env, Mapping) or runtime_env.get(FIELD) is None:
             return ask_hooks(runtime_env, _skip_env_hook)
         return pkgutil.resolve_name(HOOK_FUNCTION)(runtime_env)
 
-    return ask_ours_first
+    setattr(worker, WORKER_FUNCTION, ask_ours_first)
