@@ -51,7 +51,7 @@ class Facts:
 
 def check_lockfile(path: str) -> Finding:
     """Whether the lockfile at `path` is one that this host could build. Builds nothing."""
-    return finding_of("lockfile", lambda: _lockfile(path))
+    return finding_of("lockfile", _lockfile, path)
 
 
 def examine() -> Facts:
@@ -70,15 +70,15 @@ def examine() -> Facts:
 
 
 def _store(layout: Layout) -> Iterator[Finding]:
-    found = finding_of("store", lambda: _root(layout))
+    found = finding_of("store", _root, layout)
     yield found
     if found.state != ERROR:
-        yield finding_of("flocks", lambda: _flocks(layout))
-        yield finding_of("holds", lambda: _holds(layout))
-        yield finding_of("space", lambda: _space(layout))
-        yield finding_of("uv's cache", lambda: _cache(layout))
+        yield finding_of("flocks", _flocks, layout)
+        yield finding_of("holds", _holds, layout)
+        yield finding_of("space", _space, layout)
+        yield finding_of("uv's cache", _cache, layout)
         if os.environ.get(readonly.VARIABLE):
-            yield finding_of("read-only stores", lambda: _readonly_stores(layout))
+            yield finding_of("read-only stores", _readonly_stores, layout)
 
 
 def _root(layout: Layout) -> Finding:
