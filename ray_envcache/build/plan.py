@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import tempfile
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from ray_envcache.build import venv_files
 from ray_envcache.build.uv_calls import UvCalls
 from ray_envcache.checkout.project import Project
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve import export, inherit, interpreter, lockfile
+from ray_envcache.resolve import export, inherit, interpreter, lockfile, uv
 from ray_envcache.resolve.additions import additions, located
 from ray_envcache.resolve.cluster_ray import AnyRay
 from ray_envcache.resolve.inherit import Inherited
@@ -54,6 +55,10 @@ class Plan:
         """More options for `uv venv`."""
         return []
 
+    def is_cached(self, near: Path) -> bool:  # noqa: ARG002  # the other kind needs it
+        """Whether uv downloads and unpacks nothing for an environment at `near`: then it needs next to no room."""
+        return True
+
     def prepare(self, entry: Entry) -> None:
         """Copy sources before the first progress line: a log file inside a package would change the copy."""
 
@@ -91,6 +96,20 @@ class EnvironmentPlan(Plan):
     @property
     def venv_options(self) -> list[str]:
         return ["--system-site-packages"] if self.system_site_packages else []
+
+    def is_cached(self, near: Path) -> bool:
+        cache = uv.cache_directory(near)
+        if cache is None:
+            return False
+        # On a disk without any room there is none to ask either: then it counts as not cached.
+        with suppress(OSError), tempfile.TemporaryDirectory() as folder:
+            pylock = Path(folder) / "pylock.toml"
+            pylock.write_text(venv_files.pylock_text(self.resolved), encoding="utf-8")
+            dry = ["pip", "sync", "--dry-run", "--offline", "--preview-features=pylock", "--break-system-packages"]
+            target = [f"--python={self.interpreter.executable}", f"--target={folder}/target"]
+            done = uv.run([*dry, *target, pylock], cwd=self.folder, cache=cache)
+            return done.returncode == 0 and "Would download" not in done.stderr
+        return False
 
     def install(self, entry: Entry, run_uv: UvCalls) -> None:
         if self.resolved.packages:
