@@ -277,7 +277,7 @@ def test_another_ray_is_another_environment(tmp_path: Path, wheels: Path, store:
     project = support.make_project(tmp_path / "project", wheels, ["ray"])
     with store.acquire(EnvSpec.parse(project), installed_ray(), Holder("test")) as lease:
         assert store.lookup(EnvSpec.parse(project), ClusterRay("1.0"), Holder("test")) is None
-        assert lease.held
+        assert lease.descriptors
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "foreign key", "no interpreter"])

@@ -101,9 +101,9 @@ def test_hand_over(project: Path, store: Store, monkeypatch: pytest.MonkeyPatch)
 
     with agent("another") as theirs:
         hook.runtime_env_hook({"envcache": os.fspath(project)})
-        support.wait_until(lambda: "driver " in holders(theirs.key), "the driver has a lease")
+        support.wait_until(lambda: "driver " in holders(theirs.entry.key), "the driver has a lease")
         # Three looks of the driver.
         with pytest.raises(AssertionError):
-            support.wait_until(lambda: "driver " not in holders(theirs.key), "it is kept", seconds=0.7)
+            support.wait_until(lambda: "driver " not in holders(theirs.entry.key), "it is kept", seconds=0.7)
         with agent("ours"):
-            support.wait_until(lambda: "driver " not in holders(theirs.key), "the driver handed over")
+            support.wait_until(lambda: "driver " not in holders(theirs.entry.key), "the driver handed over")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from ray_envcache.build import venv_files
 from ray_envcache.build.uv_calls import UvCalls
 from ray_envcache.checkout.project import Project
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve import export, from_cluster, interpreter, lockfile
+from ray_envcache.resolve import export, from_cluster, interpreter, lockfile, uv
 from ray_envcache.resolve.from_cluster import Inherited, additions, located
 from ray_envcache.resolve.interpreter import AnyRay, Interpreter
 from ray_envcache.resolve.lockfile import ResolvedSet
@@ -51,6 +53,10 @@ class Plan:
         """More options for `uv venv`."""
         return []
 
+    def is_cached(self, near: Path) -> bool:  # noqa: ARG002  # the other kind needs it
+        """Whether uv downloads and unpacks nothing for an environment at `near`: then it needs next to no room."""
+        return True
+
     def prepare(self, entry: Entry) -> None:
         """Copy sources before the first progress line: a log file inside a package would change the copy."""
 
@@ -88,6 +94,20 @@ class EnvironmentPlan(Plan):
     @property
     def venv_options(self) -> list[str]:
         return ["--system-site-packages"] if self.system_site_packages else []
+
+    def is_cached(self, near: Path) -> bool:
+        cache = uv.cache_directory(near)
+        if cache is None:
+            return False
+        # On a disk without any room there is none to ask either: then it counts as not cached.
+        with suppress(OSError), tempfile.TemporaryDirectory() as folder:
+            pylock = Path(folder) / "pylock.toml"
+            pylock.write_text(venv_files.pylock_text(self.resolved), encoding="utf-8")
+            dry = ["pip", "sync", "--dry-run", "--offline", "--preview-features=pylock", "--break-system-packages"]
+            target = [f"--python={self.interpreter.executable}", f"--target={folder}/target"]
+            done = uv.run([*dry, *target, pylock], cwd=self.folder, cache=cache)
+            return done.returncode == 0 and "Would download" not in done.stderr
+        return False
 
     def install(self, entry: Entry, run_uv: UvCalls) -> None:
         if self.resolved.packages:

@@ -90,7 +90,7 @@ def rm(*, keys: tuple[str, ...]) -> None:
     store = Store.open()
     for entry in [entry for key in keys for entry in _removable(store.find(key))]:
         gone = evict(store.layout, entry)
-        click.echo(f"Removed {entry.short}, freed {format_size(gone.freed)}", err=True)
+        click.echo(f"Removed {entry.short}, freed {format_size(gone.reclaimable)}", err=True)
 
 
 @click.command(epilog="Example: ray-envcache purge --yes")
@@ -101,7 +101,7 @@ def purge(*, yes: bool) -> None:
     if not yes:
         _confirm(f"Remove all environments in {store.layout.root}?")
     _finish_collection(collect(store.layout, Limits(everything=True)), as_json=False, dry_run=False)
-    for layout in store.lower:
+    for layout in store.readonly:
         click.echo(f"The read-only store at {layout.root} stays as it is", err=True)
 
 

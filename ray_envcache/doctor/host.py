@@ -144,7 +144,7 @@ def _cache(layout: Layout) -> Finding:
 
 def _readonly_stores(layout: Layout) -> Finding:
     name = "read-only stores"
-    found = ", ".join(str(one.root) for one in readonly.lower_stores(layout, os.environ)) or "none"
+    found = ", ".join(str(one.root) for one in readonly.readonly_stores(layout, os.environ)) or "none"
     missing = ", ".join(map(str, readonly.missing_stores(layout, os.environ)))
     if not missing:
         return Finding(name, OK, found)

@@ -39,7 +39,7 @@ import os, signal, sys
 from pathlib import Path
 # Imported before the counting begins: bytecode of the package itself is none of its business.
 from ray_envcache import acquire
-from ray_envcache.build import bytecode, room
+from ray_envcache.build import bytecode
 from ray_envcache.inside import pyc
 from ray_envcache.gc import collector, evict
 from ray_envcache.store import pins
@@ -135,7 +135,7 @@ def examine(root: Path, project: Path, operation: str) -> None:
     layout = Layout(root)
     quiet = lambda: all(flock.is_free(path) for path in layout.flocks.iterdir()) if layout.flocks.exists() else True  # noqa: E731
     support.wait_until(quiet, "orphans are done")
-    compiled = lambda: not any(flock.is_held(layout.finishing_flock(entry)) for entry in layout.all_entries())  # noqa: E731
+    compiled = lambda: not any(flock.is_held(entry.finishing_flock) for entry in layout.all_entries())  # noqa: E731
     support.wait_until(compiled, "what a killed compiler started is done")
     for entry in layout.all_entries():
         if ReadyRecord.read(entry) is not None and operation == "build":

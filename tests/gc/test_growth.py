@@ -17,7 +17,7 @@ from ray_envcache.gc.rubbish import MEMOS
 from ray_envcache.store import leases
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder
-from ray_envcache.survey.sizes import record_sizes
+from ray_envcache.survey.inventory import record_sizes
 from ray_envcache.system import files
 from ray_envcache.system.flock import exclusive_flock
 from ray_envcache.system.texts import utc_now

@@ -23,7 +23,7 @@ from ray_envcache.gc.evict import evict
 from ray_envcache.store import leases
 from ray_envcache.store.layout import Entry
 from ray_envcache.store.leases import Holder
-from ray_envcache.survey.sizes import MeasuredRecord
+from ray_envcache.store.record import MeasuredRecord
 from ray_envcache.system import files, flock
 from tests import support
 
