@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ray_envcache.errors import BuildError, DiskFullError
 from ray_envcache.resolve import uv
-from ray_envcache.store.layout import Entry
+from ray_envcache.store.layout import Entry, layout_of
 from ray_envcache.system import children, disk
 
 
@@ -45,7 +45,8 @@ class UvCalls:
         reason = "\n".join(uv.said(done.stderr).splitlines()[-25:])
         if uv.is_disk_full(done.stderr):
             place, store = uv.full_place(done.stderr), self.entry.path.parent
-            if place is None or place.is_relative_to(store):
+            ours = (store, layout_of(self.entry).uv_cache)
+            if place is None or any(map(place.is_relative_to, ours)):
                 return disk_full(store, self.download_size)
             # The folder for temporary files, or a quota of uv's own cache: moving the store would not help.
             return DiskFullError(
