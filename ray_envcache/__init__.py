@@ -50,7 +50,7 @@ def runtime_env(  # noqa: PLR0913  # the options of the field, with their names
 
     lists = {"extras": extras, "groups": groups, "inherit": inherit}
     value = {
-        "path": os.path.abspath(path),
+        "path": os.path.abspath(os.path.expanduser(path)),
         # A string stays one, and is refused: its letters are no names.
         **{name: given if isinstance(given, str) else [*given] for name, given in lists.items()},
         "package": package,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from subprocess import CalledProcessError
@@ -103,7 +104,7 @@ class Store:
             inputs, plan = self._plan(inputs, ray, check_current=check_current or spec.digest is None)
             lease = self._build(inputs, plan, holder, observer)
         if finish:
-            self.finish_all(lease)
+            self.finish_all(lease, dict(os.environ))
         return lease
 
     def _inputs(self, spec: EnvSpec, ray: AnyRay) -> Inputs:
@@ -206,15 +207,15 @@ class Store:
             )
         return found
 
-    def finish_all(self, lease: Lease) -> None:
-        """Start the processes that finish the entries of a lease, for those that need it.
+    def finish_all(self, lease: Lease, environ: Mapping[str, str]) -> None:
+        """Start the processes that finish the entries of a lease, for those that need it, with these variables.
 
         Where one cannot be started (no memory, no processes left), the next user of the entry tries again.
         """
         for entry in lease.entries:
             if self.wants_finishing(entry):
                 with suppress(OSError, CalledProcessError):
-                    self.finish(entry)
+                    self.finish(entry, environ)
 
     def wants_finishing(self, entry: Entry) -> bool:
         """Whether bytecode and sizes are missing and no compiler is at work, in a store that we may write to."""
@@ -222,10 +223,10 @@ class Store:
             return False
         return not flock.is_held(entry.finishing_flock)
 
-    def finish(self, entry: Entry) -> None:
+    def finish(self, entry: Entry, environ: Mapping[str, str]) -> None:
         """Start the process that compiles bytecode and measures sizes; it outlives us and delays nothing."""
         program = [sys.executable, "-m", "ray_envcache.build.bytecode"]
-        children.start_detached([*program, self.layout.root, entry.path.name], environ=dict(os.environ))
+        children.start_detached([*program, self.layout.root, entry.path.name], environ=environ)
 
 
 def _content(inputs: Inputs, known: Memo) -> str | None:

@@ -163,7 +163,8 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         lease = store.lookup(spec, ray, holder)
         if lease is not None and any(map(store.wants_finishing, lease.entries)):
             # Nobody waits for it: what a killed compiler left undone is begun again.
-            self._threads.submit(store.finish_all, lease)
+            # Not os.environ: the loop removes Ray's variables from it while a thread copies it.
+            self._threads.submit(store.finish_all, lease, self._environ)
         return store, lease
 
     async def _build(self, start: Callable[[], AgentBuild]) -> Lease:

@@ -18,7 +18,7 @@ from pathlib import Path
 from ray_envcache.build import venv_files
 from ray_envcache.build.plan import Plan
 from ray_envcache.build.uv_calls import UvCalls, disk_full
-from ray_envcache.errors import BuildError
+from ray_envcache.errors import BuildError, PassingError
 from ray_envcache.gc.collector import make_room
 from ray_envcache.inside import check
 from ray_envcache.resolve import uv
@@ -143,7 +143,7 @@ class Builder:
         """A lease as for an entry that was found: of a layer, also on the environment below it."""
         lease = claim(entry, self.layout, self.holder)
         if lease is None:
-            raise BuildError(f"`{entry.path}` vanished right after it was built", "try again")
+            raise PassingError(f"`{entry.path}` vanished right after it was built", "try again")
         return lease
 
     def _start(self, entry: Entry) -> Lease:
@@ -152,7 +152,7 @@ class Builder:
         files.write_json(entry.building, asdict(self.holder), durable=False)
         lease = hold(entry)
         if lease is None:
-            raise BuildError(f"Another process removed `{entry.path}` while it was being built", "try again")
+            raise PassingError(f"Another process removed `{entry.path}` while it was being built", "try again")
         return lease
 
     def _fill(self, entry: Entry, flock: int) -> None:
@@ -208,7 +208,7 @@ class Builder:
     def _publish(self, entry: Entry, seconds: float) -> None:
         identity = file_identity(os.fspath(entry.python))
         if identity is None:
-            raise BuildError(f"`{entry.python}` vanished during the build", "try again")
+            raise PassingError(f"`{entry.python}` vanished during the build", "try again")
         record = ReadyRecord(
             key=self.plan.key,
             path=os.fspath(entry.path),

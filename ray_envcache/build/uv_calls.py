@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_envcache.errors import BuildError, DiskFullError
+from ray_envcache.errors import BuildError, DiskFullError, PassingError
 from ray_envcache.resolve import uv
 from ray_envcache.store.layout import Entry, layout_of
 from ray_envcache.system import children, disk
@@ -53,7 +53,8 @@ class UvCalls:
                 f"No space left for uv to build the environment: {reason}; {disk.room_left(place)}",
                 "make room there, or move what uv writes there: UV_CACHE_DIR, TMPDIR",
             )
-        return BuildError(f"uv could not build the environment of `{self.project}`:\n{reason}", self._hint(done.stderr))
+        kind = PassingError if uv.is_unreachable(done.stderr) else BuildError
+        return kind(f"uv could not build the environment of `{self.project}`:\n{reason}", self._hint(done.stderr))
 
     def _hint(self, stderr: str) -> str:
         if uv.is_unauthorized(stderr):

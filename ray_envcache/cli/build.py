@@ -72,7 +72,7 @@ def build(*, path: str, no_install_project: bool, **options: Any) -> None:
             _finish(store, [entry for entry in lease.entries if not (entry.readonly or entry.compiled.exists())])
         except KeyboardInterrupt:
             # The environment is ready, and a background process compiles the rest.
-            store.finish_all(lease)
+            store.finish_all(lease, os.environ)
             raise
         click.echo(os.fsencode(lease.python))  # as bytes: stdout may have an encoding without some of its letters
 

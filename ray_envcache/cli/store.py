@@ -145,8 +145,8 @@ def gc(*, dry_run: bool, everything: bool, as_json: bool, print_timer: bool, ses
     another collector is at work it does nothing, and that is no error.
 
     Without options it removes what was unused for 14 days, and more, least recently used first, while less than 10 %
-    of the disk is free. RAY_ENVCACHE_UNUSED_FOR, RAY_ENVCACHE_MAX_USED_SPACE, RAY_ENVCACHE_MIN_FREE_SPACE and
-    RAY_ENVCACHE_RESERVED_SPACE change that; the value "off" switches a limit off.
+    of the disk, or 20 GB of a large one, is free. RAY_ENVCACHE_UNUSED_FOR, RAY_ENVCACHE_MAX_USED_SPACE,
+    RAY_ENVCACHE_MIN_FREE_SPACE and RAY_ENVCACHE_RESERVED_SPACE change that; the value "off" switches a limit off.
     """
     if print_timer:
         click.echo(timer(os.environ))

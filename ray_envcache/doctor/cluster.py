@@ -93,12 +93,12 @@ def _hint(reason: str) -> str:
     if "uthentication" in reason:
         place = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
         return (
-            f"Ray looks for the token in `{place}`, with RAY_AUTH_MODE=token: copy the token of the user who started the "
-            "cluster there, or name its file in RAY_AUTH_TOKEN_PATH"
+            f"Ray looks for the token in `{place}`, with RAY_AUTH_MODE=token: copy the token of the user who started "
+            "the cluster there, or name its file in RAY_AUTH_TOKEN_PATH"
         )
     return (
-        "is its head running? Give the address of its GCS, as for `ray status` (10.0.0.7:6379); or run the doctor on one "
-        "of its nodes, or as a job: ray job submit -- ray-envcache doctor --address auto"
+        "is its head running? Give the address of its GCS, as for `ray status` (10.0.0.7:6379); or run the doctor on "
+        "one of its nodes, or as a job: ray job submit -- ray-envcache doctor --address auto"
     )
 
 

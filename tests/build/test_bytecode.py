@@ -38,7 +38,7 @@ COMMON = {
 @pytest.fixture
 def build(tmp_path: Path, wheels: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Build:
     """Build an environment with these packages and nobody who finishes it: that, a test does itself."""
-    monkeypatch.setattr(Store, "finish", lambda _store, _entry: None)
+    monkeypatch.setattr(Store, "finish", lambda *_: None)
     support.make_wheel(wheels, "common", modules=COMMON)
 
     def build(name: str, *packages: str) -> Entry:
@@ -200,7 +200,7 @@ def test_compiled_by_the_environments_python(
     store: Store, tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What an environment of another Python than ours gets is bytecode of its own, and nothing else counts as done."""
-    monkeypatch.setattr(Store, "finish", lambda _store, _entry: None)
+    monkeypatch.setattr(Store, "finish", lambda *_: None)
     python = other_python()
     support.make_wheel(wheels, "common", modules=COMMON)
     project = support.make_project(tmp_path / "project", wheels, ["ray", "common"])

@@ -295,8 +295,9 @@ def test_interrupted_compiling(
     process, helpers = psutil.Process(child.pid), list[psutil.Process]()
 
     def compiles() -> bool:
-        helpers[:] = process.children()
-        return bool(list(store.layout.root.rglob("m*.pyc"))) and len(helpers) >= 2
+        helpers[:] = [one for one in process.children(recursive=True) if "pyc.py" in " ".join(support.command_of(one))]
+        made = store.layout.entries.glob("*/venv/lib/*/site-packages/many?/__pycache__/*.pyc")
+        return any(made) and len(helpers) >= 2
 
     support.wait_until(compiles, "helpers compile")
     child.send_signal(signal.SIGINT)
