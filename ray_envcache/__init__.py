@@ -9,15 +9,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ray_envcache.errors import EnvCacheError, StoreError
-from ray_envcache.field import ray_init, registration
+from ray_envcache.field import registration
+from ray_envcache.field.spec import EnvSpec
 from ray_envcache.version import __version__ as __version__  # re-exported
 
 if TYPE_CHECKING:
     from ray_envcache.acquire import Store
-    from ray_envcache.field.spec import EnvSpec
     from ray_envcache.sessions.run_directory import clean_sessions
     from ray_envcache.sessions.short_path import short_tmpdir
 
@@ -62,7 +63,6 @@ def runtime_env(  # noqa: PLR0913  # the options of the field, with their names
 
 
 _LAZY = {
-    "EnvSpec": "ray_envcache.field.spec",
     "Store": "ray_envcache.acquire",
     "clean_sessions": "ray_envcache.sessions.run_directory",
     "short_tmpdir": "ray_envcache.sessions.short_path",
@@ -73,12 +73,10 @@ def __getattr__(name: str) -> Any:
     """Import what is rarely needed when it is asked for."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    return getattr(import_module(_LAZY[name]), name)
 
 
 if sys.platform == "win32":
     raise StoreError("ray-envcache does not run on Windows: it needs flock", "use WSL 2 or a Linux container")
 registration.register(os.environ)
-ray_init.extend()
+registration.extend()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ray_envcache.build.builder import Observer
     from ray_envcache.build.plan import EnvironmentPlan
     from ray_envcache.field.spec import EnvSpec
-    from ray_envcache.resolve.cluster_ray import AnyRay
+    from ray_envcache.resolve.interpreter import AnyRay
     from ray_envcache.resolve.lockfile import ResolvedSet
 
 _TRIES = 3
@@ -53,12 +53,12 @@ class Inputs(NamedTuple):
 class Store:
     """The environments of one user on one host. Any number of processes may use one store at the same time.
 
-    `lower` are the read-only stores whose environments are used too, where they are, and never changed.
+    `readonly` are the read-only stores whose environments are used too, where they are, and never changed.
     """
 
-    def __init__(self, layout: Layout, lower: tuple[Layout, ...] = ()) -> None:
+    def __init__(self, layout: Layout, readonly: tuple[Layout, ...] = ()) -> None:
         self.layout = layout
-        self.lower = lower
+        self.readonly = readonly
 
     @classmethod
     def open(cls, root: Path | None = None) -> Store:
@@ -117,7 +117,7 @@ class Store:
 
         The layer with local packages is known by their content: as pinned, else, if it `may_look`, as it is now.
         """
-        known = memo.recall(inputs.memo, inputs.folder, self.layout, self.lower)
+        known = memo.recall(inputs.memo, inputs.folder, self.layout, self.readonly)
         if known is None:
             return None
         noted, entry = known
@@ -131,7 +131,7 @@ class Store:
 
     def _claim_any(self, key: str, holder: Holder) -> Lease | None:
         """Claim any build of the key, in this store or a read-only one."""
-        for layout in (self.layout, *self.lower):
+        for layout in (self.layout, *self.readonly):
             for entry in layout.entries_of(key):
                 if lease := claim(entry, self.layout, holder):
                     return lease
@@ -152,13 +152,11 @@ class Store:
 
     def _build(self, inputs: Inputs, plan: EnvironmentPlan, holder: Holder, observer: Observer | None) -> Lease:
         """A lease on the environment of `plan`, or on the layer with the project's own packages on top of it."""
-        from ray_envcache.build import room  # builds: not on the agent's warm path
-        from ray_envcache.build.builder import Builder, Silent
+        from ray_envcache.build.builder import Builder, Observer  # builds: not on the agent's warm path
 
-        observer = observer or Silent()
+        observer = observer or Observer()
         lease = self._claim_any(plan.key, holder)
         if lease is None:
-            room.ensure_room(self.layout, plan)
             lease = Builder(self.layout, plan, holder, observer).lease()
         self._remember(inputs, lease.entry, plan)
         if not (plan.resolved.local and inputs.spec.install_project):
@@ -198,7 +196,7 @@ class Store:
 
         Raises UnknownKeyError: none, or several keys.
         """
-        everything = [newest_first(layout.all_entries()) for layout in (self.layout, *self.lower)]
+        everything = [newest_first(layout.all_entries()) for layout in (self.layout, *self.readonly)]
         found = [entry for entries in everything for entry in entries if entry.path.name.startswith(prefix)]
         keys = {entry.key for entry in found}
         if len(keys) != 1 or not prefix:
@@ -222,7 +220,7 @@ class Store:
         """Whether bytecode and sizes are missing and no compiler is at work, in a store that we may write to."""
         if entry.readonly or entry.compiled.exists():
             return False
-        return not flock.is_held(self.layout.finishing_flock(entry))
+        return not flock.is_held(entry.finishing_flock)
 
     def finish(self, entry: Entry) -> None:
         """Start the process that compiles bytecode and measures sizes; it outlives us and delays nothing."""

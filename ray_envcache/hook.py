@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from ray_envcache.acquire import Store, digest_of_files, digest_of_local
 from ray_envcache.errors import FieldValueError
-from ray_envcache.field import ray_init, registration
+from ray_envcache.field import registration
 from ray_envcache.field.guard import guarded
 from ray_envcache.field.spec import FIELD, EnvSpec, refuse_combinations
 from ray_envcache.resolve import uv
-from ray_envcache.resolve.cluster_ray import ClusterRay, installed_ray
+from ray_envcache.resolve.interpreter import ClusterRay, installed_ray
 from ray_envcache.store import leases
 from ray_envcache.store.layout import Layout
 from ray_envcache.store.leases import Holder, Lease
@@ -34,8 +34,8 @@ _checked: dict[tuple[Any, ...], ResolvedSet] = {}
 def runtime_env_hook(runtime_env: dict[str, Any] | None) -> dict[str, Any] | None:
     """The job's runtime_env, as `ray.init` takes it: with our field pinned, guarded, and its environment built.
 
-    `field.ray_init` calls it, or Ray itself where RAY_RUNTIME_ENV_HOOK names it. A runtime_env without our field comes
-    back as it is. Raises EnvCacheError.
+    The extended `ray.init` calls it, or Ray itself where RAY_RUNTIME_ENV_HOOK names it. A runtime_env without our field
+    comes back as it is. Raises EnvCacheError.
     """
     if not runtime_env or runtime_env.get(FIELD) is None:
         return runtime_env
@@ -57,7 +57,7 @@ def pinned_field(value: Any) -> dict[str, Any]:
         from ray_envcache.build.plan import require_buildable
 
         _checked[state] = require_buildable(spec, ray)
-    return spec.with_digest(digest).with_content(digest_of_local(spec, _checked[state])).to_field()
+    return spec._replace(digest=digest, content=digest_of_local(spec, _checked[state])).to_field()
 
 
 def _by_users_hook(runtime_env: dict[str, Any]) -> dict[str, Any] | None:
@@ -74,11 +74,11 @@ def _prepare(value: Any, working_dir: Any) -> dict[str, Any]:
     home = _home(spec, working_dir)
     if home is None:
         return spec.to_field()
-    local = spec.with_path(os.path.join(home, spec.path))
-    pinned = local.with_digest(digest_of_files(local))
-    pinned = pinned.with_content(_build(pinned, installed_ray()))
+    local = spec._replace(path=os.path.join(home, spec.path))
+    pinned = local._replace(digest=digest_of_files(local))
+    pinned = pinned._replace(content=_build(pinned, installed_ray()))
     # Inside a working_dir the path stays relative: Ray unpacks it elsewhere on every node.
-    return pinned.to_field() if working_dir is None else pinned.with_path(spec.path).to_field()
+    return pinned.to_field() if working_dir is None else pinned._replace(path=spec.path).to_field()
 
 
 def _home(spec: EnvSpec, working_dir: Any) -> str | None:
@@ -124,5 +124,5 @@ def _hand_over(layout: Layout, lease: Lease) -> None:
 
 def _is_our_agent(holder: dict[str, Any]) -> bool:
     # Ray is not imported here: `ray-envcache doctor` uses this module too, and Ray takes 0.5 s.
-    node: Any = getattr(sys.modules.get(ray_init.MODULE), "_global_node", None)
+    node: Any = getattr(sys.modules.get(registration.WORKER_MODULE), "_global_node", None)
     return holder.get("kind") == "agent" and node is not None and holder.get("cluster") == node.session_name

@@ -29,10 +29,10 @@ from ray_envcache.acquire import Store
 from ray_envcache.cluster import worker
 from ray_envcache.cluster.agent_build import AgentBuild, discard_result
 from ray_envcache.errors import EnvCacheError, FieldValueError, StoreError
-from ray_envcache.field import guard, probe
+from ray_envcache.field import guard
 from ray_envcache.field.spec import FIELD, EnvSpec, refuse_combinations, set_by_ray
 from ray_envcache.resolve import uv
-from ray_envcache.resolve.cluster_ray import ClusterRay
+from ray_envcache.resolve.interpreter import ClusterRay
 from ray_envcache.store.layout import Layout, default_root
 from ray_envcache.store.leases import Holder, Lease
 
@@ -72,7 +72,7 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
     @staticmethod
     def validate(runtime_env_dict: dict[str, Any]) -> None:
         """Raise FieldValueError for a field value, or a combination of fields, that cannot work."""
-        if probe.is_probe(runtime_env_dict[FIELD]):
+        if guard.is_probe(runtime_env_dict[FIELD]):
             return
         others = dict(runtime_env_dict)
         if set_by_ray(others.get(guard.EXECUTABLE)):
@@ -88,7 +88,7 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         """
         guard.disarm(runtime_env)
         value = runtime_env.get(FIELD)
-        if value is None or probe.is_probe(value):
+        if value is None or guard.is_probe(value):
             return []
         text = json.dumps([value, runtime_env.get("working_dir")], sort_keys=True, default=str)
         return [f"{FIELD}://{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:32]}"]
@@ -96,7 +96,7 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
     async def create(self, uri: str | None, runtime_env: Any, context: Any, logger: logging.Logger) -> float:
         """Find or build the environment and take a lease on it. Cancelled, it leaves no process and no flock."""
         if uri is None:
-            context.env_vars[probe.VARIABLE] = await _answer()
+            context.env_vars[guard.PROBE_ANSWER] = await asyncio.to_thread(_answer_to_probe)
             return 1.0
         # Per URI, not per serialized environment: Data, Train and Tune make many of one field value.
         lock = self._creating.setdefault(uri, asyncio.Lock())
@@ -141,7 +141,7 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
             store, lease = await self._in_thread(partial(self._look_up, spec, cluster_ray, holder), _discard)
             if lease is None:
                 # What travelled in a working_dir is what Ray pinned; it need not have all files of the driver's folder.
-                wanted = spec if os.path.isabs(given.path) else spec.with_content(None)
+                wanted = spec if os.path.isabs(given.path) else spec._replace(content=None)
                 # Variables that reach indexes: in the process's environment, so that no file and no log has them.
                 environ = {**self._environ, **uv.relevant(runtime_env.get("env_vars") or {})}
                 start = partial(AgentBuild, store, wanted, cluster_ray, holder, logger, environ)
@@ -214,15 +214,11 @@ def _discard(found: tuple[Store, Lease | None]) -> None:
         found[1].release()
 
 
-async def _answer() -> str:
-    """The answer to a probe of `ray-envcache doctor`. In a thread, because it starts uv and writes to the store."""
+def _answer_to_probe() -> str:
+    """The answer to a probe of `ray-envcache doctor`; finding it starts uv and writes to the store."""
+    from ray_envcache.doctor import host
 
-    def examined() -> str:
-        from ray_envcache.doctor import host
-
-        return probe.encode(asdict(host.examine()))
-
-    return await asyncio.to_thread(examined)
+    return guard.encode_answer(asdict(host.examine()))
 
 
 def _located(spec: EnvSpec, context: Any) -> EnvSpec:
@@ -239,7 +235,7 @@ def _located(spec: EnvSpec, context: Any) -> EnvSpec:
             f"A relative path without a working_dir to start from: `{spec.path}`",
             "for tasks, jobs, Serve and Ray Client use ray_envcache.runtime_env(path), whose path is absolute",
         )
-    return spec.with_path(os.path.join(shlex.split(prefix[prefix.index("cd") + 1])[0], spec.path))
+    return spec._replace(path=os.path.join(shlex.split(prefix[prefix.index("cd") + 1])[0], spec.path))
 
 
 def _on_this_node(error: EnvCacheError) -> EnvCacheError:

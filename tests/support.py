@@ -30,7 +30,7 @@ from filelock import FileLock
 from ray_envcache.acquire import Store
 from ray_envcache.build import bytecode
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store.layout import Entry
 from ray_envcache.store.leases import Holder
 

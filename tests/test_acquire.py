@@ -15,7 +15,7 @@ import pytest
 from ray_envcache.acquire import Store, digest_of_files
 from ray_envcache.errors import DigestError, LockfileError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve.cluster_ray import ClusterRay, installed_ray
+from ray_envcache.resolve.interpreter import ClusterRay, installed_ray
 from ray_envcache.store.leases import Holder
 from ray_envcache.store.record import ReadyRecord
 from ray_envcache.system import flock
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.host
 
 ACQUIRE = """
 import sys
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store.leases import Holder
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.acquire import Store
@@ -215,7 +215,7 @@ def test_lookup_starts_no_process_and_imports_little(
     name = acquire(project).entry.path.name
     program = """
     import sys
-    from ray_envcache.resolve.cluster_ray import installed_ray
+    from ray_envcache.resolve.interpreter import installed_ray
     from ray_envcache.field.spec import EnvSpec
     from ray_envcache.acquire import Store
     from ray_envcache.store.leases import Holder
@@ -277,7 +277,7 @@ def test_another_ray_is_another_environment(tmp_path: Path, wheels: Path, store:
     project = support.make_project(tmp_path / "project", wheels, ["ray"])
     with store.acquire(EnvSpec.parse(project), installed_ray(), Holder("test")) as lease:
         assert store.lookup(EnvSpec.parse(project), ClusterRay("1.0"), Holder("test")) is None
-        assert lease.held
+        assert lease.descriptors
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "foreign key", "no interpreter"])

@@ -15,7 +15,7 @@ from ray_envcache.errors import FieldValueError
 from ray_envcache.field import guard
 from ray_envcache.field.registration import HOOK, HOOK_FUNCTION
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store import leases
 from ray_envcache.store.leases import Holder
 from tests import support
@@ -101,9 +101,9 @@ def test_hand_over(project: Path, store: Store, monkeypatch: pytest.MonkeyPatch)
 
     with agent("another") as theirs:
         hook.runtime_env_hook({"envcache": os.fspath(project)})
-        support.wait_until(lambda: "driver " in holders(theirs.key), "the driver has a lease")
+        support.wait_until(lambda: "driver " in holders(theirs.entry.key), "the driver has a lease")
         # Three looks of the driver.
         with pytest.raises(AssertionError):
-            support.wait_until(lambda: "driver " not in holders(theirs.key), "it is kept", seconds=0.7)
+            support.wait_until(lambda: "driver " not in holders(theirs.entry.key), "it is kept", seconds=0.7)
         with agent("ours"):
-            support.wait_until(lambda: "driver " not in holders(theirs.key), "the driver handed over")
+            support.wait_until(lambda: "driver " not in holders(theirs.entry.key), "the driver handed over")

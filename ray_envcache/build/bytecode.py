@@ -18,9 +18,9 @@ from ray_envcache.inside import pyc
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, Lease, claim
 from ray_envcache.survey import shared_bytecode
-from ray_envcache.survey.sizes import record_sizes
+from ray_envcache.survey.inventory import record_sizes
 from ray_envcache.system import capacity, children, files, flock, testpoints
-from ray_envcache.system.units import utc_now
+from ray_envcache.system.texts import utc_now
 
 MOST_PROCESSES = 8
 """On a machine with a hundred processors the compiler is a guest: a cluster has just begun to use it."""
@@ -32,7 +32,7 @@ PROCESS_BYTES = 500_000_000
 def finish(layout: Layout, entry: Entry) -> bool:
     """Compile, sync and measure `entry`; False where it is gone, done, or another compiler is at it. Raises OSError."""
     try:
-        descriptor = flock.try_flock(layout.finishing_flock(entry), exclusive=True, flags=os.O_RDWR | os.O_CREAT)
+        descriptor = flock.try_flock(entry.finishing_flock, exclusive=True, flags=os.O_RDWR | os.O_CREAT)
     except (FileNotFoundError, NotADirectoryError):
         return False
     if descriptor is None:
@@ -45,7 +45,7 @@ def finish(layout: Layout, entry: Entry) -> bool:
 
 def finish_now(layout: Layout, entry: Entry) -> None:
     """Finish `entry` for a user who waits: at normal priority, and after a compiler that is at it. Raises OSError."""
-    with flock.exclusive_flock(layout.finishing_flock(entry), lambda: None) as descriptor:
+    with flock.exclusive_flock(entry.finishing_flock, lambda: None) as descriptor:
         _finish_claimed(layout, entry, descriptor, background=False)
 
 

@@ -112,7 +112,7 @@ class EditableLayerPlan(_LocalPackagesPlan):
 def _copy_projects(root: Path, target: Path, within: Path) -> None:
     """Copy the pyproject.toml of a workspace and its members: a build of one reads what they say of each other."""
     lock = root / "uv.lock"
-    for name in {".", *(export.local_sources(lock) if lock.is_file() else ())}:
+    for name in {".", *export.local_sources(lock)}:
         source, copy = root / name / "pyproject.toml", target / name / "pyproject.toml"
         # One elsewhere that is not installed is not needed either.
         if source.is_file() and not copy.exists() and content.is_inside(copy, within):
@@ -122,9 +122,14 @@ def _copy_projects(root: Path, target: Path, within: Path) -> None:
 
 def contents_of(packages: Iterable[LocalPackage]) -> tuple[Content, ...]:
     """The content of the packages, in the order of their folders. Raises LockfileError where one is not here."""
-    for package in packages:
-        content.require_folder(package.path)
-    return tuple(content.scan(path) for path in sorted({package.path for package in packages}))
+    return tuple(map(content.scan, _folders(packages)))
+
+
+def _folders(packages: Iterable[LocalPackage]) -> tuple[Path, ...]:
+    folders = tuple(sorted({package.path for package in packages}))
+    for folder in folders:
+        content.require_folder(folder)
+    return folders
 
 
 def digest_of(contents: Iterable[Content]) -> str:
@@ -134,19 +139,20 @@ def digest_of(contents: Iterable[Content]) -> str:
 
 def digest_of_editable(packages: Iterable[LocalPackage]) -> str:
     """The digest of packages imported from their folders: their paths, and the files that say how to install them."""
-    folders = sorted({package.path for package in packages})
-    for folder in folders:
-        content.require_folder(folder)
-    return (
-        f"sha256:{key.digest_of([[os.fspath(folder), content.scan_definition(folder).digest] for folder in folders])}"
-    )
+    found = [[os.fspath(folder), content.scan_definition(folder).digest] for folder in _folders(packages)]
+    return f"sha256:{key.digest_of(found)}"
 
 
 def layer_plan(spec: EnvSpec, plan: EnvironmentPlan, base: Entry) -> LayerPlan:
     """The build of `plan`'s local packages on `base`. Raises LockfileError, or DigestError where `spec` pins others."""
     contents = contents_of(plan.resolved.local)
     digest = digest_of(contents)
-    _check_digest(spec.content, digest, plan.folder)
+    if spec.content is not None and spec.content != digest:
+        raise DigestError(
+            f"The local packages of `{plan.folder}` have the digest {digest[:19]}…, "
+            f"the field value pins {spec.content[:19]}…",
+            "bring this node's files up to date, or make the field value anew with ray_envcache.runtime_env()",
+        )
     for warning in filter(None, (one.warning() for one in contents)):
         _logger.warning(warning)
     return LayerPlan(**_common(plan, base, digest), folders=tuple(one.folder for one in contents), contents=contents)
@@ -155,8 +161,7 @@ def layer_plan(spec: EnvSpec, plan: EnvironmentPlan, base: Entry) -> LayerPlan:
 def editable_plan(_spec: EnvSpec, plan: EnvironmentPlan, base: Entry) -> EditableLayerPlan:
     """The build of `plan`'s local packages on `base`, imported from where they are developed."""
     digest = digest_of_editable(plan.resolved.local)
-    folders = tuple(sorted({package.path for package in plan.resolved.local}))
-    return EditableLayerPlan(**_common(plan, base, digest), folders=folders)
+    return EditableLayerPlan(**_common(plan, base, digest), folders=_folders(plan.resolved.local))
 
 
 def _common(plan: EnvironmentPlan, base: Entry, digest: str) -> dict[str, Any]:
@@ -169,12 +174,3 @@ def _common(plan: EnvironmentPlan, base: Entry, digest: str) -> dict[str, Any]:
         "base": base,
         "digest": digest,
     }
-
-
-def _check_digest(pinned: str | None, digest: str, folder: Path) -> None:
-    """Raise DigestError where the field value pins other content than the packages have."""
-    if pinned is not None and pinned != digest:
-        raise DigestError(
-            f"The local packages of `{folder}` have the digest {digest[:19]}…, the field value pins {pinned[:19]}…",
-            "bring this node's files up to date, or make the field value anew with ray_envcache.runtime_env()",
-        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,13 @@ from ray_envcache.build import venv_files
 from ray_envcache.build.uv_calls import UvCalls
 from ray_envcache.checkout.project import Project
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve import export, inherit, interpreter, lockfile
-from ray_envcache.resolve.additions import additions, located
-from ray_envcache.resolve.cluster_ray import AnyRay
-from ray_envcache.resolve.inherit import Inherited
-from ray_envcache.resolve.interpreter import Interpreter
+from ray_envcache.resolve import export, from_cluster, interpreter, lockfile, uv
+from ray_envcache.resolve.from_cluster import Inherited, additions, located
+from ray_envcache.resolve.interpreter import AnyRay, Interpreter
 from ray_envcache.resolve.lockfile import ResolvedSet
 from ray_envcache.store.key import compute_key
 from ray_envcache.store.layout import Entry
-from ray_envcache.system.units import format_size
+from ray_envcache.system.texts import format_size
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,10 @@ class Plan:
     def venv_options(self) -> list[str]:
         """More options for `uv venv`."""
         return []
+
+    def is_cached(self, near: Path) -> bool:  # noqa: ARG002  # the other kind needs it
+        """Whether uv downloads and unpacks nothing for an environment at `near`: then it needs next to no room."""
+        return True
 
     def prepare(self, entry: Entry) -> None:
         """Copy sources before the first progress line: a log file inside a package would change the copy."""
@@ -92,11 +95,25 @@ class EnvironmentPlan(Plan):
     def venv_options(self) -> list[str]:
         return ["--system-site-packages"] if self.system_site_packages else []
 
+    def is_cached(self, near: Path) -> bool:
+        cache = uv.cache_directory(near)
+        if cache is None:
+            return False
+        # On a disk without any room there is none to ask either: then it counts as not cached.
+        with suppress(OSError), tempfile.TemporaryDirectory() as folder:
+            pylock = Path(folder) / "pylock.toml"
+            pylock.write_text(venv_files.pylock_text(self.resolved), encoding="utf-8")
+            dry = ["pip", "sync", "--dry-run", "--offline", "--preview-features=pylock", "--break-system-packages"]
+            target = [f"--python={self.interpreter.executable}", f"--target={folder}/target"]
+            done = uv.run([*dry, *target, pylock], cwd=self.folder, cache=cache)
+            return done.returncode == 0 and "Would download" not in done.stderr
+        return False
+
     def install(self, entry: Entry, run_uv: UvCalls) -> None:
         if self.resolved.packages:
             self._sync(entry, run_uv)
         # After uv, which would remove links that it did not make.
-        inherit.link(self.inherited, entry.site_packages)
+        from_cluster.link(self.inherited, entry.site_packages)
 
     def _sync(self, entry: Entry, run_uv: UvCalls) -> None:
         wanted = [self.resolved]
@@ -139,7 +156,7 @@ def plan_of(spec: EnvSpec, project: Project, executable: str, ray: AnyRay, *, ch
     python, resolved = _resolve(spec, project, executable, ray, check_current=check_current)
     added = additions(ray, resolved, python)
     version = resolved.version_of("ray") or added["ray"]
-    resolved, added, inherited = inherit.split(resolved, added, spec)
+    resolved, added, inherited = from_cluster.split(resolved, added, spec)
     resolved = resolved.with_packages(located(added, python))
     return EnvironmentPlan(
         key=compute_key(resolved, python, _outside(spec, inherited)),
@@ -166,10 +183,13 @@ def require_buildable(spec: EnvSpec, ray: AnyRay) -> ResolvedSet:
 def _resolve(
     spec: EnvSpec, project: Project, executable: str, ray: AnyRay, *, check_current: bool
 ) -> tuple[Interpreter, ResolvedSet]:
-    with export.require_current(project, executable) if check_current else nullcontext():
-        python = interpreter.probe(executable)
-        ray.require_fit(python)
-        return python, lockfile.resolve(spec, project, python)
+    python = interpreter.probe(executable)
+    ray.require_fit(python)
+    resolved = lockfile.resolve(spec, project, python)
+    if check_current:
+        # Last: what is wrong with the interpreter or the lockfile itself says more.
+        export.require_current(project, executable)
+    return python, resolved
 
 
 def _outside(spec: EnvSpec, inherited: list[Inherited]) -> list[Any]:

@@ -13,7 +13,7 @@ from typing import TextIO
 from ray_envcache.build.builder import Observer
 from ray_envcache.build.plan import Plan
 from ray_envcache.store.leases import Lease
-from ray_envcache.system.units import printable
+from ray_envcache.system.texts import printable
 
 LOG_SECONDS = 10.0
 """How often a log gets a sign of life while uv says nothing."""
@@ -25,23 +25,26 @@ _SPINNER = "|/-\\"
 @contextmanager
 def observer(stream: TextIO) -> Iterator[Observer]:
     """An observer that shows the build on `stream`: nothing is printed until there is something to wait for."""
-    moves = stream.isatty() and os.environ.get("TERM") != "dumb"
-    shown = _Terminal(stream) if moves else _Log(stream)
+    shown = _Shown(stream)
     try:
         yield shown
     finally:
         shown.close()
 
 
-class _Log:
-    """Plain lines, for logs and pipes: what uv says, and a sign of life where it says nothing for long."""
+class _Shown(Observer):
+    """Headlines, and what uv says.
+
+    On a terminal that is one line that moves; in a log it is a line each, and a sign of life where uv is silent.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._moves = stream.isatty() and os.environ.get("TERM") != "dumb"
         self._began = time.monotonic()
         self._head = self._now = ""
         self._over = threading.Event()
-        self._ticker = threading.Thread(target=self._tick, args=(LOG_SECONDS,), daemon=True)
+        self._ticker = threading.Thread(target=self._tick, daemon=True)
 
     def waiting(self, builder: str) -> None:
         self._headline(f"Waiting for the environment: {builder} builds it")
@@ -53,7 +56,8 @@ class _Log:
         # uv lists every package at the end, which is no news.
         if not text.startswith((" + ", " - ", " ~ ")):
             self._now = printable(text.strip())
-            self._show()
+            if not self._moves:
+                self._say(f"  {self._now}")
 
     def finished(self, lease: Lease, seconds: float) -> None:
         self.close()
@@ -61,8 +65,9 @@ class _Log:
 
     def close(self) -> None:
         self._over.set()
-        if self._ticker.is_alive():
+        if self._ticker.ident is not None:
             self._ticker.join()
+            self._write(_CLEAR if self._moves else "")
 
     def _headline(self, text: str) -> None:
         if text != self._head:
@@ -71,44 +76,17 @@ class _Log:
         if self._ticker.ident is None:
             self._ticker.start()
 
-    def _tick(self, seconds: float) -> None:
-        while not self._over.wait(seconds):
-            self._remind()
-
-    def _show(self) -> None:
-        self._say(f"  {self._now}")
-
-    def _remind(self) -> None:
-        self._say(f"  {self._status()}")
-
-    def _status(self) -> str:
-        return f"{time.monotonic() - self._began:.0f} s  {self._now}".rstrip()
+    def _tick(self) -> None:
+        while not self._over.wait(0.1 if self._moves else LOG_SECONDS):
+            status = f"{time.monotonic() - self._began:.0f} s  {self._now}".rstrip()
+            if self._moves:
+                turn = _SPINNER[int(time.monotonic() * 10) % len(_SPINNER)]
+                self._write(f"{_CLEAR}{turn} {status}"[: shutil.get_terminal_size().columns + len(_CLEAR) - 1])
+            else:
+                self._say(f"  {status}")
 
     def _say(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
-
-
-class _Terminal(_Log):
-    """Headlines, and below them one line that moves: the seconds, and what uv said last."""
-
-    def __init__(self, stream: TextIO) -> None:
-        super().__init__(stream)
-        self._ticker = threading.Thread(target=self._tick, args=(0.1,), daemon=True)
-
-    def close(self) -> None:
-        super().close()
-        if self._ticker.ident is not None:
-            self._write(_CLEAR)
-
-    def _show(self) -> None:
-        """Leave it to the ticker, which shows the last of many lines."""
-
-    def _remind(self) -> None:
-        turn = _SPINNER[int(time.monotonic() * 10) % len(_SPINNER)]
-        self._write(f"{_CLEAR}{turn} {self._status()}"[: shutil.get_terminal_size().columns + len(_CLEAR) - 1])
-
-    def _say(self, text: str) -> None:
-        self._write(f"{_CLEAR}{text}\n")
+        self._write(f"{_CLEAR if self._moves else ''}{text}\n")
 
     def _write(self, text: str) -> None:
         self._stream.write(text)

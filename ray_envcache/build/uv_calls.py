@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ray_envcache.errors import BuildError, DiskFullError
 from ray_envcache.resolve import uv
@@ -30,25 +29,17 @@ class UvCalls:
     def __call__(self, *arguments: str | os.PathLike[str]) -> None:
         """Run uv to its end. Raises BuildError where it fails."""
         with self.entry.build_log.open("a", encoding="utf-8") as log:
-            done = uv.run(
-                arguments,
-                cwd=self.folder,
-                cache=self.cache,
-                on_line=self._listener(log.write),
-                pass_fds=[self.flock],
-            )
+
+            def listen(line: str) -> None:
+                # A log that cannot be written must not hide why: uv itself will say that the disk is full.
+                with suppress(OSError):
+                    log.write(f"{line}\n")
+                self.on_line(line)
+
+            done = uv.run(arguments, cwd=self.folder, cache=self.cache, on_line=listen, pass_fds=[self.flock])
         uv.require_not_killed(done)
         if done.returncode != 0:
             raise self._error(done)
-
-    def _listener(self, write: Callable[[str], Any]) -> Callable[[str], None]:
-        def listen(line: str) -> None:
-            # A log that cannot be written must not hide why: uv itself will say that the disk is full.
-            with suppress(OSError):
-                write(f"{line}\n")
-            self.on_line(line)
-
-        return listen
 
     def _error(self, done: children.Completed) -> BuildError:
         reason = "\n".join(uv.said(done.stderr).splitlines()[-25:])
@@ -65,12 +56,9 @@ class UvCalls:
 
     def _hint(self, stderr: str) -> str:
         if uv.is_unauthorized(stderr):
-            return (
-                "give this node the index's credentials as uv takes them: "
-                "UV_INDEX_<NAME>_USERNAME and _PASSWORD, netrc or keyring"
-            )
+            return uv.CREDENTIALS_HINT
         if uv.is_unreachable(stderr):
-            return "see that this node reaches the index of the lockfile; proxies and mirrors are set as for uv"
+            return uv.REACH_HINT
         if "Hash mismatch" in stderr:
             return "the index serves another file than was locked; if that is right, `uv lock --upgrade-package <name>`"
         if "source is disabled" in stderr:

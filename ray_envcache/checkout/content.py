@@ -62,7 +62,7 @@ class Content:
         # Backends that ask git for the version find it there.
         if repository and not os.path.lexists(target / ".git"):
             repository.give_copy(target / ".git")
-        for directory, names in _by_directory(self.files):
+        for directory, names in groupby(sorted(self.files, key=os.path.dirname), os.path.dirname):
             place = Path(os.path.realpath(target / directory))
             if not is_inside(place, within or target):
                 continue
@@ -99,10 +99,6 @@ class Content:
             f"`{self.folder}` has {self.size / 1e9:.1f} GB that every build looks through, most of it in `{place}`: "
             "name it in .gitignore, or keep it elsewhere"
         )
-
-
-def _by_directory(files: tuple[str, ...]) -> Iterator[tuple[str, Iterator[str]]]:
-    return groupby(sorted(files, key=os.path.dirname), os.path.dirname)
 
 
 def is_inside(path: Path, folder: Path) -> bool:
@@ -142,13 +138,14 @@ def extensions(folders: Iterable[Path]) -> list[Path]:
 def _content(folder: Path, seen: Iterable[str]) -> Content:
     settings = _cache_keys(folder)
     # Neither sockets nor pipes: no build reads those, and reading one may wait without end.
-    names = {name for name in (*seen, *_matching(folder, settings)) if _is_file_or_link(folder / name)}
-    sizes = {name: _size(folder / name) for name in names}
+    paths = {name: folder / name for name in (*seen, *_matching(folder, settings))}
+    paths = {name: path for name, path in paths.items() if path.is_symlink() or path.is_file()}
+    sizes = {name: path.stat().st_size if path.is_file() else 0 for name, path in paths.items()}
     by_time = _too_large(sizes)
-    identities = {name: _identity(folder / name, read=name not in by_time) for name in names}
+    identities = {name: _identity(path, read=name not in by_time) for name, path in paths.items()}
     listing = sorted([_portable(name), *identity] for name, identity in identities.items())
     digest = hashlib.sha256(json.dumps([listing, _extras(folder, settings)]).encode()).hexdigest()
-    return Content(folder, tuple(sorted(names)), by_time, sum(sizes.values()), f"sha256:{digest}", identities)
+    return Content(folder, tuple(sorted(paths)), by_time, sum(sizes.values()), f"sha256:{digest}", identities)
 
 
 def _seen(folder: Path) -> list[str]:
@@ -189,14 +186,6 @@ def _walk(folder: Path) -> Iterator[str]:
         for name in (*names, *links):
             if not name.endswith(".pyc"):
                 yield name if relative == "." else f"{relative}/{name}"
-
-
-def _is_file_or_link(path: Path) -> bool:
-    return path.is_symlink() or path.is_file()
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
 
 
 def _too_large(sizes: dict[str, int]) -> frozenset[str]:

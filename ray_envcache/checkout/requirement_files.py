@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_envcache.errors import LockfileError
-from ray_envcache.system.secrets import without_credentials
+from ray_envcache.system.texts import without_credentials
 
 _COMMENT = re.compile(r"(^|\s+)#.*$")
 _INCLUDE = re.compile(r"(-r|--requirement|-c|--constraint)(?:\s*=\s*|\s+|(?<=-[rc]))(\S.*)")

@@ -1,9 +1,12 @@
-"""`build`: build or find an environment."""
+"""`build` and `run`: build or find an environment, for images and CI or for an unmodified Ray program."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,19 +14,42 @@ import click
 from ray_envcache.acquire import Store
 from ray_envcache.build import bytecode
 from ray_envcache.build.progress import observer
-from ray_envcache.cli.arguments import absolute
-from ray_envcache.errors import BuildError
+from ray_envcache.cluster import program
+from ray_envcache.errors import BuildError, CommandError, EnvCacheError, FieldValueError, StoreError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
+from ray_envcache.sessions.run_directory import RunTmpdir
 from ray_envcache.store.layout import Entry
 from ray_envcache.store.leases import Holder
+
+USAGE_ERROR = 2
+"""The exit code of a run that fails before its command starts, unless the error has a more exact one."""
+
+
+def absolute(path: str) -> str:
+    """The absolute path of what a person named. Raises FieldValueError if the working directory is gone."""
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError as error:
+        raise FieldValueError(
+            f"Where is `{path}`? The working directory was removed", "cd to a directory that exists"
+        ) from error
+
+
+def _selection(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of both commands that choose packages."""
+    for option in (
+        click.option("--package", metavar="NAME", help="Use this member of the workspace."),
+        click.option("--group", "groups", multiple=True, metavar="NAME", help="Include this group; may be repeated."),
+        click.option("--extra", "extras", multiple=True, metavar="NAME", help="Include this extra; may be repeated."),
+    ):
+        command = option(command)
+    return command
 
 
 @click.command(epilog="Example: ray-envcache build .")
 @click.argument("path", type=click.Path())
-@click.option("--extra", "extras", multiple=True, metavar="NAME", help="Include this extra; may be repeated.")
-@click.option("--group", "groups", multiple=True, metavar="NAME", help="Include this group; may be repeated.")
-@click.option("--package", metavar="NAME", help="Use this member of the workspace.")
+@_selection
 @click.option("--no-build", is_flag=True, help="Refuse packages without a wheel.")
 @click.option("--python", metavar="VERSION|PATH", help="Use this Python.")
 @click.option("--no-install-project", is_flag=True, help="Leave out the project's own packages.")
@@ -37,11 +63,10 @@ def build(*, path: str, no_install_project: bool, **options: Any) -> None:
     PATH is a project's folder, its pyproject.toml or uv.lock, a pylock.toml, a requirements file or a script. When the
     command returns the bytecode is compiled too: made for images and CI. The options are those of the field.
     """
-    chosen = {name: [*value] if isinstance(value, tuple) else value for name, value in options.items()}
-    value = {"path": absolute(path), "install_project": not no_install_project, **chosen}
+    spec = EnvSpec.parse({"path": absolute(path), "install_project": not no_install_project, **options})
     store = Store.open()
     with observer(sys.stderr) as shown:
-        lease = store.acquire(EnvSpec.parse(value), installed_ray(), Holder("cli"), shown, finish=False)
+        lease = store.acquire(spec, installed_ray(), Holder("cli"), shown, finish=False)
     with lease:
         try:
             _finish(store, [entry for entry in lease.entries if not (entry.readonly or entry.compiled.exists())])
@@ -67,3 +92,55 @@ def _finish(store: Store, entries: list[Entry]) -> None:
             f"The bytecode of {entry.path.name} could not be compiled: {error}",
             "run the same command again; what is compiled already is kept",
         ) from error
+
+
+@click.command(
+    context_settings={"allow_interspersed_args": False},
+    epilog="Example: ray-envcache run --extra gpu -- python main.py",
+)
+@click.option(
+    "--project", metavar="PATH", help="Folder or lockfile of the project; default: the nearest project upwards."
+)
+@_selection
+@click.option("--python", metavar="VERSION|PATH", help="Use this Python; default: the one that uv takes.")
+@click.option("--tmpdir", metavar="DIR", help="Put Ray's session directories here; the path may be long.")
+@click.option("--keep-session", is_flag=True, help="Keep the session directories.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(
+    *, project: str | None, tmpdir: str | None, keep_session: bool, command: tuple[str, ...], **options: Any
+) -> None:
+    """Run a Ray program from the cached environment of its project.
+
+    The program and every cluster it starts run from there; the program needs no changes. The project's own packages are
+    imported from where they are developed. At the end the session directories of its clusters are removed; after a
+    failed run the logs stay.
+    """
+    try:
+        folder = absolute(project) if project else os.fspath(program.find_project(Path(absolute("."))))
+        status = _run(EnvSpec.parse({"path": folder, **options}), tmpdir, command, keep=keep_session)
+    except EnvCacheError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code if isinstance(error, StoreError | CommandError) else USAGE_ERROR)
+    sys.exit(program.end_like(status))
+
+
+def _run(spec: EnvSpec, tmpdir: str | None, command: tuple[str, ...], *, keep: bool) -> int:
+    with observer(sys.stderr) as shown:
+        lease = program.acquire(spec, shown)
+    with lease:
+        environ = program.environ_for(lease, os.environ)
+        found = program.find_command(command[0], environ)
+        place = RunTmpdir.make(tmpdir, os.environ)
+        status = 1
+        try:
+            held = [*lease.descriptors, *place.descriptors]
+            status = program.run(found, command, {**environ, "RAY_TMPDIR": place.short}, held)
+        finally:
+            place.close(_say, failed=status != 0, keep=keep, lent=True)
+        return status
+
+
+def _say(text: str) -> None:
+    # Unbuffered: Python would try at exit to write what a full disk did not take, and change our exit code.
+    with suppress(OSError):
+        os.write(2, f"ray-envcache: {text}\n".encode(errors="replace"))

@@ -14,11 +14,10 @@ import click
 import psutil
 
 from ray_envcache.cli import tables
-from ray_envcache.cli.arguments import absolute
+from ray_envcache.cli.build import absolute
 from ray_envcache.doctor import variables
-from ray_envcache.doctor.findings import ERROR, OK
+from ray_envcache.doctor.findings import ERROR, OK, SAYS, node_name
 from ray_envcache.doctor.host import check_lockfile, examine
-from ray_envcache.doctor.nodes import SAYS, node_name
 from ray_envcache.errors import ClusterError, EnvCacheError
 from ray_envcache.field.guard import guarded
 from ray_envcache.field.registration import UV_RUN
@@ -26,7 +25,7 @@ from ray_envcache.field.spec import FIELD
 from ray_envcache.hook import pinned_field
 from ray_envcache.store.layout import SHOWN_DIGITS
 from ray_envcache.system import children
-from ray_envcache.system.units import format_size
+from ray_envcache.system.texts import format_size
 
 _COLORS = {"ok": "green", "warn": "yellow", "error": "red"}
 
@@ -103,7 +102,7 @@ def _print_findings(findings: Iterable[dict[str, str]], place: str = "") -> None
 
 def _printable(text: str) -> str:
     # The text of a node comes from another machine: no control characters, and letters this terminal may lack.
-    return "\n       ".join(tables.shown(line, sys.stdout) for line in text.splitlines())
+    return "\n       ".join(tables.shown(line) for line in text.splitlines())
 
 
 def print_cluster(data: dict[str, Any]) -> None:
@@ -112,7 +111,7 @@ def print_cluster(data: dict[str, Any]) -> None:
     built = any(node["seconds"] is not None for node in nodes)
     columns = ("NODE", "HOST", "PLUGIN", "STORE", "FREE", "RAY", "PYTHON", "UV", *(("KEY", "SECONDS") if built else ()))
     rows = [_row(node)[: len(columns)] for node in nodes]
-    tables.print_table(columns, rows, sys.stdout, numeric={"FREE", "SECONDS"})
+    tables.print_table(columns, rows, numeric={"FREE", "SECONDS"})
     for node in nodes:
         wrong = [found for found in node["findings"] if found["state"] != OK]
         _print_findings(wrong, place=f"{_name(node)}: ")

@@ -25,7 +25,7 @@ _COMMANDS = {
     "pin": "store.pin",
     "purge": "store.purge",
     "rm": "store.rm",
-    "run": "run.run",
+    "run": "build.run",
     "unpin": "store.unpin",
     "why": "store.why",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -11,17 +12,23 @@ import click
 
 from ray_envcache.acquire import Store
 from ray_envcache.cli import tables
-from ray_envcache.cli.arguments import SWITCHED_OFF, limit, parsed, refuse_without_sessions, tmpdir_option
-from ray_envcache.cli.sessions import collect as collect_sessions
+from ray_envcache.cli.listing import refuse_without_sessions, tmpdir_option
 from ray_envcache.cli.timer import timer
 from ray_envcache.doctor.unheld import users_without_hold
+from ray_envcache.errors import FieldValueError
 from ray_envcache.gc.collector import Collected, collect
 from ray_envcache.gc.evict import evict
 from ray_envcache.gc.policy import Limits
+from ray_envcache.sessions import directories, run_directory
+from ray_envcache.sessions.collector import collect_sessions
+from ray_envcache.sessions.short_path import sweep_links
 from ray_envcache.store import pins, readonly
 from ray_envcache.store.layout import Entry
 from ray_envcache.survey import inventory
-from ray_envcache.system.units import format_size, parse_duration, parse_space
+from ray_envcache.system.texts import format_size, is_off, parse_duration, parse_space, printable
+
+SWITCHED_OFF = object()
+"""The value of a limit that was given as "off"."""
 
 
 @click.command(epilog="Example: ray-envcache why 125a8")
@@ -41,7 +48,7 @@ def why(*, key: str, as_json: bool) -> None:
         tables.print_json({"envs": [tables.status_as_json(status) for status in found]})
         return
     for status in found:
-        tables.print_users(status, sys.stdout)
+        tables.print_users(status)
 
 
 @click.command(epilog="Example: ray-envcache pin 125a8")
@@ -83,7 +90,7 @@ def rm(*, keys: tuple[str, ...]) -> None:
     store = Store.open()
     for entry in [entry for key in keys for entry in _removable(store.find(key))]:
         gone = evict(store.layout, entry)
-        click.echo(f"Removed {entry.short}, freed {format_size(gone.freed)}", err=True)
+        click.echo(f"Removed {entry.short}, freed {format_size(gone.reclaimable)}", err=True)
 
 
 @click.command(epilog="Example: ray-envcache purge --yes")
@@ -94,22 +101,39 @@ def purge(*, yes: bool) -> None:
     if not yes:
         _confirm(f"Remove all environments in {store.layout.root}?")
     _finish_collection(collect(store.layout, Limits(everything=True)), as_json=False, dry_run=False)
-    for layout in store.lower:
+    for layout in store.readonly:
         click.echo(f"The read-only store at {layout.root} stays as it is", err=True)
+
+
+def _parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:
+    """A click callback that parses a value with `parse`; its FieldValueError becomes an error of usage."""
+
+    def callback(_context: click.Context, _parameter: click.Parameter, value: str | None) -> Any:
+        try:
+            return None if value is None else parse(value)
+        except FieldValueError as error:
+            raise click.BadParameter(f"{error.message}; {error.hint}") from error
+
+    return callback
+
+
+def _limit(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:
+    """A click callback for a limit that "off" switches off."""
+    return _parsed(lambda text: SWITCHED_OFF if is_off(text) else parse(text))
 
 
 @click.command(epilog="Example: ray-envcache gc --dry-run --unused-for 2d")
 @click.option("-n", "--dry-run", is_flag=True, help="Only show what would be removed.")
-@click.option("--unused-for", callback=limit(parse_duration), metavar="14d", help="Remove what was unused this long.")
-@click.option("--max-used-space", callback=limit(parse_space), metavar="50GB|30%", help="Shrink the store to this.")
-@click.option("--min-free-space", callback=limit(parse_space), metavar="10%", help="Free the disk up to this.")
+@click.option("--unused-for", callback=_limit(parse_duration), metavar="14d", help="Remove what was unused this long.")
+@click.option("--max-used-space", callback=_limit(parse_space), metavar="50GB|30%", help="Shrink the store to this.")
+@click.option("--min-free-space", callback=_limit(parse_space), metavar="10%", help="Free the disk up to this.")
 @click.option(
-    "--reserved-space", callback=limit(parse_space), metavar="20GB", help="Never shrink the store below this."
+    "--reserved-space", callback=_limit(parse_space), metavar="20GB", help="Never shrink the store below this."
 )
 @click.option("--all", "everything", is_flag=True, help="Remove everything that is neither in use nor pinned.")
 @click.option("--sessions", is_flag=True, help="Remove Ray's session directories of dead clusters instead.")
 @click.option(
-    "--older-than", callback=parsed(parse_duration), metavar="1d", help="With --sessions: not written to this long."
+    "--older-than", callback=_parsed(parse_duration), metavar="1d", help="With --sessions: not written to this long."
 )
 @tmpdir_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -131,14 +155,33 @@ def gc(*, dry_run: bool, everything: bool, as_json: bool, print_timer: bool, ses
     given = {name: value for name, value in limits.items() if value is not None}
     if sessions:
         others = [f"--{name.replace('_', '-')}" for name in given] + ["--all"] * everything
-        printer = tables.print_json if as_json else None
-        collect_sessions(tmpdir, older_than, dry_run=dry_run, others=others, print_json=printer)
+        if others:
+            raise click.UsageError(f"--sessions is about session directories: leave out {', '.join(others)}")
+        _collect_sessions(tmpdir, older_than or 0.0, dry_run=dry_run, as_json=as_json)
         return
     refuse_without_sessions(older_than, tmpdir)
     limited = {name: None if value is SWITCHED_OFF else value for name, value in given.items()}
     chosen = replace(Limits.from_environ(os.environ), everything=everything, **limited)
     report = collect(readonly.opened()[0], chosen, dry_run=dry_run)
     _finish_collection(report, as_json=as_json, dry_run=dry_run)
+
+
+def _collect_sessions(tmpdir: str | None, older_than: float, *, dry_run: bool, as_json: bool) -> None:
+    """Remove dead sessions, unused links of `short_tmpdir`, and directories of killed runs."""
+    temps = directories.temp_dirs(tmpdir, os.environ)
+    report = collect_sessions(temps, older_than=older_than, dry_run=dry_run)
+    if not dry_run:
+        sweep_links()
+        run_directory.sweep(directories.run_dirs(tmpdir, os.environ))
+    failed = [(one.name, one.why) for one in report.failed]
+    if as_json:
+        named = ("removed", "kept", "alive", "in_doubt")
+        lists = {name: [tables.session_as_json(one) for one in getattr(report, name)] for name in named}
+        data = {"dry_run": dry_run, "temp_dirs": [os.fspath(temp) for temp in temps], **lists}
+        tables.print_json({**data, "failed": failed, "freed_bytes": report.freed_bytes})
+    else:
+        tables.print_session_report(report, dry_run=dry_run)
+    _exit_if_failed(failed)
 
 
 def _with_users(status: inventory.Status, more: list[inventory.User]) -> inventory.Status:
@@ -157,10 +200,14 @@ def _finish_collection(report: Collected, *, as_json: bool, dry_run: bool) -> No
     if as_json:
         tables.print_json({"dry_run": dry_run, **asdict(report), "freed_bytes": report.freed_bytes})
     else:
-        tables.print_report(report, sys.stdout, dry_run=dry_run)
-    for name, reason in report.failed:
-        click.echo(f"error: Cannot remove {name}: {reason}", err=True)
-    if report.failed:
+        tables.print_report(report, dry_run=dry_run)
+    _exit_if_failed(report.failed)
+
+
+def _exit_if_failed(failed: Iterable[tuple[str, str]]) -> None:
+    for name, reason in failed:
+        click.echo(f"error: Cannot remove {printable(name)}: {printable(reason)}", err=True)
+    if failed:
         sys.exit(1)
 
 

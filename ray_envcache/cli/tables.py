@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ray_envcache.store.layout import SHOWN_DIGITS
-from ray_envcache.system.units import format_duration, format_size, printable, utc
+from ray_envcache.system.texts import format_duration, format_size, printable, utc
 
 if TYPE_CHECKING:
     from ray_envcache.gc.collector import Collected
@@ -24,7 +26,6 @@ JSON_SCHEMA = 1
 """The version of what `--json` prints: another number where a field goes or changes its meaning."""
 
 _BELOW = "└"
-_USER_FIELDS = ("pid", "kind", "cluster", "job", "command", "since")
 
 
 def print_json(data: dict[str, Any]) -> None:
@@ -36,23 +37,30 @@ def status_as_json(status: Status) -> dict[str, Any]:
     """One environment, as `list --json` and `why --json` show it."""
     data = status._asdict()
     del data["base_path"]
-    users = [{name: getattr(user, name) for name in _USER_FIELDS} for user in data.pop("users")]
+    users = [user._asdict() for user in data.pop("users")]
     last_used = utc(data.pop("last_used"))
     return {**data, "holders": users, "last_used_at": last_used}
 
 
-def print_environments(found: list[Status], stream: TextIO) -> None:
+def session_as_json(one: Session) -> dict[str, Any]:
+    """One session directory, as `list --sessions --json` and `gc --sessions --json` show it."""
+    data = {name: value for name, value in asdict(one).items() if name not in {"pid", "going", "changed"}}
+    times = {f"{name}_at": utc(when) if (when := data.pop(name)) else None for name in ("started", "last_written")}
+    return {**data, **times}
+
+
+def print_environments(found: list[Status]) -> None:
     """Print the environments of a store, and a line of totals."""
     columns = ("KEY", "PROJECT", "PYTHON", "RAY", "STATE", "USERS", "SIZE", "RECLAIMABLE", "CREATED", "LAST USED")
     rows = [_environment(one) for one in _layers_below_their_environments(found)]
-    print_table(columns, rows, stream, numeric={"SIZE", "RECLAIMABLE", "USERS"})
+    print_table(columns, rows, numeric={"SIZE", "RECLAIMABLE", "USERS"})
     ours, lower = [one for one in found if not one.readonly], [one for one in found if one.readonly]
     total, reclaimable = sum(one.size_bytes for one in ours), sum(one.reclaimable_bytes for one in ours)
     # A file that several environments share is in the size of each, and is freed with the last of them.
     shared, least = (" (shared files counted in each)", "at least ") if len(ours) > 1 else ("", "")
     count = _count(len(ours), "environment")
     below = f"; in read-only stores {len(lower)}, {format_size(sum(one.size_bytes for one in lower))}" if lower else ""
-    _say(f"{count}, {format_size(total)}{shared}, {least}{format_size(reclaimable)} reclaimable{below}", stream)
+    _say(f"{count}, {format_size(total)}{shared}, {least}{format_size(reclaimable)} reclaimable{below}")
 
 
 def _environment(one: Status) -> Sequence[str]:
@@ -78,19 +86,19 @@ def _layers_below_their_environments(found: list[Status]) -> list[Status]:
     return ordered + [layer for alone in layers.values() for layer in alone]
 
 
-def print_users(status: Status, stream: TextIO) -> None:
+def print_users(status: Status) -> None:
     """Print what keeps one environment."""
     reasons = _count(len(status.users), "user") + (", pinned" if status.pinned else "")
-    _say(f"{status.key[:SHOWN_DIGITS]} of {status.project or '-'}: {status.state}, {reasons}", stream)
+    _say(f"{status.key[:SHOWN_DIGITS]} of {status.project or '-'}: {status.state}, {reasons}")
     if status.users:
         columns = ("PID", "KIND", "COMMAND", "CLUSTER", "JOB", "SINCE")
-        print_table(columns, map(_user, status.users), stream, numeric={"PID"})
+        print_table(columns, map(_user, status.users), numeric={"PID"})
     elif status.in_use:
-        _say("in use by a process that cannot be named from here, such as one of another container", stream)
+        _say("in use by a process that cannot be named from here, such as one of another container")
     elif status.readonly:
-        _say("no process of this host uses it; a read-only store is never collected from here", stream)
+        _say("no process of this host uses it; a read-only store is never collected from here")
     elif not status.pinned:
-        _say("nothing keeps it: the next `ray-envcache gc` removes it when it is old enough", stream)
+        _say("nothing keeps it: the next `ray-envcache gc` removes it when it is old enough")
 
 
 def _user(user: User) -> Sequence[str]:
@@ -98,31 +106,31 @@ def _user(user: User) -> Sequence[str]:
     return (str(user.pid), user.kind, user.command, cluster, user.job or "-", _ago(_seconds(user.since)))
 
 
-def print_report(report: Collected, stream: TextIO, *, dry_run: bool) -> None:
+def print_report(report: Collected, *, dry_run: bool) -> None:
     """Print what a collection did, or would do: a line for each environment, and a line of totals."""
     if report.skipped:
-        _say(f"Nothing done: {report.skipped}", stream)
+        _say(f"Nothing done: {report.skipped}")
         return
     verb = "Would remove" if dry_run else "Removed"
     for one in report.removed:
         what = f"{one.key[:SHOWN_DIGITS]} of {one.project}, {format_size(one.freed_bytes)}"
-        _say(f"{verb} {what}: {one.reason}", stream)
+        _say(f"{verb} {what}: {one.reason}")
     least = "" if all(one.exact for one in report.removed) else "at least "
     freed = f"{'free' if dry_run else 'freed'} {least}{format_size(report.freed_bytes)}"
     stays = f"{report.in_use} in use, {report.pinned} pinned, {len(report.failed)} failed"
     logical = format_size(report.logical_bytes)
-    _say(f"{verb} {_count(len(report.removed), 'environment')}, {freed} ({logical} logical); {stays}", stream)
+    _say(f"{verb} {_count(len(report.removed), 'environment')}, {freed} ({logical} logical); {stays}")
 
 
-def print_sessions(found: list[Session], stream: TextIO) -> None:
+def print_sessions(found: list[Session]) -> None:
     """Print Ray's session directories, and a line of totals."""
     columns = ("SESSION", "STATE", "SIZE", "AGE", "LAST WRITTEN", "HOLDS", "WHY")
     # Sessions of several temp directories may have the same name: then the path is shown.
     by_path = len({os.path.dirname(one.path) for one in found}) > 1
-    print_table(columns, (_session(one, by_path=by_path) for one in found), stream, numeric={"SIZE"})
+    print_table(columns, (_session(one, by_path=by_path) for one in found), numeric={"SIZE"})
     dead = [one for one in found if one.state == "dead"]
     total, freed = sum(one.size_bytes for one in found), sum(one.reclaimable_bytes for one in dead)
-    _say(f"{_count(len(found), 'session')}, {format_size(total)}; {len(dead)} dead, {format_size(freed)}", stream)
+    _say(f"{_count(len(found), 'session')}, {format_size(total)}; {len(dead)} dead, {format_size(freed)}")
 
 
 def _session(one: Session, *, by_path: bool) -> Sequence[str]:
@@ -136,33 +144,31 @@ def _holds(one: Session) -> str:
     return ", ".join([f"logs {format_size(one.logs_bytes)}", *venvs])
 
 
-def print_session_report(report: SessionReport, stream: TextIO, *, dry_run: bool) -> None:
+def print_session_report(report: SessionReport, *, dry_run: bool) -> None:
     """Print what a collection of sessions did, or would do: a line for each that goes or is in doubt, then totals."""
     verb = "Would remove" if dry_run else "Removed"
     for one in report.removed:
-        _say(f"{verb} {one.path}, {format_size(one.reclaimable_bytes)}: {one.why}", stream)
+        _say(f"{verb} {one.path}, {format_size(one.reclaimable_bytes)}: {one.why}")
     for one in report.in_doubt:
-        _say(f"Kept {one.path}, in doubt: {one.why}", stream)
+        _say(f"Kept {one.path}, in doubt: {one.why}")
     least = "" if all(one.exact for one in report.removed) else "at least "
     freed = f"{'free' if dry_run else 'freed'} {least}{format_size(report.freed_bytes)}"
     stays = f"{len(report.alive)} alive, {len(report.in_doubt)} in doubt"
     kept = f", {len(report.kept)} dead but younger" if report.kept else ""
     counted = _count(len(report.removed), "session")
-    _say(f"{verb} {counted}, {freed}; {stays}{kept}, {len(report.failed)} failed", stream)
+    _say(f"{verb} {counted}, {freed}; {stays}{kept}, {len(report.failed)} failed")
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def print_table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], stream: TextIO, numeric: Collection[str]
-) -> None:
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], numeric: Collection[str]) -> None:
     """Print rows below the names of their columns; without rows nothing. No cell is ever cut: people copy from here.
 
     By hand, because rich takes half a second for 1,000 rows.
     """
-    cells = [[shown(cell, stream) for cell in row] for row in rows]
+    cells = [[shown(cell) for cell in row] for row in rows]
     if not cells:
         return
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
@@ -172,21 +178,21 @@ def print_table(
     def line(row: Sequence[str]) -> str:
         return form.format(*row).rstrip()
 
-    click.secho(line(columns), file=stream, bold=True)
-    click.echo("\n".join(map(line, cells)), file=stream)
+    click.secho(line(columns), file=sys.stdout, bold=True)
+    click.echo("\n".join(map(line, cells)), file=sys.stdout)
 
 
-def _say(text: str, stream: TextIO) -> None:
+def _say(text: str) -> None:
     # Names and paths in it come from other people's files.
-    click.echo(shown(text, stream), file=stream)
+    click.echo(shown(text), file=sys.stdout)
 
 
-def shown(text: str, stream: TextIO) -> str:
-    """The text as `stream` can print it: without control characters, and with codes for letters it cannot encode."""
+def shown(text: str) -> str:
+    """The text as stdout can print it: without control characters, and with codes for letters it cannot encode."""
     text = printable(text)
     if text.isascii():
         return text
-    encoding = getattr(stream, "encoding", None) or "utf-8"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         text.encode(encoding)
     except UnicodeEncodeError:

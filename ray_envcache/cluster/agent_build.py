@@ -26,7 +26,7 @@ import psutil
 from ray_envcache.acquire import Store
 from ray_envcache.errors import BuildError, EnvCacheError, PassingError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve.cluster_ray import ClusterRay
+from ray_envcache.resolve.interpreter import ClusterRay
 from ray_envcache.store.leases import Holder, Lease, claim
 
 T = TypeVar("T")

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ray_envcache.acquire import Store
+from ray_envcache.build.builder import Observer
 from ray_envcache.errors import EnvCacheError, InterpreterError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve.cluster_ray import ClusterRay
+from ray_envcache.resolve.interpreter import ClusterRay
 from ray_envcache.store.leases import Holder, Lease
 
 
-class _Reporter:
+class _Reporter(Observer):
     """Sends the progress of the build to the agent's log."""
 
     def waiting(self, builder: str) -> None:

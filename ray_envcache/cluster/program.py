@@ -23,7 +23,7 @@ from ray_envcache.errors import CommandError, LockfileError
 from ray_envcache.field import registration
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import interpreter, uv
-from ray_envcache.resolve.cluster_ray import LockedRay
+from ray_envcache.resolve.interpreter import LockedRay
 from ray_envcache.store.leases import Holder, Lease
 
 # The terminal sends its signals to the whole process group, and so to the command; other senders reach only us.

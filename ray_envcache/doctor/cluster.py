@@ -24,9 +24,9 @@ from ray._private import services, utils
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # its stub lacks what it has
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_envcache.doctor.nodes import SAYS, Answer, NodeReport, enter_environment, enter_facts, node_name
+from ray_envcache.doctor.findings import SAYS, Answer, NodeReport, enter_environment, enter_facts, node_name
 from ray_envcache.errors import ClusterError, EnvCacheError
-from ray_envcache.field import probe
+from ray_envcache.field import guard
 from ray_envcache.field.spec import FIELD
 
 try:
@@ -37,9 +37,7 @@ try:
 except ImportError:  # Ray before 2.59: local clusters have no token
     ensure_token_if_auth_enabled = None
 
-_AUTH_VARIABLE = "RAY_AUTH_TOKEN"
 _CONNECT_SECONDS = 5
-_AS_A_JOB = "on a node of the cluster, or as a job: ray job submit -- ray-envcache doctor --address auto"
 
 
 def examine(address: str, runtime_env: dict[str, Any] | None, timeout: float) -> dict[str, Any]:
@@ -51,13 +49,13 @@ def examine(address: str, runtime_env: dict[str, Any] | None, timeout: float) ->
         if node["Alive"]
     ]
     nodes.sort(key=lambda node: (node.ip, node.node_id))
-    asked = {FIELD: probe.field(secrets.token_hex(8)), "config": {"setup_timeout_seconds": max(int(timeout), 1)}}
-    for node, answer in _ask(nodes, _facts_task(), asked, timeout):
+    asked = {FIELD: guard.probe(secrets.token_hex(8)), "config": {"setup_timeout_seconds": max(int(timeout), 1)}}
+    for node, answer in _ask(nodes, _task(), asked, timeout):
         enter_facts(node, answer, timeout)
     if runtime_env:
         able = [node for node in nodes if not node.failed]
         _say(f"Setting up the environment of {runtime_env[FIELD]['path']} on {len(able)} of {len(nodes)} nodes")
-        for node, answer in _ask(able, _prefix_task(), runtime_env, None):
+        for node, answer in _ask(able, _task(), runtime_env, None):
             came = "failed" if answer.error else "done"
             _say(f"{node_name(node.ip, node.node_id)} {came} after {answer.seconds:.1f} s")
             enter_environment(node, answer)
@@ -68,17 +66,50 @@ def _connect(address: str) -> None:
     """Become a driver of the cluster; never start one. Raises ClusterError, with Ray's own words."""
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS") or address
-    gcs = _gcs_of(address)
-    _require_listener(gcs)
-    namespace = f"ray-envcache-doctor-{os.getpid()}"
     try:
+        gcs = _gcs_of(address)
+        # Ray itself tries for 200 seconds.
+        host, _, port = gcs.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
         _use_token(address)
         # First, because `ray.init` says for 20 seconds that it cannot connect before it says why.
         utils.check_version_info(usage_lib.get_cluster_metadata(GcsClient(address=gcs)), "this host")
         # Without a hook, which would give this job an environment of its own.
-        ray.init(gcs, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR, _skip_env_hook=True)
-    except (AttributeError, RuntimeError, ValueError, OSError, ray.exceptions.RayError, SystemExit) as error:
-        raise _unreachable(address, str(error) or str(error.__context__)) from error
+        ray.init(
+            gcs,
+            namespace=f"ray-envcache-doctor-{os.getpid()}",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _skip_env_hook=True,
+        )
+    except (
+        AttributeError, RuntimeError, ValueError, OSError, OverflowError, ray.exceptions.RayError, SystemExit
+    ) as error:  # fmt: skip
+        reason = " ".join((str(error) or str(error.__context__)).split())
+        raise ClusterError(f"Cannot ask the cluster at `{address}`: {reason}", _hint(reason)) from error
+
+
+def _hint(reason: str) -> str:
+    if "uthentication" in reason:
+        place = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+        return (
+            f"Ray looks for the token in `{place}`, with RAY_AUTH_MODE=token: copy the token of the user who started the "
+            "cluster there, or name its file in RAY_AUTH_TOKEN_PATH"
+        )
+    return (
+        "is its head running? Give the address of its GCS, as for `ray status` (10.0.0.7:6379); or run the doctor on one "
+        "of its nodes, or as a job: ray job submit -- ray-envcache doctor --address auto"
+    )
+
+
+def _gcs_of(address: str) -> str:
+    """The address of the cluster's GCS, as host:port. Raises ValueError and OSError."""
+    if "://" in address:
+        raise ValueError("it is an address for Ray Client, which cannot ask a single node")
+    found: str | None = services.canonicalize_bootstrap_address(address)
+    if found is None:
+        raise ValueError("this word starts a cluster, and finds none")
+    return found
 
 
 def _use_token(address: str) -> None:
@@ -92,64 +123,16 @@ def _use_token(address: str) -> None:
         ensure_token_if_auth_enabled(create_token_if_missing=False)
 
 
-def _gcs_of(address: str) -> str:
-    """The address of the cluster's GCS, as host:port."""
-    if "://" in address:
-        raise ClusterError(
-            f"`{address}` is an address for Ray Client, which cannot ask a single node",
-            f"give the address of the GCS, as for `ray status` (10.0.0.7:6379), {_AS_A_JOB}",
-        )
-    try:
-        found: str | None = services.canonicalize_bootstrap_address(address)
-    except (ValueError, OSError) as error:
-        raise _unreachable(address, str(error)) from error
-    if found is None:
-        raise _unreachable(address, "this word starts a cluster, and finds none")
-    return found
-
-
-def _require_listener(gcs: str) -> None:
-    # Ray itself tries for 200 seconds.
-    host, _, port = gcs.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise ClusterError(f"No cluster answers at {gcs}: {error}", "is the cluster's head running?") from error
-
-
-def _unreachable(address: str, reason: str) -> ClusterError:
-    if _AUTH_VARIABLE in reason:
-        return _unauthenticated(address)
-    message = " ".join(reason.split()) or "Ray does not say why"
-    return ClusterError(f"Cannot ask the cluster at `{address}`: {message}", f"run the doctor {_AS_A_JOB}")
-
-
-def _unauthenticated(address: str) -> ClusterError:
-    """The error of a cluster that refused us: where Ray looked for a token, in its order, and how to give it one."""
-    path = os.environ.get(f"{_AUTH_VARIABLE}_PATH") or os.path.expanduser("~/.ray/auth_token")
-    place = _AUTH_VARIABLE if os.environ.get(_AUTH_VARIABLE) else f"`{path}`"
-    if place != _AUTH_VARIABLE and not os.path.exists(path):
-        cause = f"there is none at {place}"
-    elif os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
-        cause = f"RAY_AUTH_MODE is not `token`, so it does not send the one of {place}"
-    else:
-        cause = f"the one of {place} is not the cluster's"
-    return ClusterError(
-        f"Ray has no token for the cluster at `{address}`: {cause}",
-        "copy ~/.ray/auth_token from the user that started the cluster, or name a copy of it with "
-        f"{_AUTH_VARIABLE}_PATH; and set RAY_AUTH_MODE=token",
-    )
-
-
-def _facts_task() -> Any:
-    """A task that says how the workers of its node are started."""
-    variable = probe.VARIABLE
+def _task() -> Any:
+    """A task that says how the workers of its node are started, and in which environment it runs."""
+    variable = guard.PROBE_ANSWER
 
     # Nested, so that Ray ships its code: the node may lack this package.
     def facts() -> dict[str, Any]:
         import importlib.util
         import os
         import platform
+        import sys
 
         import ray
 
@@ -158,20 +141,10 @@ def _facts_task() -> Any:
             "installed": importlib.util.find_spec("ray_envcache") is not None,
             "python": platform.python_version(),
             "ray": ray.__version__,
+            "prefix": sys.prefix,
         }
 
     return ray.remote(num_cpus=0, max_retries=0)(facts)
-
-
-def _prefix_task() -> Any:
-    """A task that says which environment it runs in."""
-
-    def prefix() -> str:
-        import sys
-
-        return sys.prefix
-
-    return ray.remote(num_cpus=0, max_retries=0)(prefix)
 
 
 def _ask(

@@ -22,12 +22,12 @@ from ray_envcache.errors import EnvCacheError, StoreError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.policy import Limits
 from ray_envcache.resolve import interpreter, uv
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store import readonly
 from ray_envcache.store.layout import Layout, default_root
 from ray_envcache.store.root import prepare_root
 from ray_envcache.system import disk, flock
-from ray_envcache.system.units import format_size
+from ray_envcache.system.texts import format_size
 from ray_envcache.version import __version__
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ class Facts:
 
 def check_lockfile(path: str) -> Finding:
     """Whether the lockfile at `path` is one that this host could build. Builds nothing."""
-    return finding_of("lockfile", lambda: _lockfile(path))
+    return finding_of("lockfile", _lockfile, path)
 
 
 def examine() -> Facts:
@@ -70,15 +70,15 @@ def examine() -> Facts:
 
 
 def _store(layout: Layout) -> Iterator[Finding]:
-    found = finding_of("store", lambda: _root(layout))
+    found = finding_of("store", _root, layout)
     yield found
     if found.state != ERROR:
-        yield finding_of("flocks", lambda: _flocks(layout))
-        yield finding_of("holds", lambda: _holds(layout))
-        yield finding_of("space", lambda: _space(layout))
-        yield finding_of("uv's cache", lambda: _cache(layout))
+        yield finding_of("flocks", _flocks, layout)
+        yield finding_of("holds", _holds, layout)
+        yield finding_of("space", _space, layout)
+        yield finding_of("uv's cache", _cache, layout)
         if os.environ.get(readonly.VARIABLE):
-            yield finding_of("read-only stores", lambda: _readonly_stores(layout))
+            yield finding_of("read-only stores", _readonly_stores, layout)
 
 
 def _root(layout: Layout) -> Finding:
@@ -144,7 +144,7 @@ def _cache(layout: Layout) -> Finding:
 
 def _readonly_stores(layout: Layout) -> Finding:
     name = "read-only stores"
-    found = ", ".join(str(one.root) for one in readonly.lower_stores(layout, os.environ)) or "none"
+    found = ", ".join(str(one.root) for one in readonly.readonly_stores(layout, os.environ)) or "none"
     missing = ", ".join(map(str, readonly.missing_stores(layout, os.environ)))
     if not missing:
         return Finding(name, OK, found)
@@ -173,7 +173,7 @@ def _uv_version(path: str) -> str:
 
 
 def _python() -> Finding:
-    found = interpreter.ask(interpreter.base_executable(None))
+    found = interpreter.probe(interpreter.base_executable(None))
     return Finding("python", OK, f"{found.implementation} {found.version}: {found.executable}")
 
 

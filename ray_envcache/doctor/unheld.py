@@ -15,7 +15,7 @@ from contextlib import suppress
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.survey.inventory import User
 from ray_envcache.system import processes
-from ray_envcache.system.units import utc
+from ray_envcache.system.texts import utc
 
 INTERPRETER, PROGRAM = "without hold", "program"
 """The kinds of such a user: a Python, which should have a hold; and any other program, which never has one."""

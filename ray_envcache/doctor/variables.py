@@ -8,16 +8,16 @@ from collections.abc import Iterator, Mapping
 
 from ray_envcache.doctor.findings import ERROR, OK, WARN, Finding
 from ray_envcache.errors import FieldValueError
-from ray_envcache.field import probe, registration
+from ray_envcache.field import guard, registration
 from ray_envcache.gc.policy import VARIABLES, Limits
 from ray_envcache.system.testpoints import FOLDER
-from ray_envcache.system.units import parse_duration
+from ray_envcache.system.texts import is_off, parse_duration
 
 _PREFIX = "RAY_ENVCACHE_"
 _OTHERS = ("DIR", "READONLY_DIRS", "ALLOW_NETWORK_FS", "GC_INTERVAL")
 SETTINGS = (*(f"{_PREFIX}{name}" for name in _OTHERS), *VARIABLES)
 """The variables that people set."""
-_INTERNAL = frozenset({probe.VARIABLE, FOLDER})
+_INTERNAL = frozenset({guard.PROBE_ANSWER, FOLDER})
 
 
 def settings(environ: Mapping[str, str]) -> Iterator[Finding]:
@@ -69,7 +69,7 @@ def _setting(name: str, value: str) -> Finding | None:
 
 
 def _parse(name: str, value: str) -> None:
-    if name == f"{_PREFIX}GC_INTERVAL" and value.strip().lower() not in {"", "off", "none"}:
+    if name == f"{_PREFIX}GC_INTERVAL" and value.strip() and not is_off(value):
         parse_duration(value)
     if name == f"{_PREFIX}ALLOW_NETWORK_FS" and value not in {"", "0", "1"}:
         raise FieldValueError(f"Neither 0 nor 1: `{value}`", "1 allows it, anything else does not")

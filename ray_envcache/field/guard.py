@@ -1,4 +1,4 @@
-"""Two of Ray's own fields that travel beside ours: Ray merges, inherits and forwards them as it does with our field.
+"""What travels in a runtime_env besides what users write: two of Ray's own fields beside ours, and the doctor's probe.
 
 The guard. Ray ignores a field whose plugin is not loaded on a node, but for a line in that node's log, and would run
 the task in the node's Python. The guard is a value in `java_jars` that no node can set up: without our plugin the task
@@ -7,10 +7,14 @@ worker uses that.
 
 An empty `py_executable`. A task with our field would inherit the one that Ray sets for the job of a driver under `uv
 run`: the empty one replaces it. And Ray Client, which would set one, leaves a runtime_env alone that has the field.
+
+The probe. A field value that builds nothing: the plugin answers it by an environment variable of the probe's task. A
+task without that variable runs on a node whose agent has no plugin.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
@@ -23,6 +27,8 @@ GUARD = (
     'hint: start it with the variables of `ray-envcache env`, as in: eval "$(ray-envcache env)"; ray start ...; '
     "`ray-envcache doctor --address ADDRESS` shows which nodes lack it"
 )
+PROBE_ANSWER = "RAY_ENVCACHE_PROBE"
+_PROBE = "probe"
 
 
 def guarded(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,8 +38,7 @@ def guarded(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
 
 def disarm(runtime_env: MutableMapping[str, Any]) -> None:
     """Take away what `guarded` added, before Ray reads it; what users put into the same fields stays."""
-    others = _others(runtime_env)
-    if others:
+    if others := _others(runtime_env):
         runtime_env[CARRIER] = others
     else:
         runtime_env.pop(CARRIER, None)
@@ -43,3 +48,18 @@ def disarm(runtime_env: MutableMapping[str, Any]) -> None:
 
 def _others(runtime_env: Mapping[str, Any]) -> list[Any]:
     return [jar for jar in runtime_env.get(CARRIER) or [] if jar != GUARD]
+
+
+def probe(nonce: str) -> dict[str, str]:
+    """The field value of a probe. Each has its own `nonce`: Ray asks the agent only about new runtime_envs."""
+    return {_PROBE: nonce}
+
+
+def is_probe(value: Any) -> bool:
+    """Whether a field value is one of `probe`. Pure, and never raises."""
+    return isinstance(value, dict) and value.keys() == {_PROBE}
+
+
+def encode_answer(facts: dict[str, Any]) -> str:
+    """The answer to a probe, as JSON in which Ray finds no `$` to expand."""
+    return json.dumps(facts).replace("$", "\\u0024")

@@ -69,10 +69,8 @@ class EnvSpec(NamedTuple):
 
     def to_field(self) -> dict[str, Any]:
         """The field value as JSON; `EnvSpec.parse` of it gives this spec again."""
-        chosen = {name: value for name, value in self.selection().items() if value}
-        local = {} if self.install_project else {"install_project": False}
-        pins = {"digest": self.digest, "content": self.content}
-        return {"path": self.path, **chosen, **local, **{name: value for name, value in pins.items() if value}}
+        chosen = {name: value for name, value in self._asdict().items() if value != self._field_defaults.get(name)}
+        return {name: [*value] if isinstance(value, tuple) else value for name, value in chosen.items()}
 
     def selection(self) -> dict[str, Any]:
         """The options that choose packages or interpreter, without path and digest."""
@@ -80,21 +78,9 @@ class EnvSpec(NamedTuple):
         outside = {"inherit": list(self.inherit), "system_site_packages": self.system_site_packages}
         return {**names, **outside, "no_build": self.no_build, "python": self.python}
 
-    def with_digest(self, digest: str) -> EnvSpec:
-        """The same selection, pinned to files with this digest."""
-        return self._replace(digest=digest)
-
-    def with_content(self, content: str | None) -> EnvSpec:
-        """The same selection, pinned to local packages with this digest, or to none."""
-        return self._replace(content=content)
-
     def expanded(self) -> EnvSpec:
         """The same selection with the home directory in place of a leading `~`."""
         return self._replace(path=os.path.expanduser(self.path))
-
-    def with_path(self, path: str) -> EnvSpec:
-        """The same selection from the project at another path."""
-        return self._replace(path=path)
 
 
 OPTIONS = EnvSpec._fields
@@ -151,10 +137,7 @@ def _names(value: dict[Any, Any], option: str, form: str = _NAME) -> tuple[str, 
     if names is None:
         return ()
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise FieldValueError(
-            f"`{option}` in the envcache field is not a list of names: `{_shown(names)}`",
-            f'write {{"{option}": ["name"]}}',
-        )
+        raise _not_valid(option, "a list of names", names, f'write {{"{option}": ["name"]}}')
     for name in names:
         if not re.fullmatch(form, name):
             raise FieldValueError(
@@ -169,10 +152,8 @@ def _package(value: Any) -> str | None:
         return None
     if isinstance(value, str) and re.fullmatch(_NAME, value):
         return _normalized(value)
-    raise FieldValueError(
-        f"`package` in the envcache field is not the name of one package: `{_shown(value)}`",
-        'write {"package": "name"}, as the member\'s pyproject.toml has it',
-    )
+    hint = 'write {"package": "name"}, as the member\'s pyproject.toml has it'
+    raise _not_valid("package", "the name of one package", value, hint)
 
 
 def _normalized(name: str) -> str:
@@ -194,9 +175,7 @@ def _flag(value: dict[Any, Any], option: str, *, default: bool) -> bool:
     flag = value.get(option, default)
     if isinstance(flag, bool):
         return flag
-    raise FieldValueError(
-        f"`{option}` in the envcache field is not true or false: `{_shown(flag)}`", "leave out the quotes"
-    )
+    raise _not_valid(option, "true or false", flag, "leave out the quotes")
 
 
 def _digest(value: dict[Any, Any], option: str) -> str | None:
@@ -205,10 +184,12 @@ def _digest(value: dict[Any, Any], option: str) -> str | None:
         return None
     if isinstance(digest, str) and re.fullmatch(_DIGEST, digest):
         return digest
-    raise FieldValueError(
-        f"`{option}` in the envcache field is not of the form sha256:<64 hex digits>: `{_shown(digest)}`",
-        "ray_envcache.runtime_env(path) computes it",
-    )
+    form, hint = "of the form sha256:<64 hex digits>", "ray_envcache.runtime_env(path) computes it"
+    raise _not_valid(option, form, digest, hint)
+
+
+def _not_valid(option: str, form: str, value: Any, hint: str) -> FieldValueError:
+    return FieldValueError(f"`{option}` in the envcache field is not {form}: `{_shown(value)}`", hint)
 
 
 def _shown(value: Any) -> str:

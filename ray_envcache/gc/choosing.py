@@ -13,8 +13,7 @@ from ray_envcache.gc import policy
 from ray_envcache.gc.policy import Candidate, Disk, Limits, Victim
 from ray_envcache.store import leases
 from ray_envcache.store.layout import Layout
-from ray_envcache.survey.inventory import Status, survey
-from ray_envcache.survey.sizes import going_too
+from ray_envcache.survey.inventory import Status, going_too, survey
 from ray_envcache.system import disk, processes
 
 
@@ -28,7 +27,7 @@ def look_at(layout: Layout) -> dict[str, Status]:
     for name, status in found.items():
         if status.in_use and (entry := layout.entry(name)):
             # Else what actors used for weeks would be unused for weeks when their cluster is killed.
-            _touch(entry.in_use)
+            leases.touch(entry.in_use)
     return found
 
 
@@ -88,9 +87,4 @@ def _note_deaths(layout: Layout) -> None:
         with suppress(FileNotFoundError):
             if len(os.listdir(folder)) > len(leases.live_leases(layout, key)):
                 for entry in layout.entries_of(key):
-                    _touch(entry.in_use)
-
-
-def _touch(in_use: Path) -> None:
-    with suppress(OSError):  # it goes at this moment, or the disk is read-only by now
-        os.utime(in_use)
+                    leases.touch(entry.in_use)

@@ -1,29 +1,29 @@
 """The collector: removes what the policy chose, one by one, and sweeps what dead processes left.
 
 It only tries: an entry that is in use stays, and while another collector is at work it does nothing. It needs no room
-on the disk.
+on the disk. `companion` starts it as `python -m ray_envcache.gc.collector ROOT DELAY`.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ray_envcache.errors import InUseError, UnknownKeyError
-from ray_envcache.gc import choosing, rubbish
+from ray_envcache.gc import choosing, companion, rubbish
 from ray_envcache.gc.evict import evict_idle
 from ray_envcache.gc.policy import Limits, Victim
 from ray_envcache.store.layout import Layout
 from ray_envcache.survey import shared_bytecode, uv_cache
-from ray_envcache.survey.inventory import Status, last_used
-from ray_envcache.survey.sizes import going_too
+from ray_envcache.survey.inventory import Status, going_too, last_used
 from ray_envcache.system import disk, flock
-from ray_envcache.system.units import Space
+from ray_envcache.system.texts import Space
 
 PATIENCE_SECONDS = 60.0
 """How long a build on a full disk waits for another collector: to delete 60 GB takes about 10 s."""
@@ -160,7 +160,7 @@ def _remove(layout: Layout, victim: Victim, status: Status, collected: Collected
     except OSError as error:
         collected.add_failure(victim.candidate.name, error)
     else:
-        collected.removed.append(_removed(victim, status, gone.freed, gone.logical, exact=gone.exact))
+        collected.removed.append(_removed(victim, status, gone.reclaimable, gone.size, exact=gone.exact))
 
 
 def _removed(victim: Victim, status: Status, freed: int, logical: int, *, exact: bool) -> Removed:
@@ -171,7 +171,9 @@ def _removed(victim: Victim, status: Status, freed: int, logical: int, *, exact:
 @contextmanager
 def _alone(layout: Layout, patience: float) -> Iterator[bool]:
     deadline = time.monotonic() + patience
-    while (descriptor := _try_flock(layout)) is None and time.monotonic() < deadline:
+    while (descriptor := flock.try_flock(layout.collector_flock, exclusive=True, flags=os.O_RDWR | os.O_CREAT)) is None:
+        if time.monotonic() >= deadline:
+            break
         time.sleep(0.1)
     try:
         yield descriptor is not None
@@ -180,5 +182,18 @@ def _alone(layout: Layout, patience: float) -> Iterator[bool]:
             os.close(descriptor)
 
 
-def _try_flock(layout: Layout) -> int | None:
-    return flock.try_flock(layout.collector_flock, exclusive=True, flags=os.O_RDWR | os.O_CREAT)
+def main(arguments: list[str]) -> int:
+    """Wait DELAY seconds, then collect, unless another process did so within the interval."""
+    root, delay = arguments
+    layout = Layout(Path(root))
+    os.setpriority(os.PRIO_PROCESS, 0, 10)
+    time.sleep(float(delay))
+    if companion.is_time(layout, os.environ):
+        with suppress(OSError):  # on a disk without inodes the next cluster collects once more
+            layout.last_collection.touch()
+        collect(layout, Limits.from_environ(os.environ))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
 """What a node's runtime env agent does so that idle environments are collected without cron.
 
 A collection starts with the agent, after the last release of its cluster, and after the agent's own end. Each is a
-process of its own (`automatic`), at most one in an hour. The agent cannot start the last one: at `ray.shutdown()` it is
+process of its own, at most one in an hour. The agent cannot start the last one: at `ray.shutdown()` it is
 killed by SIGKILL. So a shell waits beside it (in less than a megabyte) at a pipe that ends with the agent.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ray_envcache.store.layout import Layout
 from ray_envcache.system import children
-from ray_envcache.system.units import is_off, parse_duration
+from ray_envcache.system.texts import is_off, parse_duration
 
 INTERVAL = "RAY_ENVCACHE_GC_INTERVAL"
 DEFAULT_INTERVAL_SECONDS = 3600.0
@@ -39,7 +39,7 @@ def start(layout: Layout, environ: Mapping[str, str]) -> int | None:
     # What goes wrong here must not touch the cluster that starts; `ray-envcache gc` says what it is.
     with suppress(OSError, ValueError, subprocess.CalledProcessError):
         if is_time(layout, environ):
-            _run(layout, 0, environ)
+            children.start_detached(_command(layout, 0), environ=environ)
         return _wait_for_our_end(layout, environ) if _interval(environ) is not None else None
     return None
 
@@ -48,7 +48,7 @@ def collect_soon(layout: Layout, environ: Mapping[str, str]) -> None:
     """Collect once the workers of a cluster had time to end. Never fails and never waits for a collection."""
     with suppress(OSError, ValueError, subprocess.CalledProcessError):
         if is_time(layout, environ):
-            _run(layout, SETTLING_SECONDS, environ)
+            children.start_detached(_command(layout, SETTLING_SECONDS), environ=environ)
 
 
 def is_time(layout: Layout, environ: Mapping[str, str]) -> bool:
@@ -71,11 +71,7 @@ def _interval(environ: Mapping[str, str]) -> float | None:
 
 
 def _command(layout: Layout, delay: float) -> list[str | Path]:
-    return [sys.executable, "-m", "ray_envcache.gc.automatic", layout.root, str(delay)]
-
-
-def _run(layout: Layout, delay: float, environ: Mapping[str, str]) -> None:
-    children.start_detached(_command(layout, delay), environ=environ)
+    return [sys.executable, "-m", "ray_envcache.gc.collector", layout.root, str(delay)]
 
 
 def _wait_for_our_end(layout: Layout, environ: Mapping[str, str]) -> int:

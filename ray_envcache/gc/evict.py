@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from ray_envcache.errors import InUseError, ReadOnlyError, UnknownKeyError
@@ -19,22 +18,15 @@ from ray_envcache.store import leases, pins
 from ray_envcache.store.layout import Entry, Layout, layout_of
 from ray_envcache.survey import shared_bytecode
 from ray_envcache.system import disk, files, flock, processes, testpoints
+from ray_envcache.system.disk import DiskUse
 
 
-@dataclass(frozen=True)
-class Evicted:
-    """What a removal gave: bytes that became free, and bytes as files count them."""
+def evict(layout: Layout, entry: Entry) -> DiskUse:
+    """Remove one entry; what it occupied and freed. Raises InUseError where it is being built, in use or pinned.
 
-    freed: int
-    logical: int
-    exact: bool
-
-
-def evict(layout: Layout, entry: Entry) -> Evicted:
-    """Remove one entry. Raises InUseError where it is being built, in use or pinned; then it is untouched.
-
-    Raises UnknownKeyError where another process removed it in the meantime, ReadOnlyError where it is in a read-only
-    store. A user waits no longer than for a rename: flocks are only tried, and free before the deleting begins.
+    Then it is untouched. Raises UnknownKeyError where another process removed it in the meantime, ReadOnlyError where
+    it is in a read-only store. A user waits no longer than for a rename: flocks are only tried, and free before the
+    deleting begins.
     """
     if entry.readonly:
         root = layout_of(entry).root
@@ -46,7 +38,7 @@ def evict(layout: Layout, entry: Entry) -> Evicted:
     return evict_idle(layout, entry)
 
 
-def evict_idle(layout: Layout, entry: Entry, *, still_due: Callable[[], bool] = lambda: True) -> Evicted:
+def evict_idle(layout: Layout, entry: Entry, *, still_due: Callable[[], bool] = lambda: True) -> DiskUse:
     """Remove an entry of this store from which no process was seen to run. Raises as `evict`.
 
     `still_due` is asked under the flocks, when no process can begin to use the entry any more.
@@ -65,14 +57,14 @@ def evict_idle(layout: Layout, entry: Entry, *, still_due: Callable[[], bool] = 
     use = disk.measure(moved)
     files.remove_tree(moved)
     leases.sweep_dead(layout, entry.key)
-    return Evicted(use.reclaimable, use.size, use.exact)
+    return use
 
 
 def _take_away(layout: Layout, entry: Entry, still_due: Callable[[], bool]) -> Path:
     """Take the entry out of sight, and return where it is now."""
     with ExitStack() as flocks:
         _take_flocks(flocks, layout, entry)
-        if pins.is_pinned(layout, entry):
+        if entry.key in pins.pinned_keys(layout):
             raise refusal(entry, "it is pinned", "ray-envcache unpin, if it is not needed any more")
         if not still_due():
             raise refusal(entry, "it was used a moment ago")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ray_envcache.errors import FieldValueError
-from ray_envcache.system.units import Space, format_duration, format_size, is_off, parse_duration, parse_space
+from ray_envcache.system.texts import Space, format_duration, format_size, is_off, parse_duration, parse_space
 
 T = TypeVar("T")
 DAY = 86_400.0

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from ray_envcache.store import leases
 from ray_envcache.store.layout import Layout
+from ray_envcache.survey.uv_cache import OnError
 from ray_envcache.system import disk, files, flock, processes
 
 MEMOS = 50
 """How many memos an entry keeps: states of files and machines that lead to it. Without its memo it is planned anew."""
-
-OnError = Callable[[str, OSError], None]
 
 
 def sweep(layout: Layout, on_error: OnError) -> int:
@@ -47,7 +46,7 @@ def _sweep_leases(layout: Layout) -> None:
 def _sweep_memos(layout: Layout, keys: set[str]) -> None:
     """Delete memos of entries that are gone, and of each entry all but the newest: each edit of a project makes one."""
     by_key: dict[str, list[Path]] = {}
-    for path in sorted(layout.memo.glob("*.json"), key=_changed, reverse=True):
+    for path in sorted(layout.memo.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         by_key.setdefault(_key_of(layout, path, keys), []).append(path)
     for path in [*by_key.pop("", []), *(path for paths in by_key.values() for path in paths[MEMOS:])]:
         path.unlink(missing_ok=True)
@@ -70,11 +69,7 @@ def _sweep_flocks(layout: Layout, keys: set[str]) -> None:
     """
     for path in layout.flocks.glob("*.build"):
         if path.stem not in keys:
-            with suppress(FileNotFoundError):
-                descriptor = flock.try_flock(path, exclusive=True)
-                if descriptor is not None:
-                    path.unlink()
-                    os.close(descriptor)
+            leases.remove_free(path)
 
 
 def _half_written(layout: Layout) -> Iterator[Path]:
@@ -93,14 +88,4 @@ def _delete(path: Path, on_error: OnError) -> int:
 
 
 def _paths(directory: Path) -> list[Path]:
-    try:
-        return sorted(directory.iterdir())
-    except FileNotFoundError:
-        return []
-
-
-def _changed(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
+    return [directory / name for name in sorted(files.names_in(directory))]

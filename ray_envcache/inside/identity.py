@@ -1,4 +1,4 @@
-"""What the Python that runs this is: imported here for ourselves, run by others as `-I -S _identity.py PACKAGES`.
+"""What the Python that runs this is: each is asked as `python -I -S identity.py PACKAGES`.
 
 There the package is not, so this imports the standard library and, from the folder PACKAGES, packaging.
 """

@@ -11,7 +11,6 @@ import hashlib
 import json
 import marshal
 import os
-import shutil
 import signal
 import sys
 import warnings
@@ -114,11 +113,12 @@ def _put(file: str, target: str) -> None:
         os.link(file, target)
     except FileExistsError:
         if not os.path.samestat(os.lstat(file), os.lstat(target)):
-            _replace(file, target)
+            os.unlink(target)  # an import that comes in between compiles for itself
+            _put(file, target)
     except OSError as error:
         if error.errno not in _NO_LINK:
             raise
-        _replace(file, target)
+        _write_whole(target, _read(file))
 
 
 def _write_whole(path: str, data: bytes) -> None:
@@ -133,28 +133,6 @@ def _write_whole(path: str, data: bytes) -> None:
     except BaseException:
         with suppress(FileNotFoundError):
             os.unlink(unproven)
-        raise
-
-
-def _replace(file: str, target: str) -> None:
-    unproven = f"{target}.unproven"
-    with suppress(FileNotFoundError):
-        os.unlink(unproven)
-    try:
-        os.link(file, unproven)
-    except OSError as error:
-        if error.errno not in _NO_LINK:
-            raise
-        _copy(file, unproven)
-    os.replace(unproven, target)
-
-
-def _copy(file: str, target: str) -> None:
-    try:
-        shutil.copyfile(file, target)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(target)
         raise
 
 

@@ -1,4 +1,4 @@
-"""What a Python is: everything about an interpreter that decides which packages fit it."""
+"""The Python and the ray of workers: which packages fit an interpreter, and whether it fits the cluster."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import hashlib
 import json
 import os
 import sys
+from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import packaging
 
-from ray_envcache.errors import InterpreterError
+from ray_envcache.errors import InterpreterError, RayVersionError
 from ray_envcache.inside import identity
 from ray_envcache.system import children
 from ray_envcache.system.children import clean_environ
@@ -63,12 +65,6 @@ def base_executable(python: str | None) -> str:
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
-def packages_folder() -> str:
-    """The site-packages that has the cluster's ray, found without importing it; "" where there is none."""
-    found = find_spec("ray")
-    return os.path.dirname(os.path.dirname(found.origin)) if found and found.origin else ""
-
-
 def base_of(executable: str) -> str:
     """The real path of the interpreter below `executable`, which may be one of a virtual environment."""
     program = "import sys; print(getattr(sys, '_base_executable', None) or sys.executable)"
@@ -95,35 +91,17 @@ def fingerprint(executable: str) -> list[Any]:
 
 @cache
 def probe(executable: str) -> Interpreter:
-    """What the base interpreter at `executable` is. Another one than our own is asked (about 50 ms).
-
-    Raises InterpreterError where it does not start.
-    """
-    if _is_running(executable):
-        return _interpreter(executable, identity.identity())
-    return ask(executable)
-
-
-def _is_running(executable: str) -> bool:
-    """Whether we run from this very file: not from a copy, nor from one that an upgrade replaced since."""
-    return os.path.realpath("/proc/self/exe") == executable
-
-
-def ask(executable: str) -> Interpreter:
-    """Start the interpreter at `executable`, and ask it. Raises InterpreterError where it does not start."""
+    """What the base interpreter at `executable` says it is. Raises InterpreterError where it does not start."""
     program, packages = Path(identity.__file__), Path(packaging.__path__[0]).parent
     try:
         done = children.run([executable, "-I", "-S", program, packages], environ=clean_environ())
         if done.returncode != 0:
             raise _unusable(executable, done.stderr.strip()[-500:])
-        return _interpreter(executable, json.loads(done.stdout))
+        data = json.loads(done.stdout)
+        return Interpreter(**{**data, "executable": executable, "tags": tuple(data["tags"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
         # Not a program of this machine, or none that takes Python's options and prints what we asked for.
         raise _unusable(executable, str(error)) from error
-
-
-def _interpreter(executable: str, identity: dict[str, Any]) -> Interpreter:
-    return Interpreter(**{**identity, "executable": executable, "tags": tuple(identity["tags"])})
 
 
 def _unusable(executable: str, reason: str) -> InterpreterError:
@@ -133,13 +111,52 @@ def _unusable(executable: str, reason: str) -> InterpreterError:
     )
 
 
-def require_same_version(found: Interpreter) -> None:
-    """Raise InterpreterError where Ray would not take `found` for a Python of the cluster's version."""
-    level = os.environ.get("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL", "patch")
-    length = 2 if level == "minor" else 3
-    running = [*map(str, sys.version_info[:3])]
-    if found.version.split(".")[:length] != running[:length]:
-        raise InterpreterError(
-            f"The Python at `{found.executable}` is {found.version}, the cluster runs {'.'.join(running)}",
-            "Ray's workers must have the same Python version as the cluster",
-        )
+@dataclass(frozen=True)
+class ClusterRay:
+    """The ray that the cluster runs, installed in the Python that runs us."""
+
+    version: str
+
+    def require_fit(self, found: Interpreter) -> None:
+        """Raise InterpreterError where Ray would not take `found` for a Python of the cluster's version."""
+        level = os.environ.get("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL", "patch")
+        length = 2 if level == "minor" else 3
+        running = [*map(str, sys.version_info[:3])]
+        if found.version.split(".")[:length] != running[:length]:
+            raise InterpreterError(
+                f"The Python at `{found.executable}` is {found.version}, the cluster runs {'.'.join(running)}",
+                "Ray's workers must have the same Python version as the cluster",
+            )
+
+    def fingerprint(self) -> list[Any]:
+        """A cheap stand-in for ray and the versions of what it needs, good on this host only.
+
+        Each installation, upgrade or removal of a distribution changes the directory that holds them.
+        """
+        found = find_spec("ray")  # without importing it
+        if found is None or not found.origin:
+            return [self.version]
+        folder = os.path.dirname(os.path.dirname(found.origin))
+        return [self.version, folder, os.stat(folder).st_mtime_ns]
+
+
+class LockedRay:
+    """The ray of the lockfile, where driver and cluster run from the environment themselves: then no other counts."""
+
+    def require_fit(self, found: Interpreter) -> None:
+        """Accept any interpreter: the whole cluster runs it."""
+
+    def fingerprint(self) -> list[Any]:
+        """A constant: nothing of this host decides."""
+        return ["locked"]
+
+
+AnyRay = ClusterRay | LockedRay
+
+
+def installed_ray() -> ClusterRay:
+    """The ray installed beside us, without importing it. Raises RayVersionError where there is none."""
+    try:
+        return ClusterRay(version("ray"))
+    except PackageNotFoundError:
+        raise RayVersionError("There is no ray beside ray-envcache", "python -m pip install ray") from None

@@ -10,18 +10,25 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import unquote, urlsplit
 
-from packaging.pylock import Pylock, PylockSelectError, PylockUnsupportedVersionError, PylockValidationError
+from packaging.pylock import (
+    PackageDirectory,
+    PackageVcs,
+    Pylock,
+    PylockSelectError,
+    PylockUnsupportedVersionError,
+    PylockValidationError,
+)
 from packaging.tags import parse_tag
 from packaging.utils import canonicalize_name
 
 from ray_envcache.checkout.project import Kind, Project
-from ray_envcache.checkout.urls import path_of
 from ray_envcache.errors import InterpreterError, LockfileError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import export, settings
 from ray_envcache.resolve.interpreter import Interpreter
-from ray_envcache.system import secrets
+from ray_envcache.system.texts import strip_credentials
 
 if TYPE_CHECKING:
     from packaging.markers import Environment
@@ -53,7 +60,7 @@ class ResolvedPackage:
     @property
     def is_built_here(self) -> bool:
         """Whether it is built from source, so that build settings have a say in what is installed."""
-        files = (table.get("path") or path_of(table.get("url", "")) for table in self.artifact_tables())
+        files = (table.get("path") or urlsplit(table.get("url", "")).path for table in self.artifact_tables())
         return self.kind != "wheel" and not any(file.endswith(".whl") for file in files)
 
 
@@ -94,9 +101,7 @@ class ResolvedSet:
         """
         # A repository is not such a file: the commit says all.
         loose = (package for package in self.packages if not (package.is_pinned or package.kind == "vcs"))
-        artifacts = [table for package in loose for table in package.artifact_tables()]
-        urls = [table["url"] for table in artifacts if str(table.get("url", "")).startswith("file:")]
-        return [table["path"] for table in artifacts if "path" in table] + [path_of(url) for url in urls]
+        return [table["path"] for package in loose for table in package.artifact_tables() if "path" in table]
 
     @property
     def download_size(self) -> int:
@@ -116,38 +121,26 @@ def resolve(spec: EnvSpec, project: Project, interpreter: Interpreter) -> Resolv
         _require_options(lock, spec, project)
     selected = select(lock, interpreter, spec.extras, {*(lock.default_groups or ()), *spec.groups})
     known = "".join(path.read_text("utf-8") for path in project.lock_files())
-    packages = [
-        resolved_package(package, artifact, project.folder, known)
-        for package, artifact in selected
-        if not _is_local(artifact)
-    ]
-    if spec.no_build:
-        _require_wheels(packages)
+    local = [(package, artifact) for package, artifact in selected if isinstance(artifact, PackageDirectory)]
+    others = [(package, artifact) for package, artifact in selected if not isinstance(artifact, PackageDirectory)]
+    packages = [resolved_package(package, artifact, project.folder, known) for package, artifact in others]
+    built = [f"{one.name} {one.version} ({one.kind})" for one in packages if one.is_built_here]
+    if built and spec.no_build:
+        raise LockfileError(
+            f"Not a wheel, and `no_build` is set: {', '.join(built)}",
+            "lock versions that have a wheel for this platform, or leave out `no_build`",
+        )
     return ResolvedSet(
         packages=tuple(sorted(packages, key=lambda package: package.name)),
-        local=tuple(_local(package, artifact, project.folder) for package, artifact in selected if _is_local(artifact)),
+        local=tuple(_local(package, artifact, project.folder) for package, artifact in local),
         build_settings=_build_settings(project.folder),
     )
-
-
-def _is_local(artifact: Any) -> bool:
-    return type(artifact).__name__ == "PackageDirectory"
 
 
 def _local(package: Any, artifact: Any, folder: Path) -> LocalPackage:
     # A path starts where the lockfile is.
     path = Path(os.path.normpath(folder / artifact.path / (artifact.subdirectory or ".")))
     return LocalPackage(package.name, path, bool(artifact.editable))
-
-
-def _require_wheels(packages: list[ResolvedPackage]) -> None:
-    built = [package for package in packages if package.is_built_here]
-    if built:
-        listed = ", ".join(f"{package.name} {package.version} ({package.kind})" for package in built)
-        raise LockfileError(
-            f"Not a wheel, and `no_build` is set: {listed}",
-            "lock versions that have a wheel for this platform, or leave out `no_build`",
-        )
 
 
 def _validated(data: dict[str, Any], project: Project) -> Pylock:
@@ -203,7 +196,7 @@ def resolved_package(package: Any, artifact: Any, folder: Path, known: str) -> R
     """A selected package with its artifact. Relative paths start from `folder`; `known` is the text of the lockfile."""
     kind = type(artifact).__name__.removeprefix("Package").lower()
     table = _artifact_table(artifact, folder)
-    index = secrets.strip_credentials(package.index or "")
+    index = strip_credentials(package.index or "")
     about = {"name": package.name, "version": str(package.version or ""), "index": index}
     hashes = table.get("hashes", {})
     return ResolvedPackage(
@@ -233,16 +226,16 @@ def _artifact_table(artifact: Any, folder: Path) -> dict[str, Any]:
     fields = ("name", "url", "path", "size", "hashes", "type", "requested_revision", "commit_id", "subdirectory")
     values = {field: getattr(artifact, field, None) for field in fields}
     table = {field.replace("_", "-"): value for field, value in values.items() if value is not None}
-    if type(artifact).__name__ == "PackageArchive" and str(table.get("url", "")).startswith("file:"):
+    if not isinstance(artifact, PackageVcs) and str(table.get("url", "")).startswith("file:"):
         # uv takes archives that are files by their path only.
-        table["path"] = path_of(table.pop("url"))
+        table["path"] = unquote(urlsplit(table.pop("url")).path)
     if "path" in table:
         path = folder / table["path"]
         table["path"] = str(path)
         if path.is_file():
-            table["hashes"] = dict(table.get("hashes") or {"sha256": _sha256(path)})
+            table["hashes"] = dict(table.get("hashes") or {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
     if "url" in table:
-        table["url"] = secrets.strip_credentials(table["url"])
+        table["url"] = strip_credentials(table["url"])
     return table
 
 
@@ -253,8 +246,3 @@ def _build_settings(folder: Path) -> str:
         _logger.warning("`%s` in the settings of `%s` has no effect: it is of a later uv than we know", name, folder)
     chosen = {name: value for name, value in found.items() if name in settings.BUILD}
     return json.dumps(chosen, sort_keys=True, default=str)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()

@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from enum import Enum
-from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
 
@@ -19,7 +19,7 @@ import uv
 from ray_envcache.checkout import git
 from ray_envcache.errors import BuildError, DiskFullError, EnvCacheError, PassingError
 from ray_envcache.resolve import settings
-from ray_envcache.system import children, disk, secrets
+from ray_envcache.system import children, disk, texts
 
 # How indexes are reached. A job may say so too, in the `env_vars` of its runtime_env.
 _REACH = re.compile(
@@ -39,22 +39,21 @@ CREDENTIALS_HINT = (
 )
 REACH_HINT = "see that this node reaches the index; proxies and mirrors are set as for uv"
 _GIVEN: ContextVar[Mapping[str, str]] = ContextVar("given", default=MappingProxyType({}))
+_ERROR = re.compile(r"(?ms)^[ \N{MULTIPLICATION SIGN}x]*error.*")
+_UNREACHABLE = re.compile(
+    r"error sending request|client error \(Connect\)|dns error|Failed to fetch|timed out|Request failed"
+)
+_UNAUTHORIZED = re.compile(r"401 Unauthorized|403 Forbidden|Missing credentials")
+_DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|os error 28|os error 122")
 _FULL_PLACE = re.compile(r"`(/[^`\n]*)`: (?:No space left on device|Disk quota exceeded)")
 
 
 class Scope(Enum):
-    """Whose settings count in a call of uv, beside those of the project."""
+    """The settings of user and system that count in a call of uv, beside those of the project."""
 
-    PROJECT = "none"
-    REACH = "of user and system, how indexes are reached"
-    USER = "of user and system, all that decide what is resolved"
-
-
-_FROM_NODE = {
-    Scope.PROJECT: frozenset[str](),
-    Scope.REACH: settings.REACH,
-    Scope.USER: settings.REACH | settings.RESOLVE | settings.BUILD,
-}
+    PROJECT = frozenset[str]()
+    REACH = settings.REACH
+    USER = settings.REACH | settings.RESOLVE | settings.BUILD
 
 
 def run(
@@ -66,39 +65,25 @@ def run(
     pass_fds: Sequence[int] = (),
     scope: Scope = Scope.REACH,
 ) -> children.Completed:
-    """Run uv to its end, as `running` does. `on_line` as for `Finish`."""
-    with running(arguments, cwd=cwd, cache=cache, pass_fds=pass_fds, scope=scope) as finish:
-        return finish(on_line)
+    """Run uv in `cwd` to its end, with the settings of the files there, and its cache at `cache`.
 
-
-@contextmanager
-def running(
-    arguments: Sequence[str | os.PathLike[str]],
-    *,
-    cwd: Path,
-    cache: Path | None = None,
-    pass_fds: Sequence[int] = (),
-    scope: Scope = Scope.REACH,
-) -> Iterator[children.Finish]:
-    """Run uv in `cwd` with the settings of the files there, and its cache at `cache`.
-
-    What else counts, of files and of variables, says `scope`. Credentials never leave what the context gives. Raises
-    LockfileError where a file with settings is broken.
+    What else counts, of files and of variables, says `scope`. `on_line` gets each line of stderr as it comes.
+    Credentials never leave this function. Raises LockfileError where a file with settings is broken.
     """
     environ = _environ(scope)
     if cache is not None:
         environ["UV_CACHE_DIR"] = os.fspath(cache)
-    with file_of(settings.for_uv(cwd, _FROM_NODE[scope])) as file:
-        config, fds = f"{settings.PLACE}/{file}", [*pass_fds, file]
-        command = [find(), *arguments, f"--config-file={config}"]
-        with children.running(command, environ=environ, cwd=cwd, pass_fds=fds) as finish:
-
-            def without_secrets(on_line: children.OnLine | None = None) -> children.Completed:
-                done = finish(None if on_line is None else lambda line: on_line(without_credentials(line)))
-                stderr = without_credentials(done.stderr).replace(config, "uv.toml or [tool.uv]")
-                return children.Completed(done.returncode, done.stdout, stderr)
-
-            yield without_secrets
+    with file_of(settings.for_uv(cwd, scope.value)) as file:
+        config = f"{settings.PLACE}/{file}"
+        done = children.run(
+            [find(), *arguments, f"--config-file={config}"],
+            environ=environ,
+            cwd=cwd,
+            on_line=None if on_line is None else lambda line: on_line(without_credentials(line)),
+            pass_fds=[*pass_fds, file],
+        )
+    stderr = without_credentials(done.stderr).replace(config, "uv.toml or [tool.uv]")
+    return replace(done, stderr=stderr)
 
 
 @contextmanager
@@ -112,19 +97,11 @@ def file_of(text: str) -> Iterator[int]:
 
 
 def find() -> str:
-    """The path of the uv binary: that of the uv package beside us, else the one on PATH."""
+    """The path of the uv binary: that of the uv package beside us. Raises BuildError."""
     try:
         return os.fspath(uv.find_uv_bin())
     except FileNotFoundError as error:
         raise BuildError("There is no uv on this node", "python -m pip install uv") from error
-
-
-def version() -> str:
-    """The version of the uv package beside us, "" where uv is only on PATH."""
-    try:
-        return metadata.version("uv")
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def cache_directory(near: Path) -> Path | None:
@@ -139,11 +116,8 @@ def cache_directory(near: Path) -> Path | None:
 
 def said(stderr: str) -> str:
     """The reason that uv gives: from the first line that says `error`, without its own hints."""
-    lines = stderr.strip().splitlines()
-    start = next(
-        (number for number, line in enumerate(lines) if line.lstrip(" \N{MULTIPLICATION SIGN}x").startswith("error")), 0
-    )
-    reason = "\n".join(lines[start:])
+    found = _ERROR.search(stderr)
+    reason = found[0] if found else stderr
     return reason.split("\nhint:")[0].strip().removeprefix("error: ")
 
 
@@ -164,32 +138,22 @@ def relevant(env_vars: Mapping[str, str]) -> dict[str, str]:
 
 def without_credentials(text: str) -> str:
     """The text with what is secret in every URL, and every password that uv was given, blotted out."""
-    return secrets.without_credentials(text, _GIVEN.get())
+    return texts.without_credentials(text, _GIVEN.get())
 
 
 def is_unreachable(stderr: str) -> bool:
     """Whether uv failed for want of an answer from an index."""
-    signs = (
-        "error sending request",
-        "client error (Connect)",
-        "dns error",
-        "Failed to fetch",
-        "timed out",
-        "Request failed",
-    )
-    return any(sign in stderr for sign in signs)
+    return bool(_UNREACHABLE.search(stderr))
 
 
 def is_unauthorized(stderr: str) -> bool:
     """Whether an index asked for credentials that uv does not have."""
-    return any(sign in stderr for sign in ("401 Unauthorized", "403 Forbidden", "Missing credentials"))
+    return bool(_UNAUTHORIZED.search(stderr))
 
 
 def is_disk_full(stderr: str) -> bool:
     """Whether the disk, or the user's quota, had no room."""
-    return any(
-        sign in stderr for sign in ("No space left on device", "Disk quota exceeded", "os error 28", "os error 122")
-    )
+    return bool(_DISK_FULL.search(stderr))
 
 
 def full_place(stderr: str) -> Path | None:

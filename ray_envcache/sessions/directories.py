@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,13 +160,15 @@ def make_private(prefix: str, top: str | Path) -> tuple[Path, int | None]:
 
 def session_paths(temp: Path) -> list[Path]:
     """Return all that is called a session in a temp directory, also what a killed collector renamed."""
-    paths = [temp / name for name in sorted(names_in(temp)) if name.startswith("session_") or _GOING.fullmatch(name)]
+    paths = [
+        temp / name for name in sorted(files.names_in(temp)) if name.startswith("session_") or _GOING.fullmatch(name)
+    ]
     return [path for path in paths if not (path.name == LATEST and path.is_symlink())]
 
 
 def going_name(name: str) -> str:
     """Return a new unique name for a session directory that is about to be deleted."""
-    return f".{name}.going-{files.unique(4)}"
+    return f".{name}.going-{secrets.token_hex(4)}"
 
 
 def measure_session(path: Path) -> Session:
@@ -247,35 +250,16 @@ def _mounted(path: Path) -> str:
 
 def _look_through(top: Path, top_found: os.stat_result) -> tuple[int, float, str]:
     """Return the number of virtual environments, when something was last written, and what forbids to remove it."""
-    venvs, newest, complaint = 0, top_found.st_mtime, ""
-    try:
-        for item, found in _walk(top):
-            venvs += item.name == "pyvenv.cfg"
-            newest = max(newest, found.st_mtime)
-            if found.st_uid != top_found.st_uid and not complaint:
-                complaint = f"it has files of user {found.st_uid}: {os.path.relpath(item.path, top)}"
-            if stat.S_ISDIR(found.st_mode) and found.st_dev != top_found.st_dev and not complaint:
-                complaint = f"it has another file system in it: {os.path.relpath(item.path, top)}"
-    except OSError as error:
-        complaint = complaint or f"not all of it can be looked at: {error.strerror}"
+    unread: list[OSError] = []
+    venvs, newest, complaint = 0, 0.0, ""
+    for item, found in disk.walk(top, unread.append):
+        venvs += os.path.basename(item) == "pyvenv.cfg"
+        newest = max(newest, found.st_mtime)
+        if found.st_uid != top_found.st_uid:
+            complaint = complaint or f"it has files of user {found.st_uid}: {os.path.relpath(item, top)}"
+        if stat.S_ISDIR(found.st_mode) and found.st_dev != top_found.st_dev:
+            complaint = complaint or f"it has another file system in it: {os.path.relpath(item, top)}"
+    unread = [error for error in unread if not isinstance(error, FileNotFoundError)]
+    if unread:
+        complaint = complaint or f"not all of it can be looked at: {unread[0].strerror}"
     return venvs, newest, complaint
-
-
-def _walk(top: Path) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
-    pending = [os.fspath(top)]
-    while pending:
-        with suppress(FileNotFoundError), os.scandir(pending.pop()) as items:
-            for item in items:
-                with suppress(FileNotFoundError):
-                    found = item.stat(follow_symlinks=False)
-                    yield item, found
-                    if stat.S_ISDIR(found.st_mode):
-                        pending.append(item.path)
-
-
-def names_in(directory: Path) -> list[str]:
-    """Return the names in a directory, none where there is no directory. Raises OSError where it cannot be read."""
-    try:
-        return os.listdir(directory)
-    except (FileNotFoundError, NotADirectoryError):
-        return []

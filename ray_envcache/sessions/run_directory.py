@@ -17,8 +17,8 @@ from ray_envcache.sessions import directories
 from ray_envcache.sessions.collector import collect_sessions
 from ray_envcache.sessions.liveness import judge_sessions
 from ray_envcache.sessions.short_path import ShortTmpdir, require_usable, short_tmpdir
-from ray_envcache.system import flock
-from ray_envcache.system.units import printable
+from ray_envcache.system import files, flock
+from ray_envcache.system.texts import printable
 
 _logger = logging.getLogger(__name__)
 PATIENCE_SECONDS = 10.0
@@ -96,8 +96,8 @@ def _remove(folder: Path) -> list[str]:
                     file.unlink()
             _remove_empty(folder / name)
     _remove_empty(folder)
-    left = [f"{name}/{file}" for name in _OF_RAY for file in directories.names_in(folder / name)]
-    return sorted([*left, *(name for name in directories.names_in(folder) if name not in _OF_RAY)])
+    left = [f"{name}/{file}" for name in _OF_RAY for file in files.names_in(folder / name)]
+    return sorted([*left, *(name for name in files.names_in(folder) if name not in _OF_RAY)])
 
 
 def _remove_empty(folder: Path) -> None:

@@ -25,8 +25,6 @@ from ray_envcache.system import disk, files, flock
 from ray_envcache.system.processes import find_mentions
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from typing_extensions import Self
 
 SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
@@ -107,9 +105,7 @@ class ShortTmpdir(str):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
 
@@ -142,7 +138,11 @@ def require_usable(path: str) -> None:
         with tempfile.TemporaryFile(dir=path) as probe:
             probe.write(b"\0" * 65536)
     except OSError as error:
-        raise _unusable(path, error) from error
+        if error.errno in files.FULL_DISK:
+            raise _full(path, error.strerror or "no space left") from error
+        hints = {FileNotFoundError: f"mkdir -p '{path}'", NotADirectoryError: "name a directory"}
+        hint = hints.get(type(error), "choose a directory you may write to")
+        raise TempDirError(f"Cannot use the temp directory `{path}`: {error.strerror or error}", hint) from error
     if disk.is_network(found.kind) and os.environ.get("RAY_ENVCACHE_ALLOW_NETWORK_FS") != "1":
         raise TempDirError(
             f"The temp directory `{path}` is on a network file system ({found.kind}), where sockets and flocks fail",
@@ -150,14 +150,6 @@ def require_usable(path: str) -> None:
         )
     if found.free < _NEEDED_BYTES:
         raise _full(path, f"{found.free // 1_000_000} MB are free")
-
-
-def _unusable(path: str, error: OSError) -> TempDirError:
-    if error.errno in files.FULL_DISK:
-        return _full(path, error.strerror or "no space left")
-    hints = {FileNotFoundError: f"mkdir -p '{path}'", NotADirectoryError: "name a directory"}
-    hint = hints.get(type(error), "choose a directory you may write to")
-    return TempDirError(f"Cannot use the temp directory `{path}`: {error.strerror or error}", hint)
 
 
 def _full(path: str, detail: str) -> TempDirError:
@@ -186,7 +178,7 @@ def make_link(target: str, places: Iterable[Path]) -> ShortTmpdir:
 
 def sweep_links(places: Iterable[Path] | None = None) -> None:
     """Remove our links whose process is dead, unless a process names them: a cluster may outlive its driver."""
-    idle = [folder for place in places or _places() for folder in _folders(place) if _is_idle(folder)]
+    idle = [folder for place in places or _places() for folder in place.glob(f"{_PREFIX}*") if _is_idle(folder)]
     named = find_mentions(_NAMED).by_name if idle else {}
     for folder in idle:
         with suppress(OSError):
@@ -225,17 +217,12 @@ def _link(place: Path, target: str) -> ShortTmpdir:
     return ShortTmpdir(os.fspath(folder / _LINK), target, descriptor)
 
 
-def _folders(place: Path) -> list[Path]:
-    with suppress(OSError):
-        return [place / name for name in os.listdir(place) if _NAME.fullmatch(name)]
-    return []
-
-
 def _is_idle(folder: Path) -> bool:
     """Whether this is a private directory of ours with at most a link in it, and no process has a flock on it."""
     with suppress(OSError):
-        has_links = all(item.name == _LINK and item.is_symlink() for item in folder.iterdir())
-        return has_links and directories.is_own(folder, private=True) and flock.is_free(folder)
+        if _NAME.fullmatch(folder.name) and directories.is_own(folder, private=True):
+            links_only = all(item.name == _LINK and item.is_symlink() for item in folder.iterdir())
+            return links_only and flock.is_free(folder)
     return False
 
 

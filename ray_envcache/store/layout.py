@@ -14,7 +14,6 @@ from ray_envcache.errors import StoreError
 from ray_envcache.system.files import names_in
 
 VERSION = "v1"
-PYTHON, READY, MEASURED, IN_USE = "venv/bin/python", "ready.json", "measured.json", "in-use"
 SHOWN_DIGITS = 12
 """Digits of a key that people see; commands take any unambiguous start."""
 
@@ -32,9 +31,6 @@ class Entry:
     number: int
     path: Path
     readonly: bool = False
-
-    def at(self, name: str) -> str:
-        return f"{self.path}/{name}"
 
     @property
     def name(self) -> str:
@@ -88,6 +84,11 @@ class Entry:
     def in_use(self) -> Path:
         """The file on which leases and interpreters hold shared flocks; its mtime is the entry's last use."""
         return self.path / "in-use"
+
+    @property
+    def finishing_flock(self) -> Path:
+        """The flock of the process that compiles the bytecode."""
+        return self.path / "finishing"
 
     @property
     def build_log(self) -> Path:
@@ -172,11 +173,6 @@ class Layout:
         """Tells backups to leave out what is ours: the root may be a folder that holds other data too."""
         return self.top / "CACHEDIR.TAG"
 
-    @property
-    def former_cachedir_tag(self) -> Path:
-        """Where earlier versions wrote it."""
-        return self.root / "CACHEDIR.TAG"
-
     def directories(self) -> tuple[Path, ...]:
         """The directories that every store has."""
         return (self.entries, self.leases, self.pins, self.memo, self.trash, self.flocks)
@@ -187,10 +183,6 @@ class Layout:
         A process whose flock comes right after has to see that its file has no name any more, and to begin again.
         """
         return self.flocks / f"{key}.build"
-
-    def finishing_flock(self, entry: Entry) -> Path:
-        """The flock of the process that compiles the bytecode of `entry`; it lies in the entry and goes with it."""
-        return entry.path / "finishing"
 
     def leases_of(self, key: str) -> Path:
         return self.leases / key

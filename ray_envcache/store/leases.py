@@ -15,7 +15,7 @@ import secrets
 import sys
 import time
 import warnings
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.record import ReadyRecord
 from ray_envcache.system import files, flock
 from ray_envcache.system.processes import pid_namespace
-from ray_envcache.system.units import utc_now
+from ray_envcache.system.texts import utc_now
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -59,9 +59,6 @@ class Holder:
     since: str = field(default_factory=utc_now)
     pids: str = field(default_factory=pid_namespace)
 
-    def __str__(self) -> str:
-        return f"{self.kind} {self.pid}" + (f" of {self.cluster}" if self.cluster else "")
-
 
 class Lease:
     """A claim on an entry, and on the entry `below` a layer, until it is released or its process ends.
@@ -75,11 +72,6 @@ class Lease:
         self._below: Lease | None = None
         self._file: Path | None = None
         self._file_flock: int | None = None
-
-    @property
-    def key(self) -> str:
-        """The key of the environment."""
-        return self.entry.key
 
     @property
     def python(self) -> Path:
@@ -97,17 +89,12 @@ class Lease:
         mine = [] if self._in_use is None else [self._in_use]
         return [*mine, *(self._below.descriptors if self._below else [])]
 
-    @property
-    def held(self) -> bool:
-        """Whether the lease still counts."""
-        return self._in_use is not None
-
     def release(self) -> None:
         """Give the entry back. A second call does nothing."""
         if self._in_use is None:
             return
         if not self.entry.readonly:
-            _touch(self._in_use)
+            touch(self._in_use)
         # The claim goes before its file: a collector that finds no file may rely on finding no flock either.
         os.close(self._in_use)
         self._in_use = None
@@ -157,7 +144,7 @@ def hold(entry: Entry, *, ready: bool = False) -> Lease | None:
     if in_use is None:
         return None
     if not entry.readonly:
-        _touch(in_use)
+        touch(in_use)
     return Lease(entry, in_use)
 
 
@@ -170,16 +157,14 @@ def claim(entry: Entry, layout: Layout, holder: Holder) -> Lease | None:
     lease = hold(entry, ready=True)
     if lease is None:
         return None
-    try:
+    with ExitStack() as undo:
+        undo.callback(lease.release)
         record = ReadyRecord.read(entry)
-        if record is not None and _claim_base(lease, record, layout, holder):
-            lease.announce(layout, holder)
-            return lease
-    except BaseException:
-        lease.release()
-        raise
-    lease.release()
-    return None
+        if record is None or not _claim_base(lease, record, layout, holder):
+            return None
+        lease.announce(layout, holder)
+        undo.pop_all()
+        return lease
 
 
 def _claim_base(lease: Lease, record: ReadyRecord, layout: Layout, holder: Holder) -> bool:
@@ -202,11 +187,16 @@ def live_leases(layout: Layout, key: str) -> list[dict[str, Any]]:
 def sweep_dead(layout: Layout, key: str) -> None:
     """Remove the files of leases whose holders died."""
     for path in _files(layout.leases_of(key)):
-        with suppress(FileNotFoundError):
-            descriptor = flock.try_flock(path, exclusive=True)
-            if descriptor is not None:
-                path.unlink(missing_ok=True)
-                os.close(descriptor)
+        remove_free(path)
+
+
+def remove_free(path: Path) -> None:
+    """Remove a file on which no process holds a flock."""
+    with suppress(FileNotFoundError):
+        descriptor = flock.try_flock(path, exclusive=True)
+        if descriptor is not None:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
 
 
 def _own_file(path: Path) -> int:
@@ -256,14 +246,11 @@ def _try_shared(entry: Entry) -> int | None:
     return flock.try_flock(entry.in_use, exclusive=False)
 
 
-def _touch(in_use: int) -> None:
-    # When it was last used decides about its turn in the collector only: where it cannot be noted, work goes on.
+def touch(in_use: int | Path) -> None:
+    """Note that the entry is used. Only its turn in the collector depends on it: where that fails, work goes on."""
     with suppress(OSError):
         os.utime(in_use)
 
 
 def _files(directory: Path) -> list[Path]:
-    try:
-        return [Path(item.path) for item in os.scandir(directory) if item.is_file(follow_symlinks=False)]
-    except FileNotFoundError:
-        return []
+    return [directory / name for name in files.names_in(directory)]

@@ -48,13 +48,13 @@ def name_of(inputs: Sequence[Any]) -> str:
     return digest_of([_SCHEMA, *inputs])[:32]
 
 
-def recall(name: str, folder: str, own: Layout, lower: Sequence[Layout]) -> tuple[Memo, Entry] | None:
+def recall(name: str, folder: str, own: Layout, readonly: Sequence[Layout]) -> tuple[Memo, Entry] | None:
     """The memo in the own store, else in a read-only one, with its environment; None where none holds for `folder`."""
-    for layout in (own, *lower):
+    for layout in (own, *readonly):
         memo = _read(layout, name)
         entry = layout.entry(memo.entry) if memo and memo.holds(folder) else None
         # An environment of a read-only store counts only while that store is searched.
-        if memo and entry and (not entry.readonly or layout_of(entry) in lower):
+        if memo and entry and (not entry.readonly or layout_of(entry) in readonly):
             return memo, entry
     return None
 

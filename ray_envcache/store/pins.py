@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import pwd
-from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from ray_envcache.errors import ReadOnlyError, StoreError, UnknownKeyError
 from ray_envcache.store.layout import Entry, Layout, layout_of
 from ray_envcache.store.leases import Holder, Lease, claim, hold
 from ray_envcache.store.record import ReadyRecord
 from ray_envcache.system import disk, files
-from ray_envcache.system.units import utc_now
+from ray_envcache.system.texts import utc_now
 
 
 def pin(layout: Layout, entry: Entry) -> None:
     """Keep the environment of this key, and what it lies on.
 
     Raises UnknownKeyError where a collector was faster, or it is broken; StoreError where the disk has no room for the
-    pin, and ReadOnlyError where it is in a lower store.
+    pin, and ReadOnlyError where it is in a read-only store.
     """
     if entry.readonly:
         raise ReadOnlyError(
@@ -32,8 +31,9 @@ def pin(layout: Layout, entry: Entry) -> None:
         base = entry.base(record.base) if record else None
         # An environment in the making has no record yet: what it lies on is then looked up with each question.
         known = {"base": base.key if base else ""} if record else {}
+        by = psutil.Process().username()
         try:
-            files.write_json(layout.pin_of(entry.key), {"key": entry.key, **known, "by": _user(), "since": utc_now()})
+            files.write_json(layout.pin_of(entry.key), {"key": entry.key, **known, "by": by, "since": utc_now()})
         except OSError as error:
             if error.errno not in files.FULL_DISK:
                 raise
@@ -51,13 +51,11 @@ def _hold(layout: Layout, entry: Entry) -> Lease:
     return lease
 
 
-def is_pinned(layout: Layout, entry: Entry) -> bool:
-    """Whether the entry is pinned, or a layer on it is. Cheap: asked while the collector keeps the entry to itself."""
-    return entry.key in pinned_keys(layout)
-
-
 def pinned_keys(layout: Layout) -> set[str]:
-    """The keys of all that is pinned, and of what pinned layers lie on."""
+    """The keys of all that is pinned, and of what pinned layers lie on.
+
+    Cheap: the collector asks while it keeps an entry to itself.
+    """
     return {key for path in layout.pins.glob("*.json") for key in (path.stem, *_base_of(layout, path))}
 
 
@@ -78,9 +76,3 @@ def unpin(layout: Layout, key: str) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-def _user() -> str:
-    with suppress(KeyError):
-        return pwd.getpwuid(os.geteuid()).pw_name
-    return str(os.geteuid())

@@ -11,7 +11,6 @@ import logging
 import os
 import stat
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 
 from ray_envcache.errors import StoreError
@@ -22,17 +21,16 @@ from ray_envcache.system import flock
 VARIABLE = "RAY_ENVCACHE_READONLY_DIRS"
 
 _GONE = (FileNotFoundError, NotADirectoryError)
-_layout = cache(Layout)  # it makes each of its paths once, and agents open their store for every look
 
 
 def opened(root: Path | None = None) -> tuple[Layout, tuple[Layout, ...]]:
     """The user's store, made where it is missing, and the read-only ones, all checked as `Store.open` checks them."""
-    layout = _layout(root or default_root())
+    layout = Layout(root or default_root())
     prepare_root(layout)
-    return layout, lower_stores(layout, os.environ)
+    return layout, readonly_stores(layout, os.environ)
 
 
-def lower_stores(own: Layout, environ: Mapping[str, str]) -> tuple[Layout, ...]:
+def readonly_stores(own: Layout, environ: Mapping[str, str]) -> tuple[Layout, ...]:
     """The stores that the variable names, in its order, but our own; those that are not there are passed over.
 
     Raises StoreError where a path cannot be one of a store, or where a store may be changed by others, or not be read.
@@ -46,7 +44,7 @@ def lower_stores(own: Layout, environ: Mapping[str, str]) -> tuple[Layout, ...]:
 
 
 def missing_stores(own: Layout, environ: Mapping[str, str]) -> list[Path]:
-    """The places that the variable names where there is no store. Raises as `lower_stores`."""
+    """The places that the variable names where there is no store. Raises as `readonly_stores`."""
     return [layout.root for layout in _named(own, environ) if not _is_there(layout)]
 
 

@@ -1,4 +1,4 @@
-"""The record of an entry that proves that it is complete, and what is known about it."""
+"""The records of an entry: the one that proves that it is complete, and the one of its sizes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ReadyRecord(NamedTuple):
 
         Unknown fields are ignored: a newer version of this package may share the store.
         """
-        values = recorded(entry.ready, cls._fields)
+        values = _recorded(entry.ready, cls._fields)
         record = None if values is None else cls._make(values)
         return record if record and record.holds(entry) else None
 
@@ -74,6 +74,23 @@ class ReadyRecord(NamedTuple):
         return self.boot_id == boot_id() or entry.compiled.exists()
 
 
+class MeasuredRecord(NamedTuple):
+    """Sizes in bytes. `exact` is False where `reclaimable_bytes` is a lower bound."""
+
+    size_bytes: int
+    reclaimable_bytes: int
+    files: int
+    exact: bool
+
+    def write(self, entry: Entry) -> None:
+        files.write_json(entry.measured, {"schema_version": SCHEMA_VERSION, **self._asdict()}, durable=False)
+
+    @classmethod
+    def read(cls, entry: Entry) -> MeasuredRecord | None:
+        values = _recorded(entry.measured, cls._fields)
+        return None if values is None else cls._make(values)
+
+
 def _is_same_place(built: str, found: str) -> bool:
     """Whether the place where an entry was built, which is in its scripts and links, leads to the one found here."""
     try:
@@ -83,7 +100,7 @@ def _is_same_place(built: str, found: str) -> bool:
         return False
 
 
-def recorded(path: str | Path, names: Sequence[str]) -> list[Any] | None:
+def _recorded(path: Path, names: Sequence[str]) -> list[Any] | None:
     """The values with these names in the record at `path`; None where there is none, or not of our schema.
 
     They are as records have them: tuples, no lists.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import stat
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -60,14 +59,6 @@ def _make(layout: Layout) -> None:
         layout.collector_flock.touch(mode=0o600)
     if not _is_tagged(layout.cachedir_tag):
         layout.cachedir_tag.write_text(_TAG, encoding="ascii")
-        _remove_former_tag(layout.former_cachedir_tag)
-
-
-def _remove_former_tag(tag: Path) -> None:
-    """Remove the tag of an earlier version: at the root it keeps the user's own data out of backups."""
-    with suppress(FileNotFoundError):
-        if tag.read_bytes() == _TAG.encode():
-            tag.unlink()
 
 
 def _is_tagged(tag: Path) -> bool:

@@ -8,7 +8,6 @@ and notes that lead to an archive go before it, and uv unpacks or downloads the 
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import stat
@@ -19,39 +18,17 @@ from pathlib import Path
 from ray_envcache.store.layout import Layout
 from ray_envcache.survey.shared_bytecode import Inode
 from ray_envcache.system import disk, files, flock
-from ray_envcache.system.disk import DiskUse
 
 OnError = Callable[[str, OSError], None]
 
 _FLOCK, _ARCHIVES = ".lock", "archive-v"
 _NOTE_BYTES = 4096  # notes have 500
-_NO_RENAME = files.FULL_DISK | {errno.EXDEV}  # the user may have mounted another disk there
-
-
-def use(layout: Layout) -> DiskUse:
-    """What the cache occupies, and what deleting all of it would free at this moment; zeros where there is none."""
-    return disk.measure(layout.uv_cache)
 
 
 def inodes(layout: Layout) -> frozenset[Inode]:
-    """The files of all archives: they have one link here. A directory tells the numbers, no file is looked at."""
-    found: set[Inode] = set()
-    for archive in _archives(layout):
-        with suppress(OSError):
-            device = archive.stat().st_dev
-            found |= {(device, number) for number in _numbers(archive)}
-    return frozenset(found)
-
-
-def _numbers(archive: Path) -> Iterator[int]:
-    pending = [os.fspath(archive)]
-    while pending:
-        with os.scandir(pending.pop()) as items:
-            for item in items:
-                if item.is_dir(follow_symlinks=False):
-                    pending.append(item.path)
-                else:
-                    yield item.inode()
+    """The files of all archives: they have one link here."""
+    found = (one for archive in _archives(layout) for _, one in disk.walk(archive))
+    return frozenset((one.st_dev, one.st_ino) for one in found)
 
 
 def retire(layout: Layout, on_error: OnError, *, since: float = 0.0, before: float = math.inf) -> None:
@@ -103,8 +80,7 @@ def _text_of(path: Path) -> bytes:
     with suppress(OSError):
         if path.is_symlink():
             return os.fsencode(os.readlink(path))
-        # `.msgpack` is what packages say of themselves.
-        if path.suffix != ".msgpack" and path.is_file() and path.stat().st_size <= _NOTE_BYTES:
+        if path.is_file() and path.stat().st_size <= _NOTE_BYTES:
             return path.read_bytes()
     return b""
 
@@ -112,7 +88,7 @@ def _text_of(path: Path) -> bytes:
 def _is_left(archive: Path, since: float, before: float) -> bool:
     # The kernel sets ctime when a file gets or loses a link.
     changed = 0.0
-    for found in disk.inodes(archive):
+    for _, found in disk.walk(archive):
         if not stat.S_ISDIR(found.st_mode):
             if found.st_nlink > 1:
                 return False
@@ -121,33 +97,27 @@ def _is_left(archive: Path, since: float, before: float) -> bool:
 
 
 def _retire(path: Path, layout: Layout, on_error: OnError) -> None:
+    with suppress(OSError):
+        files.to_trash(path, layout.trash)
+        return
     try:
-        try:
-            files.to_trash(path, layout.trash)
-        except OSError as error:
-            if error.errno not in _NO_RENAME:
-                raise
-            # Deleted at once, under the flock: half an archive would be taken for a whole one.
-            files.remove_tree(path)
+        # No room for a name, or a disk of its own. Under the flock: half an archive would be taken for a whole one.
+        files.remove_tree(path)
     except OSError as error:
         on_error(path.name, error)
 
 
 @contextmanager
 def _alone(layout: Layout) -> Iterator[bool]:
-    descriptor = _try_flock(layout.uv_cache / _FLOCK)
+    descriptor = None
+    try:
+        descriptor = flock.try_flock(layout.uv_cache / _FLOCK, exclusive=True, flags=os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        # uv makes the file. Where it is missing, and the disk has no room for it, the cache stays as it is.
+        if error.errno not in files.FULL_DISK:
+            raise
     try:
         yield descriptor is not None
     finally:
         if descriptor is not None:
             os.close(descriptor)
-
-
-def _try_flock(path: Path) -> int | None:
-    try:
-        return flock.try_flock(path, exclusive=True, flags=os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        # uv makes the file. Where it is missing, and the disk has no room for it, the cache stays as it is.
-        if error.errno not in files.FULL_DISK:
-            raise
-        return None

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 from ray_envcache.errors import EnvCacheError
 
@@ -22,7 +22,6 @@ GRACE_SECONDS = 1.0
 
 
 OnLine = Callable[[str], None]
-Decode = Callable[[bytes], str]
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,10 @@ class Finish(Protocol):
     def __call__(self, on_line: OnLine | None = None) -> Completed: ...
 
 
+def _as_text(output: bytes) -> str:
+    return output.decode(errors="replace")
+
+
 def run(
     argv: Sequence[str | os.PathLike[str]],
     *,
@@ -53,13 +56,10 @@ def run(
     cwd: Path | None = None,
     on_line: OnLine | None = None,
     pass_fds: Sequence[int] = (),
-    decode: Decode | None = None,
+    decode: Callable[[bytes], str] = _as_text,
     seconds: float | None = None,
 ) -> Completed:
-    """Run a child to its end, as `running` does. `on_line` as for `Finish`.
-
-    With `seconds` its group is killed when they are over, and TimeoutError raised.
-    """
+    """Run a child to its end, as `running` does. `on_line` as for `Finish`."""
     with running(argv, environ=environ, cwd=cwd, pass_fds=pass_fds, decode=decode, seconds=seconds) as finish:
         return finish(on_line)
 
@@ -71,12 +71,13 @@ def running(
     environ: Mapping[str, str],
     cwd: Path | None = None,
     pass_fds: Sequence[int] = (),
-    decode: Decode | None = None,
+    decode: Callable[[bytes], str] = _as_text,
     seconds: float | None = None,
 ) -> Iterator[Finish]:
     """Run a child beside us, in a process group of its own; what the context gets waits for its end.
 
-    Its stdout is read by `decode`, by default as UTF-8 text with a mark in place of every byte that is none.
+    Its stdout is read by `decode`, by default as UTF-8 text with a mark in place of every byte that is none. If its end
+    comes not within `seconds`, its group is killed and TimeoutError raised.
 
     An end of the context by Ctrl-C, cancellation or an error in `on_line` ends the whole group first; what a child
     started that a signal killed ends too. If *we* are killed, the child goes on and keeps what `pass_fds` gave it: a
@@ -98,11 +99,11 @@ def running(
             )
         )
         try:
-            yield partial(_communicate, child, decode or _as_text, seconds=seconds)
+            yield partial(_communicate, child, decode, seconds)
         except BaseException:
             # Once it was waited for, its number may be another process's.
             if child.returncode is None:
-                kill_group(child)
+                _kill_group(child)
             raise
 
 
@@ -175,7 +176,7 @@ def run_launcher(
         )
 
 
-def kill_group(child: subprocess.Popen[bytes]) -> None:
+def _kill_group(child: subprocess.Popen[bytes]) -> None:
     """End the process group that `child` leads: SIGTERM, a moment, SIGKILL; then reap the child."""
     try:
         _signal_group(child, signal.SIGTERM)
@@ -193,20 +194,23 @@ def _signal_group(child: subprocess.Popen[bytes], number: signal.Signals) -> Non
         os.killpg(child.pid, number)
 
 
-def _as_text(output: bytes) -> str:
-    return output.decode(errors="replace")
-
-
 def _communicate(
-    child: subprocess.Popen[bytes], decode: Decode, on_line: OnLine | None = None, *, seconds: float | None = None
+    child: subprocess.Popen[bytes],
+    decode: Callable[[bytes], str],
+    seconds: float | None,
+    on_line: OnLine | None = None,
 ) -> Completed:
     assert child.stdout is not None  # for mypy: both are pipes
     assert child.stderr is not None
-    output: list[bytes] = []
-    reader = threading.Thread(target=_drain, args=(child.stdout, output), daemon=True)
+    stdout, output = child.stdout, list[bytes]()
+    reader = threading.Thread(target=lambda: output.append(stdout.read()), daemon=True)
     reader.start()
+    timer = threading.Timer(seconds or 0, _kill_if_alive, [child])
+    timer.daemon = True
     lines: list[str] = []
-    with _killed_after(child, seconds) as is_over:
+    try:
+        if seconds is not None:
+            timer.start()
         for raw in child.stderr:
             line = _as_text(raw).rstrip("\r\n")
             lines.append(line)
@@ -214,33 +218,21 @@ def _communicate(
                 on_line(line)
         reader.join()
         status = _wait(child)
+        is_over = timer.finished.is_set()
+    finally:
+        timer.cancel()
     done = Completed(status, decode(b"".join(output)), "\n".join(lines))
     if done.killed:
         # It could not end what it had started, and we are the only ones who wait for that.
         _signal_group(child, signal.SIGKILL)
-    if is_over():
+    if is_over:
         raise TimeoutError(f"a child was not done after {seconds:g} seconds: {child.args!r:.300}")
     return done
 
 
-@contextmanager
-def _killed_after(child: subprocess.Popen[bytes], seconds: float | None) -> Iterator[Callable[[], bool]]:
-    """Kill the child's group when the seconds are over; what the context gets says whether they were."""
-    over = threading.Event()
-
-    def end() -> None:
-        over.set()
-        if child.returncode is None:
-            _signal_group(child, signal.SIGKILL)
-
-    timer = threading.Timer(seconds or 0, end)
-    timer.daemon = True
-    if seconds is not None:
-        timer.start()
-    try:
-        yield over.is_set
-    finally:
-        timer.cancel()
+def _kill_if_alive(child: subprocess.Popen[bytes]) -> None:
+    if child.returncode is None:
+        _signal_group(child, signal.SIGKILL)
 
 
 def _wait(child: subprocess.Popen[bytes]) -> int:
@@ -255,10 +247,6 @@ def _wait(child: subprocess.Popen[bytes]) -> int:
         ) from None
     child.returncode = os.waitstatus_to_exitcode(status)
     return child.returncode
-
-
-def _drain(stream: IO[bytes], output: list[bytes]) -> None:
-    output.append(stream.read())
 
 
 def clean_environ() -> dict[str, str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable, Iterator
+import struct
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,10 +16,8 @@ from typing import NamedTuple, TypeAlias
 
 import psutil
 
-from ray_envcache.system import extents
-
 # Shared between hosts, or between a virtual machine and its host.
-_SHARED = frozenset(
+_NETWORK = frozenset(
     """
     9p acfs afpfs afs auristorfs beegfs ceph cifs coda davfs davfs2 drvfs fakeowner fhgfs gcsfuse gfs gfs2 glusterfs
     gpfs grpcfuse juicefs lustre macfuse mfs moosefs ncpfs nfs nfs4 ocfs2 orangefs osxfs osxfuse panfs prl_fs pvfs2
@@ -32,6 +32,14 @@ _NEVER_SHARES = frozenset({"ext2", "ext3", "ext4", "f2fs", "jfs", "ramfs", "reis
 _FEW_INODES = 10_000  # an environment has so many files easily
 
 _Place: TypeAlias = tuple[int, int, int]  # device, first byte on it, end
+_Extent: TypeAlias = tuple[int, int, int, int]  # its place in the file and on the disk, its length, and flags
+# FIEMAP, as in linux/fiemap.h. The flags say: the last of the file; compressed, so that the length is the logical one;
+# in the inode; in other files too.
+_LAST, _ENCODED, _INLINE, _SHARED = 0x1, 0x8, 0x200, 0x2000
+_FS_IOC_FIEMAP = 0xC020660B
+_HEADER = struct.Struct("=QQIIII")  # start, length, flags, extents mapped, room for extents, reserved
+_EXTENT = struct.Struct("=QQQ16xI12x")
+_ROOM = 64
 _VANISHED = (FileNotFoundError, NotADirectoryError)
 
 
@@ -87,21 +95,39 @@ def occupied_in_turn(tops: Iterable[Path]) -> list[int]:
 
     All together they are what the trees occupy, each inode once.
     """
-    taken: dict[int, set[int]] = {}
-    return [_occupied_beside(top, taken) for top in reversed([*tops])][::-1]
+    taken: set[tuple[int, int]] = set()
+    occupied = []
+    for top in reversed([*tops]):
+        inodes = {(found.st_dev, found.st_ino): found for _, found in walk(top)}
+        occupied.append(sum(found.st_blocks * 512 for inode, found in inodes.items() if inode not in taken))
+        taken.update(inode for inode, found in inodes.items() if found.st_nlink > 1)
+    return occupied[::-1]
 
 
-def inodes(top: Path) -> Iterator[os.stat_result]:
-    """The inodes below `top`, once for each link, and its own. What cannot be read is left out."""
-    with suppress(OSError):
-        yield os.lstat(top)
-    pending = [os.fspath(top)]
+def walk(top: Path, on_error: Callable[[OSError], None] = lambda _: None) -> Iterator[tuple[str, os.stat_result]]:
+    """The paths below `top`, and its own, with their inodes. Links are not followed, other file systems not entered.
+
+    `on_error` gets what cannot be read, or is gone.
+    """
+    try:
+        found = os.lstat(top)
+    except OSError as error:
+        on_error(error)
+        return
+    yield os.fspath(top), found
+    device, pending = found.st_dev, [os.fspath(top)] if stat.S_ISDIR(found.st_mode) else []
     while pending:
-        with suppress(OSError):
-            for path, found in _children(pending.pop()):
-                yield found
-                if stat.S_ISDIR(found.st_mode):
-                    pending.append(path)
+        try:
+            with os.scandir(pending.pop()) as items:
+                for item in items:
+                    with suppress(*_VANISHED):
+                        found = item.stat(follow_symlinks=False)
+                        yield item.path, found
+                        # Asked of directories only: on overlayfs files may have another device than their directory.
+                        if stat.S_ISDIR(found.st_mode) and found.st_dev == device:
+                            pending.append(item.path)
+        except OSError as error:  # noqa: PERF203  # each directory fails for itself
+            on_error(error)
 
 
 def free_space(path: Path) -> FileSystem:
@@ -129,7 +155,7 @@ def is_network(kind: str) -> bool:
     """
     if kind == "fuse" or kind.startswith("fuse."):
         return kind.removeprefix("fuse.") not in _LOCAL_FUSE
-    return kind in _SHARED
+    return kind in _NETWORK
 
 
 def _kind(path: Path) -> str:
@@ -196,21 +222,9 @@ class _Tally:
         may_share = self.shares and occupied > 0 and stat.S_ISREG(found.st_mode)
         self.reclaimable += self._own_bytes(path, found.st_dev, occupied) if may_share else occupied
 
-    def add_children(self, directory: str, device: int) -> list[str]:
-        """Add what lies in a directory, and return the directories among it."""
-        directories = []
-        try:
-            for path, found in _children(directory):
-                is_directory = stat.S_ISDIR(found.st_mode)
-                # Asked of directories only: on overlayfs a file may have another device number than its directory.
-                if is_directory and found.st_dev != device:
-                    continue
-                self.add(path, found)
-                if is_directory:
-                    directories.append(path)
-        except OSError as error:
-            self.exact &= isinstance(error, _VANISHED)
-        return directories
+    def note(self, error: OSError) -> None:
+        """Note what could not be read."""
+        self.exact &= isinstance(error, _VANISHED)
 
     def use(self) -> DiskUse:
         size = self.size + sum(occupied for _, occupied in self.linked.values())
@@ -223,51 +237,56 @@ class _Tally:
     def _own_bytes(self, path: str, device: int, occupied: int) -> int:
         own = 0
         try:
-            for _, start, length, flags in extents.extents_of(path):
-                if flags & extents.SHARED:
+            for _, start, length, flags in _extents(path):
+                if flags & _SHARED:
                     self.shared.append((device, start, start + length))
-                elif flags & extents.ENCODED:
+                elif flags & _ENCODED:
                     self.exact = False  # compressed: the length is the logical one
-                elif not flags & extents.INLINE:
+                elif not flags & _INLINE:
                     own += length
         except OSError as error:
-            self.exact &= isinstance(error, _VANISHED)
+            self.note(error)
         return min(own, occupied)
 
 
 def _tally(top: Path, besides: Collection[tuple[int, int]], linked: dict[tuple[int, int], tuple[int, int]]) -> _Tally:
-    try:
-        found = os.lstat(top)
-    except OSError as error:
-        return _Tally(exact=isinstance(error, _VANISHED), linked={})
-    kind = _kind(top)
+    kind = _kind(top) if os.path.lexists(top) else ""
     tally = _Tally(kind not in _NEVER_SHARES, kind != "overlay", besides, linked=linked)
-    tally.add(os.fspath(top), found)
-    pending = [os.fspath(top)] if stat.S_ISDIR(found.st_mode) else []
-    while pending:
-        pending += tally.add_children(pending.pop(), found.st_dev)
+    device = None
+    for path, found in walk(top, tally.note):
+        device = found.st_dev if device is None else device
+        if found.st_dev == device or not stat.S_ISDIR(found.st_mode):
+            tally.add(path, found)
     return tally
-
-
-def _occupied_beside(top: Path, taken: dict[int, set[int]]) -> int:
-    """The bytes of a tree without the inodes in `taken`, by device, to which its own are added."""
-    occupied = 0
-    for found in inodes(top):
-        known = taken.setdefault(found.st_dev, set())
-        if found.st_ino not in known:
-            occupied += found.st_blocks * 512
-        if found.st_nlink > 1:
-            known.add(found.st_ino)
-    return occupied
-
-
-def _children(directory: str) -> Iterator[tuple[str, os.stat_result]]:
-    with os.scandir(directory) as items:
-        for item in items:
-            with suppress(*_VANISHED):
-                yield item.path, item.stat(follow_symlinks=False)
 
 
 def _overlap(ranges: list[_Place]) -> bool:
     """Whether two files of the tree share an extent: then FIEMAP cannot say whether others have it too."""
     return any(a[0] == b[0] and b[1] < a[2] for a, b in pairwise(sorted(ranges)))
+
+
+def _extents(path: str) -> Iterator[_Extent]:
+    """Iterate over the extents of a file. Raises OSError, also where the file system does not tell."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        start = 0
+        while found := _parse(_ask(descriptor, start)):
+            yield from found
+            place, _, length, flags = found[-1]
+            if flags & _LAST:
+                return
+            start = place + length
+    finally:
+        os.close(descriptor)
+
+
+def _ask(descriptor: int, start: int) -> bytes:
+    answer = bytearray(_HEADER.size + _ROOM * _EXTENT.size)
+    _HEADER.pack_into(answer, 0, start, 2**64 - 1 - start, 0, 0, _ROOM, 0)
+    fcntl.ioctl(descriptor, _FS_IOC_FIEMAP, answer, True)
+    return bytes(answer)
+
+
+def _parse(answer: bytes) -> list[_Extent]:
+    mapped = _HEADER.unpack_from(answer)[3]
+    return list(_EXTENT.iter_unpack(answer[_HEADER.size : _HEADER.size + mapped * _EXTENT.size]))

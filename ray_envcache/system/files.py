@@ -7,9 +7,7 @@ import fcntl
 import json
 import os
 import secrets
-import shutil
 import stat
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -43,11 +41,8 @@ def write_json(path: Path, data: dict[str, Any], *, durable: bool = True) -> Non
             temporary.unlink(missing_ok=True)
             raise
     if durable:
-        sync_directory(path.parent)
-
-
-def unique(length: int = 8) -> str:
-    return secrets.token_hex(length)
+        with _opened(path.parent) as folder:
+            os.fsync(folder)
 
 
 def is_temporary(path: Path) -> bool:
@@ -63,21 +58,15 @@ def _dump(data: dict[str, Any], file: TextIO, *, durable: bool) -> None:
         os.fsync(file.fileno())
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """The content of a file. An OSError names the file, also where reading fails after it was opened."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        error.filename = error.filename or os.fspath(path)
-        raise
-
-
 def read_json(path: str | Path) -> dict[str, Any] | None:
     """The JSON object in `path`, or None where there is none: no file, truncated, or something else."""
     try:
-        data = json.loads(read_bytes(path).decode())
+        data = json.loads(Path(path).read_bytes().decode())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    except OSError as error:
+        error.filename = os.fspath(path)  # Python does not name it where reading fails after opening
+        raise
     return data if isinstance(data, dict) else None
 
 
@@ -87,12 +76,6 @@ def names_in(directory: str | Path) -> list[str]:
         return os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
         return []
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    with _opened(path) as descriptor:
-        os.fsync(descriptor)
 
 
 def sync_file_system(path: Path) -> None:
@@ -109,8 +92,8 @@ def sync_file_system(path: Path) -> None:
 
 
 @contextmanager
-def _opened(directory: Path) -> Iterator[int]:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def _opened(directory: str | Path, flags: int = 0, parent: int | None = None) -> Iterator[int]:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | flags, dir_fd=parent)
     try:
         yield descriptor
     finally:
@@ -158,19 +141,9 @@ def remove_tree(top: Path) -> None:
 
     Two processes may delete one tree at the same time: what is gone already is no error, and neither gives up.
     """
-    if top.is_symlink() or not top.is_dir():
-        top.unlink(missing_ok=True)
-        return
-    set_directories_writable(top, writable=True)
-    if sys.version_info >= (3, 12):
-        shutil.rmtree(top, onexc=lambda _function, _path, error: _raise_unless_gone(error))
-    else:
-        shutil.rmtree(top, onerror=lambda _function, _path, info: _raise_unless_gone(info[1]))
-
-
-def _raise_unless_gone(error: BaseException) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error
+    if failure := _remove_item(None, os.fspath(top), is_directory=top.is_dir() and not top.is_symlink()):
+        failure.filename = os.fspath(top)  # inside, names are relative
+        raise failure
 
 
 def empty_directory(descriptor: int, *, but: str = "") -> None:
@@ -182,13 +155,13 @@ def empty_directory(descriptor: int, *, but: str = "") -> None:
     with suppress(PermissionError):
         os.fchmod(descriptor, stat.S_IRWXU)  # frozen directories too
     with os.scandir(descriptor) as found:
-        items = [(item.name, item.is_dir(follow_symlinks=False)) for item in found if item.name != but]
-    failures = [failure for item in items if (failure := _remove_item(descriptor, *item))]
-    if failures:
-        raise failures[0]
+        items = {item.name: item.is_dir(follow_symlinks=False) for item in found if item.name != but}
+    failures = [_remove_item(descriptor, name, is_directory=each) for name, each in items.items()]
+    if failure := next(filter(None, failures), None):
+        raise failure
 
 
-def _remove_item(parent: int, name: str, is_directory: bool) -> OSError | None:  # noqa: FBT001  # as scandir says it
+def _remove_item(parent: int | None, name: str, *, is_directory: bool) -> OSError | None:
     try:
         if is_directory:
             _remove_directory(parent, name)
@@ -201,41 +174,22 @@ def _remove_item(parent: int, name: str, is_directory: bool) -> OSError | None: 
     return None
 
 
-def _remove_directory(parent: int, name: str) -> None:
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(name, flags, dir_fd=parent)
-    try:
+def _remove_directory(parent: int | None, name: str) -> None:
+    with _opened(name, os.O_NOFOLLOW, parent) as descriptor:
         empty_directory(descriptor)
-    finally:
-        os.close(descriptor)
     os.rmdir(name, dir_fd=parent)
 
 
-def set_directories_writable(top: Path, *, writable: bool) -> None:
-    """Freeze or thaw every directory of a tree for its owner.
+def freeze(top: Path) -> None:
+    """Take the right to write from every directory of a tree.
 
     Only directories: the files may be hard links into the cache of uv, and a file's mode belongs to all its links.
     A frozen directory stops programs that install, upgrade or remove: all of them create or unlink names.
     """
-    pending = [os.fspath(top)]
-    while pending:
-        directory = pending.pop()
-        if writable:
-            _set_writable(directory, writable=True)
-        with suppress(FileNotFoundError), os.scandir(directory) as found:
-            pending.extend(item.path for item in found if item.is_dir(follow_symlinks=False))
-        if not writable:
-            _set_writable(directory, writable=False)
-
-
-def _set_writable(directory: str, *, writable: bool) -> None:
-    try:
-        mode = stat.S_IMODE(os.lstat(directory).st_mode)
-    except FileNotFoundError:
-        return
-    wanted = mode | stat.S_IWUSR if writable else mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
-    if wanted != mode:
-        os.chmod(directory, wanted)
+    for directory, _, _ in os.walk(top):
+        with suppress(FileNotFoundError):
+            mode = stat.S_IMODE(os.lstat(directory).st_mode)
+            os.chmod(directory, mode & ~0o222)
 
 
 def file_identity(path: str | Path) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -27,48 +27,39 @@ def try_flock(path: str | Path, *, exclusive: bool, flags: int = os.O_RDONLY) ->
     descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except OSError as error:
+    except BaseException as error:
         os.close(descriptor)
-        if error.errno in _HELD_ELSEWHERE:
+        if isinstance(error, OSError) and error.errno in _HELD_ELSEWHERE:
             return None
-        raise
-    except BaseException:
-        os.close(descriptor)
         raise
     return descriptor
 
 
 def is_held(path: str | Path) -> bool:
     """Whether a process holds an exclusive flock on `path` at this moment."""
-    try:
-        descriptor = try_flock(path, exclusive=False)
-    except FileNotFoundError:
-        return False
-    if descriptor is None:
-        return True
-    os.close(descriptor)
-    return False
+    return not _is_to_be_had(path, exclusive=False)
 
 
 def is_free(path: str | Path) -> bool:
     """Whether no process holds a flock on `path`, or it is gone. Claims of `path` fail while this looks."""
-    try:
-        descriptor = try_flock(path, exclusive=True)
-    except FileNotFoundError:
-        return True
-    if descriptor is not None:
+    return _is_to_be_had(path, exclusive=True)
+
+
+def _is_to_be_had(path: str | Path, *, exclusive: bool) -> bool:
+    with suppress(FileNotFoundError):
+        descriptor = try_flock(path, exclusive=exclusive)
+        if descriptor is None:
+            return False
         os.close(descriptor)
-    return descriptor is not None
+    return True
 
 
 def still_names(path: str | Path, descriptor: int) -> bool:
     """Whether `path` is still the file behind `descriptor`, not removed or replaced before the flock was ours."""
     try:
-        now = os.stat(path, follow_symlinks=False)
+        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
     except FileNotFoundError:
         return False
-    mine = os.fstat(descriptor)
-    return (now.st_dev, now.st_ino) == (mine.st_dev, mine.st_ino)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import psutil
 
-from ray_envcache.system.units import printable
+from ray_envcache.system.texts import printable
 
 _INITIAL_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO, linux/proc_ns.h
 _COMMAND_LINE, _OPEN_FILE, _MAPPED_FILE = "its command line", "an open file", "a mapped file"

@@ -7,6 +7,7 @@ there is strace, it kills every process of an operation in turn, uv's too, by sy
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -23,11 +24,11 @@ from ray_envcache.acquire import Store
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.collector import collect
 from ray_envcache.gc.policy import Limits
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store.layout import Layout
 from ray_envcache.store.leases import Holder
 from ray_envcache.store.record import ReadyRecord
-from ray_envcache.system import files, flock
+from ray_envcache.system import flock
 from tests import support
 from tests.attacks.test_full_disk import wait_for_background
 
@@ -38,12 +39,12 @@ import os, signal, sys
 from pathlib import Path
 # Imported before the counting begins: bytecode of the package itself is none of its business.
 from ray_envcache import acquire
-from ray_envcache.build import bytecode, room
+from ray_envcache.build import bytecode
 from ray_envcache.inside import pyc
 from ray_envcache.gc import collector, evict
 from ray_envcache.store import pins
 from ray_envcache.build.builder import Builder
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store.layout import Layout
 from ray_envcache.store.leases import Holder, claim
 from ray_envcache.gc.policy import Limits
@@ -121,7 +122,8 @@ def prepare(operation: str, root: Path, project: Path, template: Path) -> None:
         for entry in Layout(root).all_entries():
             entry.compiled.unlink()
             entry.measured.unlink()
-            files.set_directories_writable(entry.site_packages, writable=True)
+            for folder, _, _ in os.walk(entry.site_packages):
+                os.chmod(folder, 0o755)
             for path in entry.site_packages.rglob("*.pyc"):
                 path.unlink()
     if operation == "finish":
@@ -133,7 +135,7 @@ def examine(root: Path, project: Path, operation: str) -> None:
     layout = Layout(root)
     quiet = lambda: all(flock.is_free(path) for path in layout.flocks.iterdir()) if layout.flocks.exists() else True  # noqa: E731
     support.wait_until(quiet, "orphans are done")
-    compiled = lambda: not any(flock.is_held(layout.finishing_flock(entry)) for entry in layout.all_entries())  # noqa: E731
+    compiled = lambda: not any(flock.is_held(entry.finishing_flock) for entry in layout.all_entries())  # noqa: E731
     support.wait_until(compiled, "what a killed compiler started is done")
     for entry in layout.all_entries():
         if ReadyRecord.read(entry) is not None and operation == "build":

@@ -18,7 +18,7 @@ from ray_envcache.build import plan as planning
 from ray_envcache.checkout import content
 from ray_envcache.errors import DigestError, LockfileError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.resolve.lockfile import ResolvedPackage, ResolvedSet
 from ray_envcache.store import leases
 from ray_envcache.store.leases import Holder

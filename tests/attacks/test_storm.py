@@ -39,7 +39,7 @@ from pathlib import Path
 from ray_envcache.gc import collector, evict
 from ray_envcache.store import pins
 from ray_envcache.survey import inventory
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.errors import EnvCacheError, InUseError, UnknownKeyError
 from ray_envcache.store.leases import Holder
 from ray_envcache.gc.policy import Limits

@@ -95,7 +95,7 @@ def test_uv_killed_at_other_work(
 
 USER = """
 import subprocess, sys
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.gc.collector import collect
 from ray_envcache.store.leases import Holder
 from ray_envcache.gc.policy import Limits

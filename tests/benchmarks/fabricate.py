@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ray_envcache.store.layout import Entry, Layout
-from ray_envcache.survey.sizes import MeasuredRecord
+from ray_envcache.store.record import MeasuredRecord
 from ray_envcache.system import files
-from ray_envcache.system.units import utc_now
+from ray_envcache.system.texts import utc_now
 
 
 def fill(store: Path, count: int) -> None:

@@ -15,7 +15,7 @@ from ray_envcache.build import builder
 from ray_envcache.build.uv_calls import UvCalls
 from ray_envcache.errors import BuildError, DiskFullError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store.layout import Entry
 from ray_envcache.store.leases import Holder, Lease
 from ray_envcache.system import children, files

@@ -18,10 +18,10 @@ from ray_envcache.gc.collector import collect
 from ray_envcache.gc.evict import evict
 from ray_envcache.gc.policy import Limits
 from ray_envcache.inside import pyc
-from ray_envcache.resolve.cluster_ray import LockedRay, installed_ray
+from ray_envcache.resolve.interpreter import LockedRay, installed_ray
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder
-from ray_envcache.survey.inventory import status
+from ray_envcache.survey.inventory import record_sizes
 from ray_envcache.system import capacity, files, flock
 from tests import support
 
@@ -95,15 +95,15 @@ def test_compiled_once_and_gone_with_the_last(store: Store, build: Build) -> Non
 
     would = collect(store.layout, Limits(everything=True), dry_run=True)
     exclusive = mine[next(name for name in mine if name.startswith("__pycache__/aa."))].st_blocks * 512
-    told = status(store.layout, first).reclaimable_bytes
+    told = record_sizes(store.layout, first).reclaimable_bytes
     gone = evict(store.layout, first)
-    assert gone.freed == told > exclusive
+    assert gone.reclaimable == told > exclusive
     assert {f"{second.site_packages}/common/deep.py"} == {
         line.split('"')[1] for line in traceback(second).splitlines() if line.startswith("  File") and "deep" in line
     }
     assert bytecode(second).keys() == yours.keys()
     report = collect(store.layout, Limits(everything=True))
-    assert sum(one.freed_bytes for one in would.removed) == gone.freed + report.removed[0].freed_bytes
+    assert sum(one.freed_bytes for one in would.removed) == gone.reclaimable + report.removed[0].freed_bytes
     assert report.swept_bytes == 0
     assert list(store.layout.bytecode.iterdir()) == []
 
@@ -252,7 +252,7 @@ def test_what_compiles_keeps_the_entry(
         evict(store.layout, entry)
     assert not bytecode_of_entry.finish(store.layout, entry)
     (tmp_path / "go").touch()
-    support.wait_until(lambda: flock.is_free(store.layout.finishing_flock(entry)), "it is done")
+    support.wait_until(lambda: flock.is_free(entry.finishing_flock), "it is done")
     assert "__pycache__/aa" in " ".join(bytecode(entry))
     assert bytecode_of_entry.finish(store.layout, entry)
 

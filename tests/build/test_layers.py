@@ -19,7 +19,7 @@ from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.collector import collect
 from ray_envcache.gc.evict import evict
 from ray_envcache.gc.policy import Limits
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store import pins
 from ray_envcache.store.layout import Entry
 from ray_envcache.store.leases import Holder, Lease

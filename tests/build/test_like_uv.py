@@ -17,7 +17,7 @@ import pytest
 
 from ray_envcache.acquire import Store
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store.leases import Holder
 from tests import support
 

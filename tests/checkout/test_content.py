@@ -20,7 +20,7 @@ from ray_envcache.checkout import content
 from ray_envcache.checkout.content import scan
 from ray_envcache.errors import LockfileError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store import key
 from ray_envcache.store.leases import Holder
 from tests import support

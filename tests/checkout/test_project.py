@@ -141,12 +141,10 @@ def test_member_without_lock_at_the_root(tmp_path: Path) -> None:
         Project.locate(member)
 
 
-@pytest.mark.parametrize("module", ["project", "cluster_ray", "interpreter"])
+@pytest.mark.parametrize("module", ["checkout.project", "resolve.interpreter"])
 def test_agents_do_not_import_packaging(module: str) -> None:
     """What the plugin imports of these modules costs no `packaging` in each agent: it is needed for a build alone."""
-    program = (
-        f"import sys, ray_envcache.resolve.{module}; print([m for m in sys.modules if m.startswith('packaging.')])"
-    )
+    program = f"import sys, ray_envcache.{module}; print([m for m in sys.modules if m.startswith('packaging.')])"
     assert support.run_python(program).strip() == "[]"
 
 

@@ -99,7 +99,7 @@ def test_list_of_many(store: Store, project: Path) -> None:
 def test_list_names_holders(store: Store, project: Path) -> None:
     """The holder of a lease appears with its pid, kind and cluster."""
     from ray_envcache.field.spec import EnvSpec
-    from ray_envcache.resolve.cluster_ray import installed_ray
+    from ray_envcache.resolve.interpreter import installed_ray
     from ray_envcache.store.leases import Holder
 
     with store.acquire(EnvSpec.parse(project), installed_ray(), Holder("agent", cluster="session_1")):

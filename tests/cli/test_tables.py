@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import pytest
 
@@ -18,9 +19,11 @@ from ray_envcache.cli.tables import shown
         ("ascii", "+ na\\xefve \\u2603?"),
     ],
 )
-def test_what_a_stream_cannot_have(encoding: str, text: str) -> None:
+def test_what_a_stream_cannot_have(monkeypatch: pytest.MonkeyPatch, encoding: str, text: str) -> None:
     """Letters that it has no code for stay recognizable; control characters never come through."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    assert shown("└ naïve ☃\x1b", stream) == text
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert shown("└ naïve ☃\x1b") == text
     stream.write(text)
-    assert shown("└ naïve ☃\x1b", io.StringIO()) == "└ naïve ☃?"
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert shown("└ naïve ☃\x1b") == "└ naïve ☃?"

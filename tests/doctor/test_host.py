@@ -170,14 +170,16 @@ def test_address_without_a_listener() -> None:
     """No cluster is one sentence and a hint within seconds, Ray says nothing, and none is started."""
     done = run("doctor", "--address", "127.0.0.1:1")
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"error: No cluster answers at [\d.]+:1: .*Connection refused\nhint: .*\n", done.stderr)
+    assert re.fullmatch(
+        r"error: Cannot ask the cluster at `127.0.0.1:1`: .*Connection refused\nhint: .*\n", done.stderr
+    )
 
 
 @pytest.mark.parametrize(
     ("address", "environment", "text"),
     [
-        ("ray://10.0.0.7:10001", "", "`ray://10.0.0.7:10001` is an address for Ray Client"),
-        ("auto", "ray://10.0.0.7:10001", "`ray://10.0.0.7:10001` is an address for Ray Client"),
+        ("ray://10.0.0.7:10001", "", "`ray://10.0.0.7:10001`: it is an address for Ray Client"),
+        ("auto", "ray://10.0.0.7:10001", "`ray://10.0.0.7:10001`: it is an address for Ray Client"),
         ("local", "", "starts a cluster, and finds none"),
         ("auto", "local", "starts a cluster, and finds none"),
         ("nonsense", "", "Cannot ask the cluster at `nonsense`: Invalid address format"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ray_envcache.field import ray_init, registration
+from ray_envcache.field import registration
 from tests import support
 
 FIELD = {"envcache": "pyproject.toml"}
@@ -32,11 +32,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def ask(calls: list[Any]) -> Callable[..., Any]:
     """Ray's function, extended; without our field it answers with what it was asked."""
     worker = ModuleType("worker")
-    setattr(worker, ray_init.FUNCTION, lambda *asked: asked)
-    ray_init.extend_in(worker)
-    once = getattr(worker, ray_init.FUNCTION)
-    ray_init.extend_in(worker)
-    assert getattr(worker, ray_init.FUNCTION) is once
+    setattr(worker, registration.WORKER_FUNCTION, lambda *asked: asked)
+    registration.extend_in(worker)
+    once = getattr(worker, registration.WORKER_FUNCTION)
+    registration.extend_in(worker)
+    assert getattr(worker, registration.WORKER_FUNCTION) is once
     found: Callable[..., Any] = once
     return found
 
@@ -60,10 +60,10 @@ def test_a_ray_without_that_function(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Ray that has no such function gets our hook by the variable that it documents, beside no other."""
     monkeypatch.setenv(registration.HOOK, "")
     monkeypatch.delenv(registration.HOOK)
-    ray_init.extend_in(ModuleType("worker"))
+    registration.extend_in(ModuleType("worker"))
     assert os.environ[registration.HOOK] == registration.HOOK_FUNCTION
     monkeypatch.setenv(registration.HOOK, "their.hook")
-    ray_init.extend_in(ModuleType("worker"))
+    registration.extend_in(ModuleType("worker"))
     assert os.environ[registration.HOOK] == "their.hook"
 
 
@@ -73,7 +73,7 @@ def test_order_of_imports(order: str) -> None:
     names = (registration.HOOK, registration.UV_RUN)
     said = support.run_python(
         f"import os, sys, {order}\n"
-        f"from {ray_init.MODULE} import {ray_init.FUNCTION} as ask\n"
+        f"from {registration.WORKER_MODULE} import {registration.WORKER_FUNCTION} as ask\n"
         f"print(ask.__module__, ask.__wrapped__ is not None, [os.environ.get(name) for name in {names}])\n"
         "from ray._private import ray_constants\n"
         "print(ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV, [f for f in sys.meta_path if type(f).__name__ == '_WhenImported'])"

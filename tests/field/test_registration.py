@@ -81,7 +81,6 @@ def test_import_is_light() -> None:
         "ray_envcache",
         "ray_envcache.errors",
         "ray_envcache.field",
-        "ray_envcache.field.ray_init",
         "ray_envcache.field.registration",
         "ray_envcache.field.spec",
         "ray_envcache.version",

@@ -117,7 +117,7 @@ def test_round_trip(spec: EnvSpec) -> None:
 @given(specs)
 def test_selection(spec: EnvSpec) -> None:
     """The selection does not depend on where the project lies or what its files contain."""
-    moved = spec.with_path("elsewhere").with_digest("sha256:" + "0" * 64)
+    moved = spec._replace(path="elsewhere", digest="sha256:" + "0" * 64)
     assert moved.selection() == spec.selection()
     assert moved.path == "elsewhere"
 

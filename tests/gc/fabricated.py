@@ -12,7 +12,7 @@ from ray_envcache.store.root import prepare_root
 from ray_envcache.system import files
 from ray_envcache.system.files import file_identity
 from ray_envcache.system.processes import boot_id
-from ray_envcache.system.units import utc_now
+from ray_envcache.system.texts import utc_now
 
 
 def make_layout(root: Path) -> Layout:

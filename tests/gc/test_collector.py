@@ -22,14 +22,14 @@ from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.collector import collect, make_room
 from ray_envcache.gc.evict import evict
 from ray_envcache.gc.policy import Limits
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store import leases, pins
 from ray_envcache.store.layout import Entry
 from ray_envcache.store.leases import Holder
-from ray_envcache.survey.inventory import status
-from ray_envcache.survey.sizes import FRESH_SECONDS, MeasuredRecord, Sizes, record_sizes
+from ray_envcache.store.record import MeasuredRecord
+from ray_envcache.survey.inventory import FRESH_SECONDS, Sizes, record_sizes, status
 from ray_envcache.system import disk, flock, processes
-from ray_envcache.system.units import Space
+from ray_envcache.system.texts import Space
 from tests import support
 from tests.cli.test_commands import run
 from tests.gc.fabricated import add_file, make_entry, make_layout
@@ -102,7 +102,7 @@ def test_user_that_ends_while_it_is_looked_for(store: Store, make: Make, monkeyp
 
     monkeypatch.setattr(processes, "flock_holders", late)
     found = status(store.layout, lease.entry)
-    assert (lease.held, found.users, found.in_use) == (False, (), False)
+    assert (lease.descriptors, found.users, found.in_use) == ([], (), False)
 
 
 def occupied(*paths: Path) -> int:
@@ -232,8 +232,8 @@ def test_freed_bytes_are_those_of_the_disk(store: Store, make: Make, tmp_path: P
         while path.stat().st_nlink < 2:
             os.link(path, tmp_path / f"link-{path.name}")
     gone = evict(store.layout, entry)
-    assert gone.logical >= linked.size_bytes - 4096
-    assert gone.freed < gone.logical
+    assert gone.size >= linked.size_bytes - 4096
+    assert gone.reclaimable < gone.size
 
 
 def outdate(entry: Entry) -> None:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from ray_envcache.acquire import Store
-from ray_envcache.gc import automatic, companion
+from ray_envcache.gc import collector, companion
 from ray_envcache.store.layout import Entry, Layout
 from tests import support
 from tests.store.test_leases import start
@@ -46,7 +46,7 @@ def start_agent(layout: Layout, children: Children, settling: float = 0) -> subp
 
 def started(layout: Layout) -> list[psutil.Process]:
     """What agents started for this store: shells that wait, and collections."""
-    wanted = {"ray_envcache.gc.automatic", os.fspath(layout.root)}
+    wanted = {"ray_envcache.gc.collector", os.fspath(layout.root)}
     return [one for one in psutil.process_iter(["cmdline"]) if wanted <= set(one.info["cmdline"] or [])]
 
 
@@ -115,10 +115,10 @@ def test_two_clusters_that_end_together_collect_once(
     """The second process finds the interval begun by the first, and ends."""
     monkeypatch.setenv(companion.INTERVAL, "1h")
     command = [os.fspath(store.layout.root), "0"]
-    assert automatic.main(command) == 0
+    assert collector.main(command) == 0
     assert not entry.path.exists()
     before = store.layout.last_collection.stat().st_mtime_ns
-    assert automatic.main(command) == 0
+    assert collector.main(command) == 0
     assert store.layout.last_collection.stat().st_mtime_ns == before
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import secrets
 import threading
 import time
 from pathlib import Path
@@ -16,10 +17,10 @@ from ray_envcache.gc.rubbish import MEMOS
 from ray_envcache.store import leases
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder
-from ray_envcache.survey.sizes import record_sizes
+from ray_envcache.survey.inventory import record_sizes
 from ray_envcache.system import files
 from ray_envcache.system.flock import exclusive_flock
-from ray_envcache.system.units import utc_now
+from ray_envcache.system.texts import utc_now
 from tests.gc.fabricated import add_file, make_entry, make_layout, publish
 
 ALL = Limits(everything=True)
@@ -46,7 +47,7 @@ def build(layout: Layout, number: int, memo: int) -> Entry:
 
 
 def unpack(layout: Layout, entry: Entry) -> None:
-    archive = layout.uv_cache / "archive-v0" / files.unique()
+    archive = layout.uv_cache / "archive-v0" / secrets.token_hex(8)
     archive.mkdir(parents=True)
     os.link(add_file(entry, 100), archive / "data")
     note = layout.uv_cache / "wheels-v8" / archive.name
@@ -59,11 +60,11 @@ def die_in_the_middle(layout: Layout, number: int) -> None:
     """What killed builders, collectors and agents leave."""
     half = make_entry(layout, number, ready=False)
     files.write_json(half.building, {"pid": 1}, durable=False)
-    (layout.trash / files.unique()).mkdir()
-    (layout.memo / f".tmp-{files.unique()}").touch()
+    (layout.trash / secrets.token_hex(8)).mkdir()
+    (layout.memo / f".tmp-{secrets.token_hex(8)}").touch()
     folder = layout.leases_of(half.key)
     folder.mkdir(exist_ok=True)
-    (folder / files.unique()).write_text('{"kind": "agent"}')
+    (folder / secrets.token_hex(8)).write_text('{"kind": "agent"}')
 
 
 def age(entry: Entry) -> None:

@@ -22,7 +22,7 @@ from ray_envcache.gc.policy import (
     frees_something,
     in_turn,
 )
-from ray_envcache.system.units import Space
+from ray_envcache.system.texts import Space
 
 NOW = 1000 * DAY
 GB = 10**9

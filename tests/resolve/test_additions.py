@@ -10,10 +10,9 @@ import pytest
 from ray_envcache.acquire import Store
 from ray_envcache.errors import PassingError, RayVersionError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve import additions, interpreter
-from ray_envcache.resolve.additions import located
-from ray_envcache.resolve.cluster_ray import ClusterRay
-from ray_envcache.resolve.interpreter import Interpreter
+from ray_envcache.resolve import from_cluster, interpreter
+from ray_envcache.resolve.from_cluster import located
+from ray_envcache.resolve.interpreter import ClusterRay, Interpreter
 from ray_envcache.store.leases import Holder, Lease
 from tests import support
 
@@ -28,8 +27,8 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     support.make_wheel(wheels, "needed", "26.1")
     support.set_index_of_node(tmp_path / "config", wheels, monkeypatch)
     needs = {"ray": ["needed>=26"], "needed": []}
-    monkeypatch.setattr(additions, "requires", needs.__getitem__)
-    monkeypatch.setattr(additions, "version", {"needed": "26.1"}.__getitem__)
+    monkeypatch.setattr(from_cluster, "requires", needs.__getitem__)
+    monkeypatch.setattr(from_cluster, "version", {"needed": "26.1"}.__getitem__)
     return wheels
 
 

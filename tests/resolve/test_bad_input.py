@@ -14,7 +14,7 @@ from ray_envcache import errors
 from ray_envcache.acquire import Store
 from ray_envcache.build.plan import require_buildable
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve.cluster_ray import ClusterRay, installed_ray
+from ray_envcache.resolve.interpreter import ClusterRay, installed_ray
 from ray_envcache.store.leases import Holder
 from ray_envcache.system import flock
 from tests import index, support

@@ -15,7 +15,7 @@ from ray_envcache.acquire import Store
 from ray_envcache.errors import BuildError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import uv
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store.leases import Holder, Lease
 from tests import index, support
 from tests.index import PASSWORD, USER

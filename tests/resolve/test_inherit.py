@@ -11,7 +11,7 @@ import ray_envcache
 from ray_envcache.acquire import Store
 from ray_envcache.errors import FieldValueError, InheritError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store.leases import Holder, Lease
 from ray_envcache.store.record import ReadyRecord
 from tests import support

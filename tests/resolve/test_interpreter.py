@@ -6,9 +6,7 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import packaging.markers
@@ -17,7 +15,7 @@ import pytest
 
 from ray_envcache.errors import InterpreterError
 from ray_envcache.resolve import interpreter
-from ray_envcache.resolve.interpreter import Interpreter, require_same_version
+from ray_envcache.resolve.interpreter import ClusterRay, Interpreter
 from ray_envcache.system import children
 from tests import support
 
@@ -75,10 +73,9 @@ def test_removed_python(tmp_path: Path) -> None:
         interpreter.fingerprint(str(python))
 
 
-@pytest.mark.parametrize("probe", [interpreter.probe, interpreter.ask])
-def test_probe(probe: Callable[[str], Interpreter]) -> None:
-    """Of our own base, which needs no asking, as of one that is asked, it is what packaging says inside that Python."""
-    found = probe(BASE)
+def test_probe() -> None:
+    """It is what packaging says inside that Python."""
+    found = interpreter.probe(BASE)
     assert (found.executable, found.implementation, found.version) == (
         BASE,
         sys.implementation.name,
@@ -89,40 +86,15 @@ def test_probe(probe: Callable[[str], Interpreter]) -> None:
     assert found.markers == packaging.markers.default_environment()
 
 
-def test_who_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever is not the file that we run from: a copy of it, and what an upgrade put in its place."""
-    copy = os.fspath(shutil.copy(BASE, tmp_path / "python"))
-    asked: list[str] = []
-    monkeypatch.setattr(interpreter, "ask", asked.append)
-    for path in (BASE, copy):
-        interpreter.probe.__wrapped__(path)
-    assert asked == [copy]
-    program = f"""
-    import os, shutil
-    from ray_envcache.resolve import interpreter
-    asked = []
-    interpreter.ask = asked.append
-    interpreter.probe.__wrapped__({copy!r})
-    assert asked == []
-    os.unlink({copy!r})
-    shutil.copy({BASE!r}, {copy!r})
-    interpreter.probe.__wrapped__({copy!r})
-    assert asked == [{copy!r}]
-    """
-    home, packages = sys.base_prefix, os.pathsep.join(path for path in sys.path if path)
-    surroundings = {"PYTHONHOME": home, "LD_LIBRARY_PATH": f"{home}/lib", "PYTHONPATH": packages}
-    support.run_python(program, python=copy, environ=surroundings)
-
-
 def test_probe_is_not_led_astray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PYTHONPATH and its kin, and a folder full of traps, change nothing."""
     for trap in ("json", "platform", "sysconfig", "packaging", "sitecustomize"):
         (tmp_path / f"{trap}.py").write_text("raise SystemExit('trapped')")
-    before = interpreter.ask(BASE)
+    before = interpreter.probe(BASE)
     monkeypatch.chdir(tmp_path)
     for name in ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP"):
         monkeypatch.setenv(name, str(tmp_path))
-    assert interpreter.ask(BASE) == before
+    assert interpreter.probe.__wrapped__(BASE) == before
 
 
 @pytest.mark.parametrize(
@@ -156,7 +128,7 @@ def test_python_from_a_checkout_or_before_a_release(tmp_path: Path, suffix: str)
         "sys.argv = sys.argv[3:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     program.chmod(0o755)
-    found = interpreter.ask(str(program))
+    found = interpreter.probe(str(program))
     assert (found.version, found.markers["python_full_version"]) == (RUNNING, RUNNING)
 
 
@@ -175,16 +147,16 @@ def test_another_patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Python of another patch version is refused, unless Ray is told to compare minor versions only."""
     path = _claiming(tmp_path / "python", RUNNING.rpartition(".")[0] + ".99")
     with pytest.raises(InterpreterError, match=f"cluster runs {RUNNING}"):
-        require_same_version(interpreter.probe(path))
+        ClusterRay("").require_fit(interpreter.probe(path))
     monkeypatch.setenv("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL", "minor")
-    require_same_version(interpreter.probe(path))
+    ClusterRay("").require_fit(interpreter.probe(path))
 
 
 def test_another_minor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Python of another minor version is never taken."""
     monkeypatch.setenv("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL", "minor")
     with pytest.raises(InterpreterError, match="same Python version"):
-        require_same_version(interpreter.probe(_claiming(tmp_path / "python", "3.2.1")))
+        ClusterRay("").require_fit(interpreter.probe(_claiming(tmp_path / "python", "3.2.1")))
 
 
 def test_identity() -> None:

@@ -19,7 +19,7 @@ from ray_envcache.checkout.project import Project
 from ray_envcache.errors import BuildError, InterpreterError, LockfileError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import interpreter, lockfile
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.resolve.lockfile import ResolvedSet
 from ray_envcache.store.key import compute_key
 from ray_envcache.store.leases import Holder

@@ -15,7 +15,7 @@ from ray_envcache.checkout import toml
 from ray_envcache.checkout.project import Project
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import interpreter, settings, uv
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.resolve.uv import Scope
 from tests import index, support
 from tests.conftest import Acquire
@@ -128,7 +128,7 @@ def test_every_setting_of_uv_is_decided(tmp_path: Path) -> None:
 
 
 def read_back(folder: Path, scope: Scope = Scope.REACH) -> dict[str, object]:
-    return toml.parse(settings.for_uv(folder, uv._FROM_NODE[scope]))
+    return toml.parse(settings.for_uv(folder, scope.value))
 
 
 @pytest.fixture

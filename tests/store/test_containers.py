@@ -18,7 +18,7 @@ pytestmark = pytest.mark.host
 # As an agent and its worker do: a lease, and an interpreter of the environment.
 USE = """
 import subprocess, sys
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store.leases import Holder
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.acquire import Store

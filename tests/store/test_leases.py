@@ -23,7 +23,7 @@ from ray_envcache.gc.evict import evict
 from ray_envcache.store import leases
 from ray_envcache.store.layout import Entry
 from ray_envcache.store.leases import Holder
-from ray_envcache.survey.sizes import MeasuredRecord
+from ray_envcache.store.record import MeasuredRecord
 from ray_envcache.system import files, flock
 from tests import support
 
@@ -150,7 +150,7 @@ def test_nothing_is_built_a_second_time_beside_a_stopped_lister(
     program = """
     from ray_envcache.acquire import Store
     from ray_envcache.field.spec import EnvSpec
-    from ray_envcache.resolve.cluster_ray import installed_ray
+    from ray_envcache.resolve.interpreter import installed_ray
     from ray_envcache.store.leases import Holder
     with Store.open().acquire(EnvSpec.parse(sys.argv[1]), installed_ray(), Holder("test"), finish=False) as lease:
         print(lease.entry.path.name, flush=True)

@@ -25,7 +25,7 @@ from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.collector import collect
 from ray_envcache.gc.evict import evict
 from ray_envcache.gc.policy import Limits
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store import leases, readonly, record
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, Lease
@@ -48,7 +48,7 @@ OTHER_USER += [f"--{kind}-caps=+dac_read_search" for kind in ("inh", "ambient") 
 # What a worker does, by a lease and without.
 USE = """
 import subprocess, sys
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store.leases import Holder
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.acquire import Store
@@ -195,7 +195,7 @@ def test_own_environments_come_first(
 
 
 def test_agent(below: Store, image: Layout, project: Path) -> None:
-    """An agent whose warm path finds nothing has its child look further, and gets its lease on the lower entry."""
+    """An agent whose warm path finds nothing has its child look further, and gets its lease on the read-only entry."""
     spec = EnvSpec.parse(project)
     assert below.lookup(spec, installed_ray(), Holder("test")) is None
     build = AgentBuild(below, spec, installed_ray(), Holder("agent"), logging.getLogger("test"), dict(os.environ))
@@ -260,7 +260,7 @@ def test_file_system_without_flocks(
 def test_owner_cannot_remove_what_is_used(
     below: Store, image: Layout, project: Path, by: str, children: list[subprocess.Popen[str]]
 ) -> None:
-    """The collector of the lower store sees its users, and does not see them any more when they were killed."""
+    """The collector of the read-only store sees its users, and does not see them any more when they were killed."""
     wanted = environment_of(image)
     program = "import sys; print('up', flush=True); sys.stdin.read()"
     if by == "lease":
@@ -313,7 +313,7 @@ def test_layer_on_top(
 
 
 def test_collector_keeps_what_leads_below(below: Store, copy: Layout, image: Layout, project: Path) -> None:
-    """A memo that names an entry of a lower store stays while that is there."""
+    """A memo that names an entry of a read-only store stays while that is there."""
     acquire(below, project).release()
     (memo,) = below.layout.memo.iterdir()
     assert collect(below.layout, Limits(everything=True)).removed == []
@@ -356,7 +356,7 @@ def test_missing_store(below: Store, image: Layout, tmp_path: Path, monkeypatch:
     (tmp_path / "link").symlink_to(below.layout.root)
     named = [tmp_path / "nowhere", "", tmp_path / "link", below.layout.root, image.root, image.root]
     monkeypatch.setenv(readonly.VARIABLE, ":".join(map(str, named)))
-    assert [layout.root for layout in Store.open(below.layout.root).lower] == [image.root]
+    assert [layout.root for layout in Store.open(below.layout.root).readonly] == [image.root]
     assert cli("list").stderr == f"note: {readonly.VARIABLE} names `{tmp_path}/nowhere`, where there is no store\n"
 
 
@@ -387,10 +387,10 @@ def test_not_trusted(
     monkeypatch.setenv(readonly.VARIABLE, str(copy.root))
     if fault == "link":
         # The root may be a link; further down, what is no directory is nobody's entry.
-        assert (readonly.lower_stores(store.layout, os.environ) == ()) == (place in {"top", "entries"})
+        assert (readonly.readonly_stores(store.layout, os.environ) == ()) == (place in {"top", "entries"})
         return
     with pytest.raises(StoreError, match=str(copy.root if fault == "foreign" else path)) as caught:
-        leases.hold(one) if place == "entry" else readonly.lower_stores(store.layout, os.environ)
+        leases.hold(one) if place == "entry" else readonly.readonly_stores(store.layout, os.environ)
     assert "environments run code" in caught.value.hint
 
 

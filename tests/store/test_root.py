@@ -36,18 +36,6 @@ def test_backups_leave_out_what_is_ours_alone(tmp_path: Path) -> None:
     assert backed_up(scratch) - {"CACHEDIR.TAG"} == {"results.csv"}
 
 
-def test_tag_of_an_earlier_version_is_removed(tmp_path: Path) -> None:
-    """The tag that was at the root goes when the store is opened; a tag that is the user's own stays."""
-    former, own = tmp_path / "former", tmp_path / "own"
-    for folder, text in ((former, root._TAG), (own, f"{root._TAG}# mine")):
-        folder.mkdir(mode=0o700)
-        (folder / "CACHEDIR.TAG").write_text(text)
-        (folder / "results.csv").write_text("42")
-        prepare_root(Layout(folder))
-    assert "results.csv" in backed_up(former)
-    assert "results.csv" not in backed_up(own)
-
-
 @pytest.mark.parametrize("kind", ["virtiofs", "fuse.mountpoint-s3"])
 def test_file_system_of_a_virtual_machine_is_refused(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch

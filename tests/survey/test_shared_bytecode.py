@@ -208,8 +208,10 @@ def test_bytes_are_those_that_become_free(host: Host) -> None:
     own = [disk.measure(tree, known).reclaimable - disk.measure(tree).reclaimable for tree in trees]
     one = occupied(next(trees[0].rglob("__pycache__/one.*")))
     assert own == [one] * 3
-    assert list(shared_bytecode.freed_in_turn(host.layout, trees)) == [0, one, one]
-    assert list(shared_bytecode.freed_in_turn(host.layout, trees[1:])) == [0, 0]
+    together = disk.freed_in_turn(trees, known)
+    alone = [disk.measure(tree, known).reclaimable for tree in trees]
+    assert [freed - own for (freed, _), own in zip(together, alone, strict=True)] == [0, one, one]
+    assert [freed for freed, _ in disk.freed_in_turn(trees[1:], known)] == alone[1:]
 
 
 @pytest.mark.parametrize("options", [["-O"], ["-OO"], ["-X", "no_debug_ranges"]])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_envcache.system import disk, extents
+from ray_envcache.system import disk
 
 KIB = 1024
 FICLONE = 0x40049409  # linux/fs.h
@@ -215,7 +215,7 @@ def test_what_cannot_be_read_is_not_exact(tmp_path: Path) -> None:
     # Root may read everything: look as somebody else, who must be able to get here.
     code = """
 import os, pathlib, sys
-from ray_envcache.system import disk, extents
+from ray_envcache.system import disk
 os.chdir(sys.argv[1])
 if os.geteuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)
 print(disk.measure(pathlib.Path("tree")).exact)
@@ -300,7 +300,7 @@ def test_many_extents_are_all_seen(reflinking: Path) -> None:
             file.seek(n * 64 * KIB)
             file.write(os.urandom(16 * KIB))
         os.fsync(file.fileno())
-    assert len(list(extents.extents_of(os.fspath(path)))) > extents._ROOM
+    assert len(list(disk._extents(os.fspath(path)))) > disk._ROOM
     use = disk.measure(path.parent)
     # xfs allocates ahead of who writes: what it has is told by the blocks, not by what was written.
     assert use.reclaimable == pytest.approx(path.stat().st_blocks * 512, abs=64 * KIB)
@@ -308,9 +308,9 @@ def test_many_extents_are_all_seen(reflinking: Path) -> None:
 
 def test_a_recorded_answer_is_understood() -> None:
     """The answer btrfs gave for a clone of which the last 4 KiB were then overwritten."""
-    assert extents._parse(RECORDED) == [
-        (0, 63_963_136, 126_976, extents.SHARED),
-        (126_976, 64_094_208, 4096, extents.LAST),
+    assert disk._parse(RECORDED) == [
+        (0, 63_963_136, 126_976, disk._SHARED),
+        (126_976, 64_094_208, 4096, disk._LAST),
     ]
 
 
@@ -323,7 +323,7 @@ def test_where_nobody_tells_it_is_a_lower_bound(tmp_path: Path, monkeypatch: pyt
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(disk, "_kind", lambda _: "zfs")
-    monkeypatch.setattr(extents, "_ask", refuse)
+    monkeypatch.setattr(disk, "_ask", refuse)
     assert disk.measure(tmp_path) == disk.DiskUse(directory + 64 * KIB, directory, 1, exact=False)
 
 
@@ -331,7 +331,7 @@ def test_compressed_extents_are_a_lower_bound(tmp_path: Path, monkeypatch: pytes
     """Of a compressed extent only the logical length is told, which promises too much."""
     write(tmp_path / "file")
     monkeypatch.setattr(disk, "_kind", lambda _: "btrfs")
-    monkeypatch.setattr(extents, "extents_of", lambda _: iter([(0, 4096, 64 * KIB, extents.ENCODED | extents.LAST)]))
+    monkeypatch.setattr(disk, "_extents", lambda _: iter([(0, 4096, 64 * KIB, disk._ENCODED | disk._LAST)]))
     use = disk.measure(tmp_path / "file")
     assert (use.reclaimable, use.exact) == (0, False)
 

@@ -203,7 +203,7 @@ def test_discard_frozen(tmp_path: Path, trash: Path) -> None:
     """A tree with frozen directories is discarded by an ordinary user too."""
     frozen = _tree(tmp_path / "top") / "a"
     trash.chmod(0o700)
-    files.set_directories_writable(frozen, writable=False)
+    files.freeze(frozen)
     program = """
         import os, sys
         from pathlib import Path
@@ -295,7 +295,7 @@ def test_trash_names_are_unique(tmp_path: Path, trash: Path) -> None:
 
 
 def test_freeze_leaves_files_alone(tmp_path: Path) -> None:
-    """Freezing and thawing change no file's mode, which belongs to all its hard links; thawing undoes freezing."""
+    """Freezing changes no file's mode, which belongs to all its hard links."""
     top, cached = _tree(tmp_path / "top"), tmp_path / "cached"
     cached.write_text("shared")
     cached.chmod(0o464)
@@ -303,19 +303,16 @@ def test_freeze_leaves_files_alone(tmp_path: Path) -> None:
     directories = [top, top / "a", top / "a" / "b"]
     plain = [path for path in top.rglob("*") if path.is_file()]
     before = [path.stat().st_mode for path in [*plain, cached]]
-    for writable in (False, True):
-        files.set_directories_writable(top, writable=writable)
-        assert [path.stat().st_mode for path in [*plain, cached]] == before
-        assert [bool(path.stat().st_mode & 0o222) for path in directories] == [writable] * 3
-        assert [bool(path.stat().st_mode & stat.S_IWUSR) for path in directories] == [writable] * 3
+    files.freeze(top)
+    assert [path.stat().st_mode for path in [*plain, cached]] == before
+    assert not [path for path in directories if path.stat().st_mode & 0o222]
 
 
 def test_freeze_leaves_links_alone(tmp_path: Path) -> None:
-    """Freezing and thawing stop at links to directories."""
+    """Freezing stops at links to directories."""
     outside, top = _tree(tmp_path / "outside"), _tree(tmp_path / "top")
     (top / "link").symlink_to(outside)
     (outside / "a" / "b").chmod(0o555)
     before = [path.stat().st_mode for path in (outside, outside / "a", outside / "a" / "b")]
-    for writable in (False, True):
-        files.set_directories_writable(top, writable=writable)
-        assert [path.stat().st_mode for path in (outside, outside / "a", outside / "a" / "b")] == before
+    files.freeze(top)
+    assert [path.stat().st_mode for path in (outside, outside / "a", outside / "a" / "b")] == before

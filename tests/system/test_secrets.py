@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from ray_envcache.system.secrets import strip_credentials, without_credentials
+from ray_envcache.system.texts import strip_credentials, without_credentials
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_envcache.errors import FieldValueError
-from ray_envcache.system.units import Space, format_duration, format_size, parse_duration, parse_size, parse_space
+from ray_envcache.system.texts import Space, format_duration, format_size, parse_duration, parse_size, parse_space
 
 # Letters and digits that fold to ours, or that `int` and `float` know, are among them.
 LIKE_OURS = "0123456789..  kKmMgGtTiIbBwWdDhHsS%-+_eE\n\t\u017f\u212a\u0130\u0131\u0663\u00b2\u00a0"

@@ -6,7 +6,7 @@ import sys
 
 from ray_envcache.acquire import Store
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve.cluster_ray import installed_ray
+from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store.leases import Holder
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ray_envcache.checkout import requirement_files, requirements
+from ray_envcache.checkout import requirement_files
 from ray_envcache.errors import LockfileError
+from ray_envcache.resolve import requirements
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ONE, TWO = "1" * 64, "2" * 64
@@ -80,10 +81,10 @@ def test_errors_show_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_options_and_folders_are_no_read(tmp_path: Path) -> None:
     """Options are uv's business; folders are local packages, which have no version to fix."""
     (tmp_path / "local").mkdir()
-    text = (
-        f"\ufeff--index-url https://example.org/simple\n--pre\n-e ./local\n./local\nlocal @ file://{tmp_path}/local\n"
-    )
-    assert read(tmp_path, text) == []
+    assert read(tmp_path, "\ufeff--index-url https://example.org/simple\n--pre\n-e ./local\n./local\n") == []
+    [one] = read(tmp_path, f"local @ file://{tmp_path}/local\n")
+    folder = {"name": "local", "directory": {"path": "local"}}
+    assert requirements.restrict(folder, [one], {}) == folder
 
 
 def test_variables_in_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,10 +128,9 @@ def test_restrict(tmp_path: Path) -> None:
     found = read(tmp_path, f"a==1.0 --hash=sha256:{ONE}\nb==1.0\n")
     wheels = [{"url": digest, "hashes": {"sha256": digest}} for digest in (ONE, TWO)]
     package = {"name": "a", "version": "1.0", "wheels": wheels, "sdist": {"hashes": {"sha256": TWO}}}
-    [kept] = requirements.restrict([package], found, {})
-    assert kept == {"name": "a", "version": "1.0", "wheels": wheels[:1]}
+    assert requirements.restrict(package, found, {}) == {"name": "a", "version": "1.0", "wheels": wheels[:1]}
     free = {**package, "name": "b"}
-    assert requirements.restrict([free], found, {}) == [free]
+    assert requirements.restrict(free, found, {}) == free
     for strange in ({**package, "version": "2.0"}, {**package, "name": "c"}):
         with pytest.raises(LockfileError, match="which no line asks for"):
-            requirements.restrict([strange], found, {})
+            requirements.restrict(strange, found, {})

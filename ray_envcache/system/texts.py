@@ -1,10 +1,13 @@
-"""Sizes, durations, times and foreign texts as people write and read them."""
+"""Texts for people: sizes, durations and times as they write them, and what must not be shown of foreign texts."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from types import MappingProxyType
 
 from ray_envcache.errors import FieldValueError
 
@@ -15,6 +18,14 @@ _PART = re.compile(rf"({_NUMBER})\s*([wdhms])", re.IGNORECASE | re.ASCII)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _SECONDS = {"w": 604_800, "d": 86_400, "h": 3_600, "m": 60, "s": 1}
 _NAMES = ((86_400, "day"), (3_600, "hour"), (60, "minute"), (1, "second"))
+
+# Up to the last `@` before the path: a password with an unquoted `@` in it goes too.
+_LOGIN = re.compile(r"(?<=://)[^/\s]+@")
+_WORDS = r"[\w.-]*(?:token|secret|passw(?:or)?d|signature|credential)|(?:[\w.-]*[_.-])?(?:key|sig|auth|pwd|jwt)"
+_TOKEN = re.compile(rf"(?i)([?&;#](?:{_WORDS})=)[^&#\s\"`]+")
+_SSH_USER = re.compile(r"(?:[a-z]+\+)?ssh://[^/\s:@]+@")
+_SECRET_LENGTH = 4
+_NONE: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,27 @@ def format_duration(seconds: float) -> str:
 def printable(text: str) -> str:
     """Replace control characters by "?": file names and command lines of other users are shown in terminals."""
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def without_credentials(text: str, given: Mapping[str, str] = _NONE) -> str:
+    """Replace by `***` what is secret in every URL, and every password that uv takes from variables.
+
+    The variables are those of this process, and `given`.
+    """
+    variables = (*os.environ.items(), *given.items())
+    named = {value for name, value in variables if name.startswith("UV_") and name.endswith(("_PASSWORD", "_TOKEN"))}
+    # The longest first: a shorter one may be its beginning.
+    for value in sorted(named, key=len, reverse=True):
+        # Shorter ones would be found in ordinary words.
+        if len(value) >= _SECRET_LENGTH:
+            text = text.replace(value, "***")
+    return _TOKEN.sub(r"\1***", _LOGIN.sub("***@", text))
+
+
+def strip_credentials(url: str) -> str:
+    """Remove user and password from a URL: uv adds them again from where the user keeps them."""
+    # Only for ssh the user is a part of the address.
+    return url if _SSH_USER.match(url) else _LOGIN.sub("", url)
 
 
 def utc_now() -> str:
