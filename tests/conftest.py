@@ -88,6 +88,7 @@ def _a_machine_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     A test that forgets to choose a store must fail, not fill the user's. What says how to reach package indexes stays,
     and so does uv's cache: a test run is no reason to download Ray again.
     """
+    umask = os.umask(0o022)
     with pytest.MonkeyPatch.context() as patch:
         cache = support.run(uv.find_uv_bin(), "--color=never", "cache", "dir").strip()
         for name in filter(_is_of_the_user, list(os.environ)):
@@ -99,6 +100,7 @@ def _a_machine_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         trap.write_text("you forgot to choose a store")
         patch.setenv("RAY_ENVCACHE_DIR", str(trap / "you-forgot-to-choose-a-store"))
         yield
+    os.umask(umask)
 
 
 _SETTINGS = ("CLICOLOR", "CONDA", "GIT_", "LC_", "PYTHON", "RAY_", "UV_", "VIRTUAL_ENV", "XDG_")

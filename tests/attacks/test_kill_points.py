@@ -245,7 +245,7 @@ def run_under_strace(operation: str, words: list[str], root: Path, project: Path
         quoted = " ".join(f"'{word}'" for word in words)
         attacked.write_text(ATTACKED_UV.format(command=command, strace=quoted, uv=uv.find_uv_bin()))
         attacked.chmod(0o755)
-        prelude, words = f"{PRELUDE}\nfrom ray_envcache.resolve import uv\n_uv.find = lambda: {str(attacked)!r}\n", []
+        prelude, words = f"{PRELUDE}\nfrom ray_envcache.resolve import uv\nuv.find = lambda: {str(attacked)!r}\n", []
     log.write_text("")
     program = [sys.executable, "-c", prelude + OPERATIONS[name], "0", str(root), str(project)]
     done = subprocess.run([*words, *program], capture_output=True, text=True, check=False)

@@ -16,7 +16,7 @@ from ray_envcache.sessions import directories
 from ray_envcache.sessions.collector import collect_sessions
 from ray_envcache.system import files
 from tests import support
-from tests.sessions.made import cli, judge, make, start
+from tests.sessions.made import cli, judge, make, sees_all, start
 
 
 def latest(temp: Path) -> str | None:
@@ -109,6 +109,7 @@ collect_sessions([Path(sys.argv[2])])
 """
 
 
+@sees_all
 def test_sigkill_at_every_step(temp: Path, children: list[subprocess.Popen[str]]) -> None:
     """After a SIGKILL between any two changes the living session is whole, and the next run finishes all."""
     alive = make(temp, 9)
@@ -146,6 +147,7 @@ def test_collectors_at_once(temp: Path) -> None:
     assert len(removed) == len(set(removed)) > 0
 
 
+@sees_all
 def test_what_cannot_be_deleted_is_reported(temp: Path) -> None:
     """The rest goes nevertheless, the exit code is 1, and the next run finds what stayed."""
     session = make(temp)
@@ -164,6 +166,7 @@ def test_what_cannot_be_deleted_is_reported(temp: Path) -> None:
     assert len(collect_sessions([temp]).removed) == 1
 
 
+@sees_all
 def test_a_writer_does_not_stop_the_deleting(temp: Path) -> None:
     """Files that appear or vanish while a session is deleted are no crash; a second run has the rest."""
     session = make(temp).rename(temp / directories.going_name(f"session_2026-01-02_03-04-05_000001_{support.NO_PID}"))

@@ -16,6 +16,7 @@ from ray_envcache.sessions import collector, directories, run_directory, short_p
 from ray_envcache.sessions.run_directory import RunTmpdir, clean_sessions, sweep
 from ray_envcache.system import files, flock
 from tests import support
+from tests.sessions.made import sees_all
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 SESSION = f"session_2026-01-02_03-04-05_000001_{support.NO_PID}"
@@ -266,6 +267,7 @@ def test_logs_of_a_failed_run_stay(top: Path, place: RunTmpdir) -> None:
     assert [path.name for path in place.folder.rglob("*")] == ["ray", SESSION, "logs", "raylet.out"]
 
 
+@sees_all
 def test_a_session_without_logs_goes_whole(tmp_path: Path) -> None:
     """Where a killed collector has deleted the logs already, none are kept."""
     (tmp_path / directories.going_name(SESSION) / "sockets").mkdir(parents=True)
