@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.conftest import uv_binary
+from tests.cluster.conftest import WITH_TOKEN, uv_binary
 from tests.cluster.doors.conftest import DRIVER, Cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.pypi]
@@ -20,7 +20,12 @@ def under_uv_run(cluster: Cluster, folder: Path, code: str) -> Any:
     folder.mkdir()
     projects = json.dumps({name: str(project.folder) for name, project in cluster.projects.items()})
     command = (uv_binary(), "run", "--no-project", f"--directory={folder}", f"--python={cluster.host.python}", "--")
-    environ = {"RAY_ADDRESS": cluster.address, "CLIENT": cluster.client, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "1"}
+    environ = {
+        **WITH_TOKEN,
+        "RAY_ADDRESS": cluster.address,
+        "CLIENT": cluster.client,
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "1",
+    }
     driver = cluster.host.start(DRIVER + code, before=command, PROJECTS=projects, **environ)
     out, err = driver.communicate()
     assert driver.returncode == 0, f"{out}\n{err}"
