@@ -53,7 +53,8 @@ class UvCalls:
                 f"No space left for uv to build the environment: {reason}; {disk.room_left(place)}",
                 "make room there, or move what uv writes there: UV_CACHE_DIR, TMPDIR",
             )
-        kind = PassingError if uv.is_unreachable(done.stderr) else BuildError
+        passes = uv.is_unreachable(done.stderr) and not uv.is_unauthorized(done.stderr)
+        kind = PassingError if passes else BuildError
         return kind(f"uv could not build the environment of `{self.project}`:\n{reason}", self._hint(done.stderr))
 
     def _hint(self, stderr: str) -> str:

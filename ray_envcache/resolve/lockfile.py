@@ -204,7 +204,7 @@ def resolved_package(package: Any, artifact: Any, folder: Path, known: str) -> R
         version=about["version"],
         kind=kind,
         digest=_digest(hashes) or table.get("commit-id", ""),
-        size=table.get("size", 0),
+        size=getattr(artifact, "size", None) or 0,
         artifact={
             **{name: value for name, value in about.items() if value},
             # A package has a list of wheels, but one of everything else.
@@ -231,6 +231,8 @@ def _artifact_table(artifact: Any, folder: Path) -> dict[str, Any]:
         table["path"] = unquote(urlsplit(table.pop("url")).path)
     if "path" in table:
         path = folder / table["path"]
+        # Of a file that is here the hash says all; uv refuses one whose noted size is off.
+        table.pop("size", None)
         table["path"] = str(path)
         if path.is_file():
             table["hashes"] = dict(table.get("hashes") or {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()})

