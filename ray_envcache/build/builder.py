@@ -6,10 +6,12 @@ builder of the key, or a collector, throws away.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
 import re
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -193,6 +195,7 @@ class Builder:
             "site": os.fspath(entry.site_packages),
             "shared": os.fspath(self.layout.bytecode),
             "staged": os.fspath(entry.staged_bytecode),
+            "twins": _own_packages() if self.plan.interpreter.build == sys.version else "",
         }
         # Python itself writes no bytecode there: before 3.12.8 and 3.13.1 it does not notice when a full disk cuts it
         # off (gh-126606 of CPython), and that module could never be imported again.
@@ -227,6 +230,12 @@ class Builder:
         )
         entry.building.unlink()
         record.write(entry)
+
+
+def _own_packages() -> str:
+    """Where this Python has the ray of the cluster, "" where it has none."""
+    found = importlib.util.find_spec("ray")
+    return os.path.dirname(os.path.dirname(found.origin)) if found and found.origin else ""
 
 
 def _answer(stdout: str) -> object:

@@ -65,14 +65,17 @@ def _place_of(path: str) -> str:
     return f"{directory}/__pycache__/{name[: -len('.py')]}{_ending()}"
 
 
-def give(path: str, places: Places) -> None:
-    """Give the module at `path` bytecode: linked, where some module with its text has it, else compiled and staged.
+def give(path: str, places: Places, twin: str = "") -> None:
+    """Give the module at `path` bytecode: linked, where some module with its text has it, else made and staged.
 
-    It gets none where it cannot be compiled. Raises OSError.
+    What this Python has compiled of a `twin`, a module with the same text elsewhere, is not compiled again. The module
+    gets none where it cannot be compiled. Raises OSError.
     """
     os.makedirs(os.path.dirname(_place_of(path)), exist_ok=True)
     if not _link(path, places):
-        _compile(path, places)
+        text = _read(path)
+        if code := (twin and _code_of(twin, text)) or _compiled(path, text):
+            _keep(path, text, code, places)
 
 
 def _link(path: str, places: Places) -> bool:
@@ -85,12 +88,28 @@ def _link(path: str, places: Places) -> bool:
     return False
 
 
-def _compile(path: str, places: Places) -> None:
-    text = _read(path)
+def _code_of(twin: str, text: bytes) -> bytes:
+    """The code that Python keeps of `twin`, b"" where it has none, or not of this text and valid (PEP 3147, 552)."""
     try:
-        code = marshal.dumps(compile(text, path, "exec", dont_inherit=True))
+        found, bytecode, stat = _read(twin), _read(cache_from_source(twin)), os.stat(twin)
+        times = (int(stat.st_mtime) & 0xFFFF_FFFF, stat.st_size & 0xFFFF_FFFF)
+        valid = MAGIC_NUMBER + b"\0\0\0\0" + b"".join(number.to_bytes(4, "little") for number in times)
+        code = bytecode[len(valid) :] if found == text and bytecode.startswith(valid) else b""
+        if code:
+            marshal.loads(code)  # noqa: S302  # ours; a full disk may have cut it off (gh-126606 of CPython)
+    except (OSError, EOFError, ValueError, TypeError):
+        return b""
+    return code
+
+
+def _compiled(path: str, text: bytes) -> bytes:
+    try:
+        return marshal.dumps(compile(text, path, "exec", dont_inherit=True))
     except Exception:  # noqa: BLE001  # as py_compile: foreign text can fail in any way
-        return
+        return b""
+
+
+def _keep(path: str, text: bytes, code: bytes, places: Places) -> None:
     os.makedirs(places.staged, exist_ok=True)
     staged = f"{places.staged}/{name_of(text)}"
     # The environment never changes, so its bytecode is never checked against the source (PEP 552, unchecked hashes):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import marshal
 import os
+import py_compile
+import shutil
 import subprocess
 import sys
+from importlib.util import cache_from_source
 from pathlib import Path
 
 import pytest
@@ -34,7 +38,7 @@ assert sum(importlib.import_module(f"ray.m{{number}}").VALUE for number in range
     return package.parent
 
 
-def run_check(site: Path, before: str = "") -> tuple[list[object], list[Path]]:
+def run_check(site: Path, before: str = "", twins: Path | None = None) -> tuple[list[object], list[Path]]:
     """What the check answers, and the bytecode that is there afterwards."""
     staged = site.parent / "staged"
     request = {
@@ -42,6 +46,7 @@ def run_check(site: Path, before: str = "") -> tuple[list[object], list[Path]]:
         "site": f"{site}",
         "shared": f"{site.parent}/shared",
         "staged": f"{staged}",
+        "twins": f"{twins or ''}",
     }
     program = f"""
 import runpy, sys
@@ -66,6 +71,29 @@ def test_answer(site: Path) -> None:
         0,
     ]
     assert len(bytecode) == MODULES + 1
+
+
+def test_bytecode_of_this_python(site: Path) -> None:
+    """What our own Python has compiled of the same text is taken, unless a full disk has cut it off."""
+    twins = site.parent / "twins"
+    shutil.copytree(site, twins)
+    for source in twins.rglob("m*.py"):
+        text = source.read_text()
+        source.write_text(text.replace("TEXT", "TWIN"))  # as long, and seen in its bytecode
+        os.utime(source, (1e9, 1e9))
+        py_compile.compile(str(source), doraise=True, invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP)
+        source.write_text(text)
+        os.utime(source, (1e9, 1e9))
+    for name in ("m0", "m7", f"m{MODULES - 1}"):
+        cached = Path(cache_from_source(str(twins / "ray" / f"{name}.py")))
+        cached.write_bytes(cached.read_bytes()[:-5])
+    os.utime(twins / "ray" / "m9.py", (2e9, 2e9))  # bytecode that Python itself would not believe
+    answer, bytecode = run_check(site, twins=twins)
+    assert answer[0] == "1.0"
+    contents = [path.read_bytes() for path in bytecode]
+    assert len(contents) == MODULES + 1
+    assert all(marshal.loads(content[16:]) for content in contents), "whole"
+    assert sum(b"TWIN" in content for content in contents) == MODULES - 4
 
 
 def test_bytecode_of_earlier_environments(site: Path) -> None:
