@@ -83,7 +83,7 @@ def _interruptible() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _a_machine_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """An empty home, no settings of this machine's user, and a default store that cannot be made.
+    """An empty home, no settings of this machine's user, a disk that is never too full, and a store that cannot be made.
 
     A test that forgets to choose a store must fail, not fill the user's. What says how to reach package indexes stays,
     and so does uv's cache: a test run is no reason to download Ray again.
@@ -96,6 +96,8 @@ def _a_machine_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("UV_CACHE_DIR", cache)
         patch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+        # On a machine with little room the collector would remove what other tests have just made.
+        patch.setenv("RAY_ENVCACHE_MIN_FREE_SPACE", "off")
         trap = tmp_path_factory.mktemp("trap") / "file"
         trap.write_text("you forgot to choose a store")
         patch.setenv("RAY_ENVCACHE_DIR", str(trap / "you-forgot-to-choose-a-store"))
