@@ -147,8 +147,8 @@ def start_detached(argv: Sequence[str | os.PathLike[str]], *, environ: Mapping[s
     it could not be started.
     """
     # Not by the module subprocess, whose import would take as long as everything else. A Python ignores SIGPIPE; what
-    # it or our parent ignores or blocks would stay so in the new process.
-    usual = [int(number) for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD)]
+    # it or our parent (nohup, a supervisor) ignores or blocks would stay so in the new process.
+    usual = sorted(int(number) for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
     spawn = f"os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, setpgroup=0, setsigdef={usual}, setsigmask=[])"
     launcher = f"import os, sys; {spawn}"
     run_launcher([sys.executable, "-I", "-S", "-c", launcher, *argv], environ=environ)

@@ -98,7 +98,7 @@ class Host:
         quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(self.temp), "HOME": str(self.home)}
         # These tests themselves may run under `uv run`: no driver but the one of that test is meant to notice.
         alone = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_ENVCACHE_DIR": str(self.layout.root)}
-        return {**kept, **quiet, **alone, **more}
+        return {**kept, **quiet, **alone, "RAY_ENVCACHE_MIN_FREE_SPACE": "off", **more}
 
     def start(
         self, code: str, *arguments: str | Path, before: tuple[str | Path, ...] = (), **environ: str

@@ -143,9 +143,13 @@ def test_four_at_once_on_a_small_disk(host: Host, program: Path, disk: Path) -> 
     assert list(disk.iterdir()) == []
     # The environment, and the layer of the program's own package.
     assert len(list(host.layout.all_entries())) == 2
-    assert not any(
-        status.in_use for status in survey(host.layout) if not {user.kind for user in status.users} <= {"bytecode"}
-    )
+
+    def in_use() -> list[set[str]]:
+        users = [{user.kind for user in status.users} for status in survey(host.layout) if status.in_use]
+        return [kinds for kinds in users if not kinds <= {"bytecode"}]
+
+    # On a busy machine Ray's workers end a moment after their driver.
+    support.wait_until(lambda: in_use() == [], "nothing runs from it")
 
 
 def test_failed_run_keeps_its_logs_and_its_status(host: Host, program: Path) -> None:

@@ -564,6 +564,7 @@ def test_timer_cleans_the_store_that_was_chosen(store: Store, monkeypatch: pytes
     root = tmp_path / 'it\'s 100% "here"'
     monkeypatch.setenv("RAY_ENVCACHE_DIR", str(root))
     monkeypatch.setenv("RAY_ENVCACHE_UNUSED_FOR", "3d")
+    monkeypatch.delenv("RAY_ENVCACHE_MIN_FREE_SPACE")
     monkeypatch.chdir(Path(sys.executable).parent)
     said = subprocess.run(["./ray-envcache", "gc", "--print-timer"], capture_output=True, text=True, check=True).stdout
     line = next(line for line in said.splitlines() if line.startswith("17 "))
