@@ -171,10 +171,8 @@ class Store:
         from ray_envcache.build import layers  # builds: not on the agent's warm path
         from ray_envcache.build.builder import Builder
 
-        make = layers.editable_plan if inputs.editable else layers.layer_plan
-
         def of_content_now() -> Lease:
-            layer = make(inputs.spec, plan, base)
+            layer = layers.layer_plan(inputs.spec, plan, base, editable=inputs.editable)
             return self._claim_any(layer.key, holder) or Builder(self.layout, layer, holder, observer).lease()
 
         for _ in range(_TRIES - 1):
@@ -238,7 +236,8 @@ def _content(inputs: Inputs, known: Memo) -> str | None:
         return None
     folder = inputs.project.folder
     packages = [LocalPackage(name, (folder / path).resolve(), editable) for name, path, editable in known.local]
-    return layers.digest_of_editable(packages) if inputs.editable else layers.digest_of(layers.contents_of(packages))
+    editable = inputs.editable
+    return layers.digest_of(layers.sources_of(packages, editable=editable), editable=editable)
 
 
 def _locate_pinned(spec: EnvSpec) -> Project:
@@ -261,7 +260,7 @@ def digest_of_local(spec: EnvSpec, resolved: ResolvedSet) -> str | None:
 
     if not (resolved.local and spec.install_project):
         return None
-    return layers.digest_of(layers.contents_of(resolved.local))
+    return layers.digest_of(layers.sources_of(resolved.local))
 
 
 def _digest_of(spec: EnvSpec) -> tuple[Project | None, str]:

@@ -121,7 +121,6 @@ class Builder:
         entry, began = self.layout.next_entry(self.plan.key), time.monotonic()
         try:
             with self._start(entry):
-                self.plan.prepare(entry)
                 self.observer.started(self.plan)
                 self._fill(entry, flock)
                 self._publish(entry, time.monotonic() - began)
@@ -226,7 +225,7 @@ class Builder:
             build_seconds=round(seconds, 3),
             uv=metadata.version("uv"),
             boot_id=boot_id(),
-            **self.plan.facts(),
+            **self.plan.facts(entry),
         )
         entry.building.unlink()
         record.write(entry)

@@ -1,44 +1,51 @@
 """Layers: locally developed packages, installed in front of a shared environment without touching it.
 
-A layer is an entry of the store like others, with a small venv of its own: `sys.prefix`, shebangs and the hold work by
-themselves, and its site-packages come before those of the environment below. Its key is the key of that environment
-and the content of the packages, so an edited line costs a layer and never an environment.
+A layer is an entry of the store like others. Its venv has links to all that the environment below has, see `forest`,
+and the project's own packages for real, as uv builds them from where they are developed. Its key is the key of that
+environment and the content of the packages, so an edited line costs a layer and never an environment.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ray_envcache.build import venv_files
-from ray_envcache.build.plan import EnvironmentPlan, Plan, pip_options
+from ray_envcache.build import forest, installed
+from ray_envcache.build.plan import EnvironmentPlan, Plan, pip_options, sync_options
 from ray_envcache.build.uv_calls import UvCalls
 from ray_envcache.checkout import content
 from ray_envcache.checkout.content import Content
-from ray_envcache.errors import DigestError
+from ray_envcache.errors import ChangedError, DigestError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve import export
 from ray_envcache.resolve.lockfile import LocalPackage
 from ray_envcache.store import key
-from ray_envcache.store.layout import Entry
+from ray_envcache.store.layout import Entry, layout_of
+from ray_envcache.store.record import LocalBuild
 from ray_envcache.system import files
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _LocalPackagesPlan(Plan):
-    """A build of the local packages in `folders` on top of the environment `base`."""
+class LayerPlan(Plan):
+    """A build of the local packages `sources` on top of the environment `base`, as their content is now.
+
+    With `editable` those that the lockfile calls editable are imported from where they are developed: edits show at
+    once, in this checkout only. `others` are the names of what uv leaves out: it is in the environment below.
+    """
 
     base: Entry
-    folders: tuple[Path, ...]
+    sources: tuple[Source, ...]
     digest: str
+    editable: bool
+    selection: tuple[str, ...] | None
+    others: tuple[str, ...]
+    build_settings: str
 
     holds = 2
     # The environment below was checked so; an import of ray takes 0.4 s.
@@ -46,131 +53,142 @@ class _LocalPackagesPlan(Plan):
 
     @property
     def headline(self) -> str:
-        return f"Building the local packages of {self.project}: {', '.join(folder.name for folder in self.folders)}"
+        names = ", ".join(os.path.basename(one.package.path) for one in self.sources)
+        return f"Building the local packages of {self.project}: {names}"
 
     def install(self, entry: Entry, run_uv: UvCalls) -> None:
-        venv_files.add_base(entry, self.base)
-        run_uv("pip", "install", "--no-deps", *pip_options(entry), *self.packages(entry))
-        venv_files.add_scripts_of(entry, self.base)
-        venv_files.add_data_of(entry, self.base)
+        earlier = installed.earlier_builds(layout_of(entry), self.interpreter)
+        with self._visible(entry, run_uv) as call:
+            # uv has no eye for an edited source file: it would take the build that its cache has.
+            self._install(entry, call, [one for one in self.sources if one.identity() not in earlier])
+            # Where another uv has built other content since, the cache has that.
+            stale = [one for one in self.sources if earlier.get(one.identity()) not in {None, one.record(entry)}]
+            if stale:
+                self._install(entry, call, stale)
+        self._require_unchanged()
+        forest.link(self.base, entry)
 
-    def packages(self, entry: Entry) -> list[str]:
-        """The packages, as arguments of `uv pip install`."""
-        raise NotImplementedError
+    def _install(self, entry: Entry, run_uv: UvCalls, anew: list[Source]) -> None:
+        again = [f"--reinstall-package={one.package.name}" for one in anew]
+        if self.selection is None:
+            folders = [argument for one in self.sources for argument in one.arguments()]
+            run_uv("pip", "install", "--no-deps", *pip_options(entry), *again, *folders)
+        else:
+            modes = [] if self.editable else ["--no-editable"]
+            absent = [f"--no-install-package={name}" for name in self.others]
+            run_uv("sync", *sync_options(entry), *self.selection, *modes, *absent, *again)
 
-    def facts(self) -> dict[str, Any]:
+    @contextmanager
+    def _visible(self, entry: Entry, run_uv: UvCalls) -> Iterator[UvCalls]:
+        """Let builds that see the environment itself see what is below too, while the context lasts."""
+        if "no-build-isolation" not in self.build_settings:
+            yield run_uv
+            return
+        chain = entry.site_packages / "_ray_envcache_base.pth"
+        chain.write_text(f"import site; site.addsitedir({os.fspath(self.base.site_packages)!r})\n", encoding="utf-8")
+        yield replace(run_uv, environ={"PATH": f"{self.base.bin}{os.pathsep}{os.environ.get('PATH', os.defpath)}"})
+        chain.unlink()
+
+    def _require_unchanged(self) -> None:
+        """Raise ChangedError where a package was edited since its content was hashed: the key tells what is in it."""
+        for one in self.sources:
+            names = one.content.edited_until(one.scan_again())
+            if names:
+                raise ChangedError(
+                    f"`{one.package.path / names[0]}` was edited while the package was built",
+                    "try again; name what programs write there in .gitignore, or let them write elsewhere",
+                )
+
+    def facts(self, entry: Entry) -> dict[str, Any]:
+        watched = content.extensions([one.package.path for one in self.sources if one.is_editable])
         return {
-            "packages": len(self.folders),
+            "packages": len(self.sources),
             "added": (),
             "hashes": "none",
             "no_build": False,
-            "inherited": (),
+            "inherited": tuple((path, *(files.file_identity(path) or (0, 0))) for path in map(os.fspath, watched)),
             "base": os.fspath(self.base.path) if self.base.readonly else self.base.path.name,
             "content": self.digest,
+            "local": tuple(LocalBuild(*one.identity(), one.record(entry)) for one in self.sources),
         }
 
 
 @dataclass(frozen=True)
-class LayerPlan(_LocalPackagesPlan):
-    """A build of the packages as their content is now."""
+class Source:
+    """A local package and its content; of one that `is_editable` only what says how to install it."""
 
-    contents: tuple[Content, ...]
+    package: LocalPackage
+    content: Content
+    is_editable: bool
 
-    def install(self, entry: Entry, run_uv: UvCalls) -> None:
-        super().install(entry, run_uv)
-        files.remove_tree(entry.sources)
+    @classmethod
+    def of(cls, package: LocalPackage, *, editable: bool) -> Source:
+        """The package as it is now. Raises LockfileError where it is not here."""
+        content.require_folder(package.path)
+        is_editable = editable and package.editable
+        return cls(package, _scan(package.path, is_editable=is_editable), is_editable)
 
-    def prepare(self, entry: Entry) -> None:
-        """Copy the packages; they keep their places to each other and to the root of their workspace."""
-        for one in self.contents:
-            one.copy(self._place(entry, one.folder), within=entry.sources)
-        _copy_projects(self.folder, self._place(entry, self.folder), within=entry.sources)
+    def scan_again(self) -> Content:
+        return _scan(self.package.path, is_editable=self.is_editable)
 
-    def packages(self, entry: Entry) -> list[str]:
-        return [os.fspath(self._place(entry, folder)) for folder in self.folders]
+    def arguments(self) -> list[str]:
+        """The package as arguments of `uv pip install`."""
+        return [*(["--editable"] if self.is_editable else []), os.fspath(self.package.path)]
 
-    def _place(self, entry: Entry, folder: Path) -> Path:
-        return entry.sources / os.path.relpath(folder, self._top)
+    def identity(self) -> tuple[str, str, str]:
+        """What a build of it is made from."""
+        return self.package.name, os.fspath(self.package.path), self.content.digest
 
-    @cached_property
-    def _top(self) -> str:
-        return os.path.commonpath([self.folder, *self.folders, *(one.top for one in self.contents)])
-
-
-@dataclass(frozen=True)
-class EditableLayerPlan(_LocalPackagesPlan):
-    """A build that imports the packages from where they are developed: edits show at once, in this checkout only."""
-
-    def packages(self, entry: Entry) -> list[str]:  # noqa: ARG002  # the other kind needs it
-        return [argument for folder in self.folders for argument in ("--editable", os.fspath(folder))]
-
-    def facts(self) -> dict[str, Any]:
-        built = map(os.fspath, content.extensions(self.folders))
-        return {**super().facts(), "inherited": tuple((path, *(files.file_identity(path) or (0, 0))) for path in built)}
+    def record(self, entry: Entry) -> str:
+        """The digest of its files as they are installed in `entry`."""
+        return installed.record_of(entry, self.package.name)
 
 
-def _copy_projects(root: Path, target: Path, within: Path) -> None:
-    """Copy the pyproject.toml of a workspace and its members: a build of one reads what they say of each other."""
-    lock = root / "uv.lock"
-    for name in {".", *export.local_sources(lock)}:
-        source, copy = root / name / "pyproject.toml", target / name / "pyproject.toml"
-        # One elsewhere that is not installed is not needed either.
-        if source.is_file() and not copy.exists() and content.is_inside(copy, within):
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, copy)
+def _scan(folder: Path, *, is_editable: bool) -> Content:
+    return content.scan_definition(folder) if is_editable else content.scan(folder)
 
 
-def contents_of(packages: Iterable[LocalPackage]) -> tuple[Content, ...]:
-    """The content of the packages, in the order of their folders. Raises LockfileError where one is not here."""
-    return tuple(map(content.scan, _folders(packages)))
+def sources_of(packages: Iterable[LocalPackage], *, editable: bool = False) -> tuple[Source, ...]:
+    """The packages with their content, in the order of their folders. Raises LockfileError where one is not here."""
+    by_folder = {package.path: package for package in packages}
+    return tuple(Source.of(by_folder[folder], editable=editable) for folder in sorted(by_folder))
 
 
-def _folders(packages: Iterable[LocalPackage]) -> tuple[Path, ...]:
-    folders = tuple(sorted({package.path for package in packages}))
-    for folder in folders:
-        content.require_folder(folder)
-    return folders
+def digest_of(sources: Iterable[Source], *, editable: bool = False) -> str:
+    """The digest of all packages of a layer, "sha256:...": what a field value pins. Their places are not in it.
+
+    But for `editable` layers: they are good for one checkout only.
+    """
+    found = [[os.fspath(one.package.path), one.content.digest] if editable else one.content.digest for one in sources]
+    return f"sha256:{key.digest_of(sorted(found))}"
 
 
-def digest_of(contents: Iterable[Content]) -> str:
-    """The digest of all packages of a layer, "sha256:...": what a field value pins. Their places are not in it."""
-    return f"sha256:{key.digest_of(sorted(one.digest for one in contents))}"
-
-
-def digest_of_editable(packages: Iterable[LocalPackage]) -> str:
-    """The digest of packages imported from their folders: their paths, and the files that say how to install them."""
-    found = [[os.fspath(folder), content.scan_definition(folder).digest] for folder in _folders(packages)]
-    return f"sha256:{key.digest_of(found)}"
-
-
-def layer_plan(spec: EnvSpec, plan: EnvironmentPlan, base: Entry) -> LayerPlan:
+def layer_plan(spec: EnvSpec, plan: EnvironmentPlan, base: Entry, *, editable: bool) -> LayerPlan:
     """The build of `plan`'s local packages on `base`. Raises LockfileError, or DigestError where `spec` pins others."""
-    contents = contents_of(plan.resolved.local)
-    digest = digest_of(contents)
-    if spec.content is not None and spec.content != digest:
+    sources = sources_of(plan.resolved.local, editable=editable)
+    digest = digest_of(sources, editable=editable)
+    if spec.content is not None and not editable and spec.content != digest:
         raise DigestError(
             f"The local packages of `{plan.folder}` have the digest {digest[:19]}…, "
             f"the field value pins {spec.content[:19]}…",
             "bring this node's files up to date, or make the field value anew with ray_envcache.runtime_env()",
         )
-    for warning in filter(None, (one.warning() for one in contents)):
+    for warning in filter(None, (one.content.warning() for one in sources)):
         _logger.warning(warning)
-    return LayerPlan(**_common(plan, base, digest), folders=tuple(one.folder for one in contents), contents=contents)
-
-
-def editable_plan(_spec: EnvSpec, plan: EnvironmentPlan, base: Entry) -> EditableLayerPlan:
-    """The build of `plan`'s local packages on `base`, imported from where they are developed."""
-    digest = digest_of_editable(plan.resolved.local)
-    return EditableLayerPlan(**_common(plan, base, digest), folders=_folders(plan.resolved.local))
-
-
-def _common(plan: EnvironmentPlan, base: Entry, digest: str) -> dict[str, Any]:
-    return {
-        "key": key.layer_key(base.key, digest, plan.resolved.build_settings),
-        "interpreter": plan.interpreter,
-        "folder": plan.folder,
-        "project": plan.project,
-        "ray": plan.ray,
-        "base": base,
-        "digest": digest,
-    }
+    settings = plan.resolved.build_settings
+    # For such a build uv wants a version to match among what it installs: then it links all into the layer itself.
+    others = [one.name for one in plan.inherited] if "match-runtime" in settings else plan.names
+    return LayerPlan(
+        key=key.layer_key(base.key, digest, settings),
+        interpreter=plan.interpreter,
+        folder=plan.folder,
+        project=plan.project,
+        ray=plan.ray,
+        base=base,
+        sources=sources,
+        digest=digest,
+        editable=editable,
+        selection=plan.selection,
+        others=tuple(others),
+        build_settings=settings,
+    )

@@ -10,7 +10,7 @@ from typing import Any
 
 from ray_envcache.build import venv_files
 from ray_envcache.build.uv_calls import UvCalls
-from ray_envcache.checkout.project import Project
+from ray_envcache.checkout.project import Kind, Project
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import export, from_cluster, interpreter, lockfile, uv
 from ray_envcache.resolve.from_cluster import Inherited, additions, located
@@ -57,15 +57,12 @@ class Plan:
         """Whether uv downloads and unpacks nothing for an environment at `near`: then it needs next to no room."""
         return True
 
-    def prepare(self, entry: Entry) -> None:
-        """Copy sources before the first progress line: a log file inside a package would change the copy."""
-
     def install(self, entry: Entry, run_uv: UvCalls) -> None:
         """Fill the fresh venv of `entry`. Raises BuildError."""
         raise NotImplementedError
 
-    def facts(self) -> dict[str, Any]:
-        """The fields of `ReadyRecord` that this kind of plan knows."""
+    def facts(self, entry: Entry) -> dict[str, Any]:
+        """The fields of `ReadyRecord` that this kind of plan knows, for the `entry` that it has filled."""
         raise NotImplementedError
 
 
@@ -73,11 +70,13 @@ class Plan:
 class EnvironmentPlan(Plan):
     """A build of the resolved set. `added` are those of it that the cluster's ray brings: {name: version}.
 
-    `inherited` are those used from the cluster's own Python.
+    `inherited` are those used from the cluster's own Python. `selection` are the arguments by which uv selects the set
+    from its own lockfile; None where the lockfile is of another kind.
     """
 
     resolved: ResolvedSet
     added: dict[str, str]
+    selection: tuple[str, ...] | None
     inherited: tuple[Inherited, ...] = ()
     system_site_packages: bool = False
 
@@ -109,23 +108,47 @@ class EnvironmentPlan(Plan):
             return done.returncode == 0 and "Would download" not in done.stderr
         return False
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all packages of the lockfile but those developed here."""
+        found = {*(package.name for package in self.resolved.packages), *(one.name for one in self.inherited)}
+        return tuple(sorted(found - self.added.keys()))
+
     def install(self, entry: Entry, run_uv: UvCalls) -> None:
-        if self.resolved.packages:
-            self._sync(entry, run_uv)
+        entry.pylock.write_text(venv_files.pylock_text(self.resolved), encoding="utf-8")
+        if self.selection is not None:
+            self._sync(entry, run_uv, self.selection)
+        elif self.resolved.packages:
+            self._sync_list(entry, run_uv)
         # After uv, which would remove links that it did not make.
         from_cluster.link(self.inherited, entry.site_packages)
 
-    def _sync(self, entry: Entry, run_uv: UvCalls) -> None:
-        wanted = [self.resolved]
+    def _sync(self, entry: Entry, run_uv: UvCalls, selection: tuple[str, ...]) -> None:
+        """Have uv install from its own lockfile, and then what the cluster's ray adds, with the cluster's settings."""
+        elsewhere = [*(one.name for one in self.resolved.local), *(one.name for one in self.inherited)]
+        absent = [f"--no-install-package={name}" for name in elsewhere]
+        # uv has no hash of these, and would take the file that it saw before.
+        again = [f"--refresh-package={package.name}" for package in self.resolved.loose]
+        run_uv("sync", *sync_options(entry), *selection, "--no-editable", *absent, *again)
+        if self.added:
+            added = tuple(package for package in self.resolved.packages if package.name in self.added)
+            lines = entry.path / "pylock.added.toml"
+            lines.write_text(venv_files.pylock_text(replace(self.resolved, packages=added)), encoding="utf-8")
+            apart = replace(run_uv, folder=Path("/"))
+            apart("pip", "install", "--no-deps", "--preview-features=pylock", *pip_options(entry), "-r", lines)
+            lines.unlink()
+
+    def _sync_list(self, entry: Entry, run_uv: UvCalls) -> None:
         if "no-build-isolation" in self.resolved.build_settings and self.resolved.is_built_here:
             # A build that sees the environment itself needs everything there that needs no build.
             wheels = tuple(package for package in self.resolved.packages if not package.is_built_here)
-            wanted.insert(0, replace(self.resolved, packages=wheels))
-        for resolved in wanted:
-            entry.pylock.write_text(venv_files.pylock_text(resolved), encoding="utf-8")
-            run_uv("pip", "sync", "--preview-features=pylock", *pip_options(entry), entry.pylock)
+            first = entry.path / "pylock.wheels.toml"
+            first.write_text(venv_files.pylock_text(replace(self.resolved, packages=wheels)), encoding="utf-8")
+            run_uv("pip", "sync", "--preview-features=pylock", *pip_options(entry), first)
+            first.unlink()
+        run_uv("pip", "sync", "--preview-features=pylock", *pip_options(entry), entry.pylock)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, entry: Entry) -> dict[str, Any]:  # noqa: ARG002  # the other kind needs it
         return {
             "packages": len(self.resolved.packages),
             "base": "",
@@ -148,6 +171,11 @@ def pip_options(entry: Entry) -> list[str]:
     return [f"--python={entry.python}", "--no-python-downloads", "--no-compile-bytecode"]
 
 
+def sync_options(entry: Entry) -> list[str]:
+    """The options by which `uv sync` installs what a lockfile says into the venv of `entry`, and removes nothing."""
+    return ["--frozen", "--inexact", *pip_options(entry)]
+
+
 def plan_of(spec: EnvSpec, project: Project, executable: str, ray: AnyRay, *, check_current: bool) -> EnvironmentPlan:
     """The plan of the environment that `spec` means, for the base interpreter at `executable`.
 
@@ -166,6 +194,7 @@ def plan_of(spec: EnvSpec, project: Project, executable: str, ray: AnyRay, *, ch
         folder=project.folder,
         project=project.name(),
         ray=version,
+        selection=tuple(export.selection(spec, project)) if project.kind is Kind.UV else None,
         inherited=tuple(inherited),
         system_site_packages=spec.system_site_packages,
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ray_envcache.errors import BuildError, DiskFullError, PassingError
@@ -25,6 +25,7 @@ class UvCalls:
     cache: Path
     flock: int
     on_line: Callable[[str], None]
+    environ: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, *arguments: str | os.PathLike[str]) -> None:
         """Run uv to its end. Raises BuildError where it fails."""
@@ -36,7 +37,11 @@ class UvCalls:
                     log.write(f"{line}\n")
                 self.on_line(line)
 
-            done = uv.run(arguments, cwd=self.folder, cache=self.cache, on_line=listen, pass_fds=[self.flock])
+            # `uv sync` installs there; `uv pip` is told by an option.
+            environ = {**self.environ, "UV_PROJECT_ENVIRONMENT": os.fspath(self.entry.venv)}
+            done = uv.run(
+                arguments, cwd=self.folder, cache=self.cache, on_line=listen, pass_fds=[self.flock], more=environ
+            )
         uv.require_not_killed(done)
         if done.returncode != 0:
             raise self._error(done)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import tomli_w
@@ -53,33 +52,3 @@ def pylock_text(resolved: ResolvedSet) -> str:
     """The resolved set as pylock.toml: exactly one artifact per package, so that uv installs what the key names."""
     packages = [package.artifact for package in resolved.packages]
     return tomli_w.dumps({"lock-version": "1.0", "created-by": "ray-envcache", "packages": packages})
-
-
-def add_base(entry: Entry, base: Entry) -> None:
-    """Put the packages of `base` behind those of `entry`, for every interpreter of `entry`; it holds both."""
-    # Through `site`, not as a plain path: so that the .pth files of `base` are run too, its hold among them.
-    line = f"import site; site.addsitedir({os.fspath(base.site_packages)!r})\n"
-    (entry.site_packages / "_ray_envcache_base.pth").write_text(line, encoding="utf-8")
-
-
-def add_scripts_of(entry: Entry, base: Entry) -> None:
-    """Give `entry` the console scripts of `base`, run by its own interpreter, so that they see its packages too."""
-    was, now = os.fsencode(base.bin), os.fsencode(entry.bin)
-    for script in base.bin.iterdir():
-        path = entry.bin / script.name
-        if script.name.startswith(("python", "activate", "pip")) or os.path.lexists(path):
-            continue
-        # The first lines name the interpreter, one way or, where its path is long, another.
-        text = b"" if script.is_dir() else script.read_bytes()
-        if text.startswith(b"#!") and was in text[:1000]:
-            path.write_bytes(text[:1000].replace(was, now) + text[1000:])
-            path.chmod(0o755)
-        else:
-            path.symlink_to(script)
-
-
-def add_data_of(entry: Entry, base: Entry) -> None:
-    """Link the data files (share, etc, include) of `base`, which packages look for below `sys.prefix`."""
-    for path in base.venv.iterdir():
-        if path.is_dir() and not os.path.lexists(entry.venv / path.name):
-            (entry.venv / path.name).symlink_to(path)

@@ -1,6 +1,6 @@
-"""What a build of a local package sees: its files, their digest, and a copy of them to build from.
+"""What a build of a local package sees: its files, and their digest.
 
-A build never runs in the developer's folder: many backends write there, and what is hashed must be what is built.
+uv builds in the folder itself, and many backends write there: what they leave is no content.
 """
 
 from __future__ import annotations
@@ -8,15 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from ray_envcache.checkout import git, toml
-from ray_envcache.errors import ChangedError, LockfileError
+from ray_envcache.errors import LockfileError
 
 MAX_FILES = 50_000
 """A folder with more files is no package: it has data in it, or an environment without a `pyvenv.cfg`."""
@@ -29,6 +28,10 @@ _NEVER = frozenset(
     {".git", ".hg", ".svn", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", ".tox", ".nox",
      ".venv", "node_modules"}
 )  # fmt: skip
+_SIGNS = ("pyvenv.cfg", "CACHEDIR.TAG")  # of an environment, and of a cache, such as a store
+_CODE = (".py", ".pyi", ".pyx", ".pxd", ".c", ".cc", ".cpp", ".cu", ".h", ".hpp", ".rs", ".toml", ".cfg")
+_OUTPUT = re.compile(r"build/(bdist|lib|scripts|temp)[^/]*/.*|dist/[^/]*\.(whl|tar\.gz)|(.*/)?[^/]*\.egg-info(/.*)?")
+"""What builds leave in the folder of a package, where git does not track it."""
 
 
 @dataclass(frozen=True)
@@ -45,49 +48,20 @@ class Content:
     digest: str
     identities: dict[str, list[Any]]
 
-    @property
-    def top(self) -> str:
-        """The folder that has the package, and what `cache-keys` names beside it."""
-        outside = (os.path.normpath(self.folder / name) for name in self.files if name.startswith("../"))
-        return os.path.commonpath([self.folder, *outside])
+    def edited_until(self, later: Content) -> list[str]:
+        """The files of this content that are others, or gone, in `later`, which is the same package.
 
-    def copy(self, target: Path, within: Path | None = None) -> None:
-        """Copy the files to `target`; those beside the package too, where their places are inside of `within`.
-
-        Files too large to be read are linked to, not copied. Nothing is written outside of `within` (by default
-        `target`), also where links lead out of it. Raises ChangedError where a file was edited since it was hashed.
+        Not those that only grew, and are no code: logs that a program keeps beside it.
         """
-        target.mkdir(parents=True, exist_ok=True)
-        repository = git.repository_of(self.folder) if (self.folder / ".git").exists() else None
-        # Backends that ask git for the version find it there.
-        if repository and not os.path.lexists(target / ".git"):
-            repository.give_copy(target / ".git")
-        for directory, names in groupby(sorted(self.files, key=os.path.dirname), os.path.dirname):
-            place = Path(os.path.realpath(target / directory))
-            if not is_inside(place, within or target):
-                continue
-            place.mkdir(parents=True, exist_ok=True)
-            for name in names:
-                # It is there already where one package lies in another, or a link leads to a copied file.
-                if not os.path.lexists(place / os.path.basename(name)):
-                    self._copy(name, place / os.path.basename(name))
+        changed = [name for name, identity in self.identities.items() if later.identities.get(name) != identity]
+        return [name for name in changed if name.endswith(_CODE) or not self._has_grown(name)]
 
-    def _copy(self, name: str, path: Path) -> None:
-        source, seen = self.folder / name, path
-        try:
-            if name in self.by_time:
-                path.symlink_to(source)
-            elif source.is_file():
-                shutil.copy2(source, path)
-            else:
-                _copy_link(self.folder, name, path)
-                seen = source  # the copy of a link may lead there by another path
-            same = _identity(seen, read=name not in self.by_time) == self.identities[name]
-        except FileNotFoundError:
-            same = False
-        if not same:
-            # The key of the layer was made from the content that was hashed: no later check would find the difference.
-            raise ChangedError(f"`{source}` was edited while it was copied", "try again")
+    def _has_grown(self, name: str) -> bool:
+        was, path = self.identities[name], self.folder / name
+        if name in self.by_time or was[0] == "link" or not path.is_file():
+            return name in self.by_time
+        with path.open("rb") as file:
+            return bool(hashlib.sha256(file.read(was[2])).hexdigest() == was[1])
 
     def warning(self) -> str:
         """A warning for a package too large to be read, with the folder that makes it so; else ""."""
@@ -99,17 +73,6 @@ class Content:
             f"`{self.folder}` has {self.size / 1e9:.1f} GB that every build looks through, most of it in `{place}`: "
             "name it in .gitignore, or keep it elsewhere"
         )
-
-
-def is_inside(path: Path, folder: Path) -> bool:
-    """Whether what is, or would be made, at `path` lies in `folder` once all links are followed."""
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
-
-
-def _copy_link(folder: Path, name: str, copy: Path) -> None:
-    """Copy a link to a folder, or to nowhere; one that leads out of the package leads to the same place."""
-    target = os.path.realpath(folder / name)
-    copy.symlink_to(os.readlink(folder / name) if is_inside(Path(target), folder) else target)
 
 
 def scan(folder: Path) -> Content:
@@ -167,11 +130,12 @@ def _seen(folder: Path) -> list[str]:
 
 def _listed(folder: Path) -> Iterable[str]:
     repository = git.repository_of(folder)
-    names = repository.files(folder) if repository else []
-    definitions = [name for name in ("pyproject.toml", "setup.py") if (folder / name).is_file()]
+    tracked = repository.files(folder) if repository else {}
+    definitions = {name for name in ("pyproject.toml", "setup.py") if (folder / name).is_file()}
     # A repository that ignores the folder of the package says nothing of what is in it.
-    is_hidden = not names or (definitions and not {*definitions} & {*names})
-    return _walk(folder) if is_hidden else names
+    if not tracked or (definitions and not definitions & tracked.keys()):
+        tracked = dict.fromkeys(_walk(folder), False)
+    return [name for name in tracked if tracked[name] or not _OUTPUT.fullmatch(name)]
 
 
 def _walk(folder: Path) -> Iterator[str]:
@@ -179,7 +143,7 @@ def _walk(folder: Path) -> Iterator[str]:
         subdirectories[:] = [
             name
             for name in sorted(subdirectories)
-            if name not in _NEVER and not os.path.exists(os.path.join(directory, name, "pyvenv.cfg"))
+            if name not in _NEVER and not any(os.path.exists(os.path.join(directory, name, sign)) for sign in _SIGNS)
         ]
         relative = os.path.relpath(directory, folder)
         links = [name for name in subdirectories if os.path.islink(os.path.join(directory, name))]
@@ -206,7 +170,8 @@ def _identity(path: Path, *, read: bool) -> list[Any]:
     found = path.stat()
     if not read:
         return ["by time", found.st_size, found.st_mtime_ns]
-    return [bool(found.st_mode & 0o111), hashlib.sha256(path.read_bytes()).hexdigest()]
+    text = path.read_bytes()
+    return [bool(found.st_mode & 0o111), hashlib.sha256(text).hexdigest(), len(text)]
 
 
 def _portable(name: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,14 +29,14 @@ class Repository:
     top: Path
     directory: Path
 
-    def files(self, folder: Path) -> list[str]:
-        """What git tracks or does not ignore in `folder`, from there; repositories inside by the name of their folder.
+    def files(self, folder: Path) -> dict[str, bool]:
+        """What git tracks (True) or does not ignore (False) in `folder`, from there; repositories inside by their name.
 
         Raises LockfileError where there is no git, or git cannot read the repository.
         """
-        listed = self._ask(folder, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", ".")
+        listed = self._ask(folder, "ls-files", "-z", "-t", "--cached", "--others", "--exclude-standard", "--", ".")
         # A file in a conflict is listed once for each side.
-        return sorted({name.rstrip("/") for name in listed.split("\0") if name})
+        return {name[2:].rstrip("/"): name[0] != "?" for name in listed.split("\0") if name}
 
     def described(self, folder: Path) -> str:
         """The commit, and the tag that names it or the last one before it; "" before the first commit.
@@ -47,18 +46,6 @@ class Repository:
         if not self._ask(folder, "rev-list", "--max-count=1", "--all"):
             return ""
         return self._ask(folder, "describe", "--tags", "--always", "--abbrev=40", "HEAD")
-
-    def give_copy(self, target: Path) -> None:
-        """Make `target` a git directory for a copy of the checkout: builds that ask git write to its index alone.
-
-        It is made as git makes that of a linked worktree: HEAD and index of its own, everything else from ours.
-        """
-        target.mkdir(parents=True)
-        shared = self.directory / "commondir"
-        common = self.directory / shared.read_text().strip() if shared.is_file() else self.directory
-        (target / "commondir").write_text(f"{os.path.realpath(common)}\n")
-        for path in (self.directory / "HEAD", *self.directory.glob("index"), *self.directory.glob("sharedindex.*")):
-            shutil.copy2(path, target / path.name)
 
     def _ask(self, folder: Path, *arguments: str) -> str:
         named = {"GIT_DIR": os.fspath(self.directory), "GIT_WORK_TREE": os.fspath(self.top)}

@@ -12,8 +12,8 @@ def _hold() -> "int | None":
     import os
     import time
 
-    # <entry>/venv/lib/pythonX.Y/site-packages/<this file>
-    entry = __file__
+    # <entry>/venv/lib/pythonX.Y/site-packages/<this file>; a layer has a link to the file of the environment below.
+    entry = os.path.realpath(__file__)
     for _ in range(5):
         entry = os.path.dirname(entry)
     path = os.path.join(entry, "in-use")
@@ -45,7 +45,7 @@ def _hold() -> "int | None":
         else:
             break
     lower = os.environ.get("RAY_ENVCACHE_READONLY_DIRS", "").split(":")
-    if not any(entry.startswith(os.path.join(root, "v1", "")) for root in lower if root):
+    if not any(entry.startswith(os.path.join(os.path.realpath(root), "v1", "")) for root in lower if root):
         try:
             os.utime(held)
         except OSError:

@@ -37,19 +37,23 @@ def export(spec: EnvSpec, project: Project, interpreter: Interpreter) -> dict[st
 
 
 def _from_uv(spec: EnvSpec, project: Project, interpreter: Interpreter) -> dict[str, Any]:
+    data = _exported(project, interpreter, selection(spec, project))
+    # uv has applied them and does not list them; packaging, from 26.4, selects only what is listed.
+    data["extras"] = [canonicalize_name(name) for name in spec.extras]
+    data["dependency-groups"] = [canonicalize_name(name) for name in spec.groups]
+    return data
+
+
+def selection(spec: EnvSpec, project: Project) -> list[str]:
+    """The arguments of `uv export` and `uv sync` that choose the packages of a project."""
     package = spec.package or (project.name() if project.member != "." else None)
-    selection = [
+    return [
         *(f"--extra={name}" for name in spec.extras),
         *(f"--group={name}" for name in spec.groups),
         *([f"--package={package}"] if package else []),
         # Beside it `--group=dev` would count for nothing.
         *(["--no-dev"] if "dev" not in spec.groups else []),
     ]
-    data = _exported(project, interpreter, selection)
-    # uv has applied them and does not list them; packaging, from 26.4, selects only what is listed.
-    data["extras"] = [canonicalize_name(name) for name in spec.extras]
-    data["dependency-groups"] = [canonicalize_name(name) for name in spec.groups]
-    return data
 
 
 def _exported(project: Project, interpreter: Interpreter, selection: list[str]) -> dict[str, Any]:

@@ -94,14 +94,15 @@ class ResolvedSet:
         """Whether any package is built from source."""
         return any(package.is_built_here for package in self.packages)
 
-    def local_files(self) -> list[str]:
-        """The artifacts that are files of this host, and whose hashes the lockfile does not have.
-
-        Its text does not tell when one was replaced.
-        """
+    @property
+    def loose(self) -> list[ResolvedPackage]:
+        """The packages whose hashes the lockfile does not have: its text does not tell when one was replaced."""
         # A repository is not such a file: the commit says all.
-        loose = (package for package in self.packages if not (package.is_pinned or package.kind == "vcs"))
-        return [table["path"] for package in loose for table in package.artifact_tables() if "path" in table]
+        return [package for package in self.packages if not (package.is_pinned or package.kind == "vcs")]
+
+    def local_files(self) -> list[str]:
+        """The artifacts of `loose` packages that are files of this host."""
+        return [table["path"] for package in self.loose for table in package.artifact_tables() if "path" in table]
 
     @property
     def download_size(self) -> int:

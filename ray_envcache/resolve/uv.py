@@ -64,13 +64,15 @@ def run(
     on_line: children.OnLine | None = None,
     pass_fds: Sequence[int] = (),
     scope: Scope = Scope.REACH,
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> children.Completed:
     """Run uv in `cwd` to its end, with the settings of the files there, and its cache at `cache`.
 
-    What else counts, of files and of variables, says `scope`. `on_line` gets each line of stderr as it comes.
+    What else counts, of files and of variables, says `scope`; `more` are variables beside ours. `on_line` gets each
+    line of stderr as it comes.
     Credentials never leave this function. Raises LockfileError where a file with settings is broken.
     """
-    environ = _environ(scope)
+    environ = _environ(scope) | dict(more)
     if cache is not None:
         environ["UV_CACHE_DIR"] = os.fspath(cache)
     with file_of(settings.for_uv(cwd, scope.value)) as file:

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from ray_envcache.resolve.interpreter import Interpreter
     from ray_envcache.resolve.lockfile import ResolvedPackage, ResolvedSet
 
-SCHEMA = 1
+SCHEMA = 2
 """Increased when equal inputs give other bytes on disk."""
 
-LAYER_SCHEMA = 2
+LAYER_SCHEMA = 3
 """Raised when the same inputs of a layer would give other bytes on disk."""
 
 KEY_LENGTH = 32
@@ -32,7 +32,6 @@ def compute_key(resolved: ResolvedSet, interpreter: Interpreter, outside: Sequen
     identity = {
         "schema": SCHEMA,
         "packages": sorted(packages),
-        "additions": [],  # empty since they are among the packages; without it all earlier keys would change
         "interpreter": interpreter.identity(),
         "build_settings": resolved.build_settings if built_here else "",
         "outside": list(outside),

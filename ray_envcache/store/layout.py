@@ -95,11 +95,6 @@ class Entry:
         return self.path / "build.log"
 
     @property
-    def sources(self) -> Path:
-        """Copies of local packages while they are built."""
-        return self.path / "src"
-
-    @property
     def pylock(self) -> Path:
         return self.path / "pylock.toml"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,19 @@ from ray_envcache.system.processes import boot_id
 SCHEMA_VERSION = 1
 
 
+class LocalBuild(NamedTuple):
+    """A local package in a layer: where it was built, the digest of its content, and `record`, that of its files."""
+
+    name: str
+    folder: str
+    content: str
+    record: str
+
+    def identity(self) -> tuple[str, str, str]:
+        """What it was built from."""
+        return self.name, self.folder, self.content
+
+
 class ReadyRecord(NamedTuple):
     """The proof that an entry is complete, written last. Times are UTC ISO 8601, sizes bytes.
 
@@ -22,7 +35,7 @@ class ReadyRecord(NamedTuple):
     (its path, where that is in a read-only store), and `content` the digest of its packages; both are "" for an
     environment. `inherited` are files of packages used from elsewhere: path, size, mtime in ns. `hashes` says of how
     many packages the lockfile has the hash, which uv then insists on: "all", "some" or "none"; with `no_build` nothing
-    was built from source.
+    was built from source. `local` are the local packages of a layer, see `LocalBuild`.
     """
 
     key: str
@@ -45,6 +58,7 @@ class ReadyRecord(NamedTuple):
     hashes: str
     no_build: bool
     inherited: tuple[tuple[str, int, int], ...]
+    local: tuple[tuple[str, str, str, str], ...] = ()
 
     def write(self, entry: Entry) -> None:
         """Publish the entry: from now on it is handed out."""
@@ -56,7 +70,7 @@ class ReadyRecord(NamedTuple):
 
         Unknown fields are ignored: a newer version of this package may share the store.
         """
-        values = _recorded(entry.ready, cls._fields)
+        values = _recorded(entry.ready, cls._fields, cls._field_defaults)
         record = None if values is None else cls._make(values)
         return record if record and record.holds(entry) else None
 
@@ -87,7 +101,7 @@ class MeasuredRecord(NamedTuple):
 
     @classmethod
     def read(cls, entry: Entry) -> MeasuredRecord | None:
-        values = _recorded(entry.measured, cls._fields)
+        values = _recorded(entry.measured, cls._fields, {})
         return None if values is None else cls._make(values)
 
 
@@ -100,16 +114,16 @@ def _is_same_place(built: str, found: str) -> bool:
         return False
 
 
-def _recorded(path: Path, names: Sequence[str]) -> list[Any] | None:
+def _recorded(path: Path, names: Sequence[str], defaults: Mapping[str, Any]) -> list[Any] | None:
     """The values with these names in the record at `path`; None where there is none, or not of our schema.
 
-    They are as records have them: tuples, no lists.
+    They are as records have them: tuples, no lists. `defaults` are for what an earlier version did not write.
     """
     data = files.read_json(path)
     if data is None or data.get("schema_version") != SCHEMA_VERSION:
         return None
     try:
-        values = [data[name] for name in names]
+        values = [data[name] if name in data else defaults[name] for name in names]
     except KeyError:
         return None
     return [tuple(value) if isinstance(value, list) else value for value in values]

@@ -15,7 +15,6 @@ import pytest
 
 from ray_envcache.acquire import Store, digest_of_files
 from ray_envcache.build import plan as planning
-from ray_envcache.checkout import content
 from ray_envcache.errors import DigestError, LockfileError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve.interpreter import installed_ray
@@ -147,20 +146,16 @@ def app(tmp_path: Path, wheels: Path) -> Path:
     return project
 
 
-def test_edit_beside_the_build_of_a_layer(
-    app: Path, store: Store, acquire: Acquire, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A save between the look at a local package and its copy never becomes the layer of the content before."""
-    source = app.parent / "src" / "app" / "__init__.py"
-    copy = content.Content.copy
-
-    def late(self: content.Content, target: Path, within: Path) -> None:
-        source.write_text("VERSION = 99\n")
-        copy(self, target, within)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(content.Content, "copy", late)
-        assert version_in(acquire(app).python, "app") == "99", "looked at once more"
+def test_edit_beside_the_build_of_a_layer(app: Path, store: Store, acquire: Acquire) -> None:
+    """A save while uv builds a local package never becomes the layer of the content before: it is built once more."""
+    source, once = app.parent / "src" / "app" / "__init__.py", app.parent.parent / "edited"
+    with (app.parent / "backend.py").open("a") as file:
+        # The first build itself plays the person who saves.
+        file.write(
+            f"if not pathlib.Path({str(once)!r}).exists():\n"
+            f"    pathlib.Path({str(once)!r}).touch()\n    pathlib.Path({str(source)!r}).write_text('VERSION = 99\\n')\n"
+        )
+    assert version_in(acquire(app).python, "app") == "99", "built once more"
     assert len(list(store.layout.all_entries())) == 2, "the environment below, and no layer of the content before"
     source.write_text("VERSION = 1\n")
     assert version_in(acquire(app).python, "app") == "1"

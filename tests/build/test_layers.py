@@ -83,14 +83,15 @@ def base_of(store: Store, lease: Lease) -> Entry:
 def test_local_packages_are_installed_in_front_of_the_environment(
     store: Store, project: Path, acquire: Acquire
 ) -> None:
-    """The project and its path dependency import, with metadata; locked packages come from the environment below."""
+    """All are in one site-packages, with metadata; the locked packages are links into the environment below."""
     lease = acquire(project)
-    base = base_of(store, lease)
     program = """
-    import app, importlib.metadata as metadata, lib, os, sys, wanted
-    print(app.X, lib.X, metadata.version("app"), sys.prefix, os.path.dirname(wanted.__file__))
+    import app, importlib.metadata as metadata, lib, os, site, sys, wanted
+    print(app.X, lib.X, metadata.version("app"), sys.prefix, *{os.path.dirname(wanted.__file__), *site.getsitepackages()})
     """
-    assert says(lease, program).split() == ["1", "1", "1.0", str(lease.entry.venv), str(base.site_packages)]
+    assert says(lease, program).split() == ["1", "1", "1.0", str(lease.entry.venv), str(lease.entry.site_packages)]
+    below = base_of(store, lease).site_packages
+    assert (lease.entry.site_packages / "wanted.py").readlink() == below / "wanted.py"
     assert len(list(store.layout.all_entries())) == 2
 
 
@@ -133,11 +134,20 @@ def test_the_same_content_elsewhere_is_the_same_layer(project: Path, acquire: Ac
     assert acquire(elsewhere / "app").entry == third.entry
 
 
-def test_nothing_is_written_into_the_folder_of_a_package(project: Path, acquire: Acquire) -> None:
-    """A build runs on a copy."""
-    before = sorted(project.rglob("*"))
+def test_a_build_leaves_what_uv_leaves(project: Path, acquire: Acquire, tmp_path: Path) -> None:
+    """uv builds in the folder of a package: nothing is there afterwards that `uv sync` would not leave."""
+    same = tmp_path / "same"
+    for name in ("app", "lib"):
+        shutil.copytree(project.parent / name, same / name)
+    support.run_uv(
+        "sync", "-q", "--frozen", "--no-editable", cwd=same / "app", UV_PROJECT_ENVIRONMENT=str(tmp_path / "venv")
+    )
     acquire(project)
-    assert sorted(project.rglob("*")) == before
+    found = [
+        {path.relative_to(folder).as_posix() for name in ("app", "lib") for path in (folder / name).rglob("*")}
+        for folder in (project.parent, same)
+    ]
+    assert found[0] == found[1]
 
 
 def test_install_project_false_leaves_the_code_alone(store: Store, project: Path) -> None:

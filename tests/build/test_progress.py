@@ -37,7 +37,7 @@ def plan(project: str = "demo", size: int = 0) -> EnvironmentPlan:
     package = ResolvedPackage("numpy", "1.0", "wheel", "sha256:00", size, {})
     python = Interpreter("/usr/bin/python", "cpython", "3.12.4", "", "", (), {})
     return EnvironmentPlan(
-        "0" * 32, python, Path("/project"), project, "2.60", ResolvedSet((package,)), {"ray": "2.60"}
+        "0" * 32, python, Path("/project"), project, "2.60", ResolvedSet((package,)), {"ray": "2.60"}, None
     )
 
 

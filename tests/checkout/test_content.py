@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import tempfile
@@ -21,6 +20,7 @@ from ray_envcache.checkout.content import scan
 from ray_envcache.errors import LockfileError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve.interpreter import installed_ray
+from ray_envcache.resolve.lockfile import LocalPackage
 from ray_envcache.store import key
 from ray_envcache.store.leases import Holder
 from tests import support
@@ -67,10 +67,19 @@ def test_digest(tree: dict[str, bytes], when: int, data: st.DataObject) -> None:
 @given(st.lists(st.from_regex(r"[0-9a-f]{8}", fullmatch=True), min_size=1, max_size=4), st.randoms())
 def test_layer_key(digests: list[str], dice: object) -> None:
     """The order of packages does not matter; their content and the environment below do."""
-    contents = [content.Content(Path(f"/{number}"), (), frozenset(), 0, one, {}) for number, one in enumerate(digests)]
-    digest = layers.digest_of(contents)
-    assert layers.digest_of(reversed(contents)) == digest
-    assert layers.digest_of([*contents, contents[0]]) != digest
+    folders = [Path(f"/{number}") for number in range(len(digests))]
+    sources = [
+        layers.Source(
+            LocalPackage(one, folder, editable=True),
+            content.Content(folder, (), frozenset(), 0, one, {}),
+            is_editable=False,
+        )
+        for one, folder in zip(digests, folders, strict=True)
+    ]
+    digest = layers.digest_of(sources)
+    assert layers.digest_of(reversed(sources)) == digest
+    assert layers.digest_of([*sources, sources[0]]) != digest
+    assert layers.digest_of(sources, editable=True) != digest, "editable ones are good for one checkout only"
     assert key.layer_key("a" * 32, digest, "") != key.layer_key("b" * 32, digest, "")
     assert key.layer_key("a" * 32, digest, "") != key.layer_key("a" * 32, digest[:-1], "")
     assert key.layer_key("a" * 32, digest, "") != key.layer_key("a" * 32, digest, "{}")
@@ -174,25 +183,18 @@ def test_cache_keys_that_are_no_list(tmp_path: Path) -> None:
 
 
 def test_files_beside_the_package(tmp_path: Path) -> None:
-    """They are in the digest, and in a copy only where their place is in the part of it that is ours to fill."""
+    """What `cache-keys` names there is in the digest."""
     package = write(tmp_path / "repo" / "libs" / "package", {"a.py": b""})
     write(tmp_path / "repo", {"common/version.txt": b"1"})
     (package / "pyproject.toml").write_text('[tool.uv]\ncache-keys = [{ file = "../../common/*.txt" }]\n')
     seen = scan(package)
-    assert (seen.files, seen.top) == (
-        ("../../common/version.txt", "a.py", "pyproject.toml"),
-        str(tmp_path / "repo"),
-    )
-    for name, within in (("a", None), ("b", tmp_path / "b" / "libs"), ("c", tmp_path / "c")):
-        seen.copy(tmp_path / name / "libs" / "package", within)
-        assert (tmp_path / name / "libs" / "package" / "a.py").exists()
-        assert (tmp_path / name / "common").exists() is (name == "c")
+    assert seen.files == ("../../common/version.txt", "a.py", "pyproject.toml")
     (tmp_path / "repo" / "common" / "version.txt").write_bytes(b"2")
     assert scan(package).digest != seen.digest
 
 
 def test_files_behind_links(tmp_path: Path) -> None:
-    """What `cache-keys` names behind a link is hashed, and nothing is written through the copy of the link."""
+    """What `cache-keys` names behind a link is hashed."""
     package = write(tmp_path / "package", {"inner/b.txt": b"b"})
     outside = write(tmp_path / "outside", {"c.txt": b"c"})
     (package / "out").symlink_to("../outside")
@@ -201,30 +203,25 @@ def test_files_behind_links(tmp_path: Path) -> None:
     subprocess.run(["git", "init", "-q", package], check=True)
     seen = scan(package)
     assert {"out", "out/c.txt", "absolute/b.txt", "inner/b.txt"} <= set(seen.files)
-    seen.copy(tmp_path / "copy")
-    assert (tmp_path / "copy" / "out" / "c.txt").read_bytes() == b"c"
-    assert (tmp_path / "copy" / "inner" / "b.txt").read_bytes() == b"b"
     (outside / "c.txt").write_bytes(b"d")
     assert scan(package).digest != seen.digest
 
 
-def test_a_commit_named_as_a_file(tmp_path: Path) -> None:
-    """What is hashed of `.git` may be in a copy, which has its own."""
-    (tmp_path / "pyproject.toml").write_text('[tool.uv]\ncache-keys = [{ file = ".git/HEAD" }]\n')
-    subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    seen = scan(tmp_path)
-    seen.copy(tmp_path / "copy")
-    assert ".git/HEAD" in seen.files
-    assert (tmp_path / "copy" / ".git" / "HEAD").read_bytes() == (tmp_path / ".git" / "HEAD").read_bytes()
-
-
-def test_a_package_in_another(tmp_path: Path) -> None:
-    """The copy of the outer one has the files of the inner one, links too: they are there when its turn comes."""
-    outer = write(tmp_path / "outer", {"a.py": b"", "inner/b.py": b"b"})
-    (outer / "inner" / "link").symlink_to("nowhere")
-    scan(outer).copy(tmp_path / "copy")
-    scan(outer / "inner").copy(tmp_path / "copy" / "inner")
-    assert (tmp_path / "copy" / "inner" / "link").is_symlink()
+@pytest.mark.parametrize("git", [True, False])
+def test_what_builds_leave_is_no_content(tmp_path: Path, *, git: bool) -> None:
+    """Outputs of a build in the folder change no digest; what git tracks counts by whatever name."""
+    write(tmp_path, {"pyproject.toml": b"", "src/a.py": b"", "build/own.py": b"", "dist/notes.txt": b""})
+    if git:
+        subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    before = scan(tmp_path)
+    assert {"build/own.py", "dist/notes.txt"} < {*before.files}
+    left = ("build/lib/a.py", "build/bdist.linux-x86_64/x", "build/temp.linux/a.o", "dist/a-1.whl", "dist/a-1.tar.gz",
+            "src/a.egg-info/SOURCES.txt", "a.egg-info/PKG-INFO")  # fmt: skip
+    write(tmp_path, dict.fromkeys(left, b"x"))
+    assert scan(tmp_path) == before
+    if git:
+        subprocess.run(["git", "-C", tmp_path, "add", "-f", "build/lib"], check=True)
+        assert "build/lib/a.py" in scan(tmp_path).files
 
 
 @pytest.mark.parametrize("git", [True, False])
@@ -240,13 +237,21 @@ def test_names_that_are_no_text(tmp_path: Path, *, git: bool) -> None:
         subprocess.run(["git", "init", "-q", tmp_path], check=True)
     first = scan(tmp_path)
     assert set(first.files) == {names[0], "link"}
-    first.copy(tmp_path / "copy")
-    assert (tmp_path / "copy" / names[0]).read_bytes() == b"1"
-    shutil.rmtree(tmp_path / "copy")
     (tmp_path / names[0]).write_bytes(b"2")
     second = scan(tmp_path)
     (tmp_path / names[0]).rename(tmp_path / names[1])
     assert len({first.digest, second.digest, scan(tmp_path).digest}) == 3
+
+
+def test_edits_and_logs(tmp_path: Path) -> None:
+    """Beside a build a log may grow and files may come; any other change of a file that was there is an edit."""
+    write(tmp_path, {"a.py": b"1", "log.txt": b"one\n", "table.csv": b"1", "gone.txt": b""})
+    before = scan(tmp_path)
+    write(tmp_path, {"log.txt": b"one\ntwo\n", "new.txt": b""})
+    assert before.edited_until(scan(tmp_path)) == []
+    write(tmp_path, {"a.py": b"12", "table.csv": b"2"})
+    (tmp_path / "gone.txt").unlink()
+    assert sorted(before.edited_until(scan(tmp_path))) == ["a.py", "gone.txt", "table.csv"]
 
 
 def test_digest_is_the_same_in_every_locale(tmp_path: Path) -> None:
@@ -259,9 +264,9 @@ def test_digest_is_the_same_in_every_locale(tmp_path: Path) -> None:
 
 
 def test_links_sockets_and_pipes(tmp_path: Path) -> None:
-    """Links count by where they point, and are never followed in circles; what cannot be copied is no content."""
+    """Links count by where they point, and are never followed in circles; what cannot be read is no content."""
     folder = write(tmp_path / "package", {"a.py": b"", "sub/b.py": b""})
-    write(tmp_path / "outside", {"c.py": b"c"})
+    (tmp_path / "outside").mkdir()
     (folder / "loop").symlink_to(".")
     (folder / "gone").symlink_to("nowhere")
     (folder / "out").symlink_to("../outside")
@@ -270,22 +275,15 @@ def test_links_sockets_and_pipes(tmp_path: Path) -> None:
         listener.bind(os.path.relpath(folder / "socket"))
         seen = scan(folder)
     assert seen.files == ("a.py", "gone", "loop", "out", "sub/b.py")
-    seen.copy(tmp_path / "copy")
-    assert (tmp_path / "copy" / "loop" / "sub" / "b.py").exists()
-    assert (tmp_path / "copy" / "out" / "c.py").read_bytes() == b"c"
-    shutil.rmtree(tmp_path / "copy")
-    assert (tmp_path / "outside" / "c.py").exists()
 
 
 def test_too_much_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of more than can be read the largest files count by size and time, are linked, and a warning names their place."""
+    """Of more than can be read the largest files count by size and time, and a warning names their place."""
     monkeypatch.setattr(content, "HASHED_BYTES", 10)
     write(tmp_path / "package", {"a.py": b"12345", "data/big.bin": b"x" * 100})
     seen = scan(tmp_path / "package")
     assert seen.by_time == {"data/big.bin"}
     assert str(tmp_path / "package" / "data") in seen.warning()
-    seen.copy(tmp_path / "copy")
-    assert (tmp_path / "copy" / "data" / "big.bin").is_symlink()
     os.utime(tmp_path / "package" / "data" / "big.bin", (1, 1))
     assert scan(tmp_path / "package").digest != seen.digest
 

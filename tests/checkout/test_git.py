@@ -129,31 +129,3 @@ def test_submodule_ignores_by_its_own_rules(package: Path, tmp_path: Path) -> No
     (outer / "deps" / "inner" / "data" / "big").write_text("x")
     inner = {name for name in scan(outer).files if name.startswith("deps/inner/")}
     assert inner == {f"deps/inner/{name}" for name in (".gitignore", "a.py", "pyproject.toml")}
-
-
-def test_builds_leave_the_index_alone(package: Path, tmp_path: Path) -> None:
-    """A build in the copy that asks git writes to an index of its own, also while the user commits."""
-    index = package / ".git" / "index"
-    before = (index.read_bytes(), index.stat().st_mtime_ns, index.stat().st_ino)
-    scan(package).copy(tmp_path / "copy")
-    (package / ".git" / "index.lock").touch()
-    (tmp_path / "copy" / "a.py").touch()
-    assert git(tmp_path / "copy", "describe", "--dirty", "--tags") == "v1.2.3"
-    assert git(tmp_path / "copy", "status", "--porcelain") == ""
-    assert (index.read_bytes(), index.stat().st_mtime_ns, index.stat().st_ino) == before
-    assert (tmp_path / "copy" / ".git" / "index").read_bytes() != before[0], "git has refreshed the index of the copy"
-
-
-@pytest.mark.parametrize("kind", ["submodule", "worktree"])
-def test_version_from_git_in_a_copy(package: Path, tmp_path: Path, kind: str) -> None:
-    """A build in the copy of a submodule, or of a linked worktree, finds tags and commits, and the copy as its top."""
-    if kind == "submodule":
-        outer = make_package(tmp_path / "outer")
-        git(outer, "submodule", "--quiet", "add", str(package), "inner")
-        folder = outer / "inner"
-    else:
-        git(package, "worktree", "add", "-q", "../tree")
-        folder = tmp_path / "tree"
-    scan(folder).copy(tmp_path / "copy")
-    assert git(tmp_path / "copy", "describe", "--dirty", "--tags") == "v1.2.3"
-    assert git(tmp_path / "copy", "rev-parse", "--show-toplevel") == str(tmp_path / "copy")
