@@ -14,7 +14,6 @@ import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 from ray_envcache.build import venv_files
@@ -23,7 +22,7 @@ from ray_envcache.build.uv_calls import UvCalls, disk_full
 from ray_envcache.errors import BuildError, PassingError
 from ray_envcache.gc.collector import make_room
 from ray_envcache.inside import check
-from ray_envcache.resolve import uv
+from ray_envcache.resolve import uv, uv_errors
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, Lease, claim, hold
 from ray_envcache.store.record import ReadyRecord
@@ -175,7 +174,8 @@ class Builder:
         """Raise BuildError where a worker could not start: Ray would start it again without end."""
         wanted = [self.plan.ray, self.plan.interpreter.version, os.fspath(entry.venv), self.plan.holds]
         done = self._run_check(entry)
-        uv.require_not_killed(done, "The Python that checks the new environment")
+        if done.killed:
+            raise uv_errors.killed(done, "The Python that checks the new environment")
         if done.returncode != 0:
             raise BuildError(
                 f"`import ray` fails in the new environment:\n{done.stderr.strip()[-1500:]}",
@@ -223,7 +223,7 @@ class Builder:
             ray=self.plan.ray,
             download_bytes=self.plan.download_size,
             build_seconds=round(seconds, 3),
-            uv=metadata.version("uv"),
+            uv=uv.version_in(self.plan.folder),
             boot_id=boot_id(),
             **self.plan.facts(entry),
         )

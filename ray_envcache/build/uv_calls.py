@@ -8,8 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ray_envcache.errors import BuildError, DiskFullError, PassingError
-from ray_envcache.resolve import uv
+from ray_envcache.errors import BuildError, DiskFullError, EnvCacheError
+from ray_envcache.resolve import uv, uv_errors
 from ray_envcache.store.layout import Entry, layout_of
 from ray_envcache.system import children, disk
 
@@ -42,36 +42,16 @@ class UvCalls:
             done = uv.run(
                 arguments, cwd=self.folder, cache=self.cache, on_line=listen, pass_fds=[self.flock], more=environ
             )
-        uv.require_not_killed(done)
         if done.returncode != 0:
             raise self._error(done)
 
-    def _error(self, done: children.Completed) -> BuildError:
-        reason = "\n".join(uv.said(done.stderr).splitlines()[-25:])
-        if uv.is_disk_full(done.stderr):
-            place, store = uv.full_place(done.stderr), self.entry.path.parent
-            ours = (store, layout_of(self.entry).uv_cache)
-            if place is None or any(map(place.is_relative_to, ours)):
-                return disk_full(store, self.download_size)
-            # The folder for temporary files, or a quota of uv's own cache: moving the store would not help.
-            return DiskFullError(
-                f"No space left for uv to build the environment: {reason}; {disk.room_left(place)}",
-                "make room there, or move what uv writes there: UV_CACHE_DIR, TMPDIR",
-            )
-        passes = uv.is_unreachable(done.stderr) and not uv.is_unauthorized(done.stderr)
-        kind = PassingError if passes else BuildError
-        return kind(f"uv could not build the environment of `{self.project}`:\n{reason}", self._hint(done.stderr))
-
-    def _hint(self, stderr: str) -> str:
-        if uv.is_unauthorized(stderr):
-            return uv.CREDENTIALS_HINT
-        if uv.is_unreachable(stderr):
-            return uv.REACH_HINT
-        if "Hash mismatch" in stderr:
-            return "the index serves another file than was locked; if that is right, `uv lock --upgrade-package <name>`"
-        if "source is disabled" in stderr:
-            return "lock what is missing with the project (uv add ray), so that it may be built"
-        return f"uv itself, run in {self.folder}, shows the same"
+    def _error(self, done: children.Completed) -> EnvCacheError:
+        place, store = uv_errors.full_place(done.stderr), self.entry.path.parent
+        what = f"uv could not build the environment of `{self.project}`"
+        error = uv_errors.error_of(done, BuildError, what, f"uv itself, run in {self.folder}, shows the same")
+        ours = place is None or any(map(place.is_relative_to, (store, layout_of(self.entry).uv_cache)))
+        # Elsewhere, as in the folder for temporary files, moving the store would not help.
+        return disk_full(store, self.download_size) if ours and isinstance(error, DiskFullError) else error
 
 
 def disk_full(path: Path, download_size: int) -> DiskFullError:

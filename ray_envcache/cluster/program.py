@@ -22,7 +22,7 @@ from ray_envcache.checkout.project import Project
 from ray_envcache.errors import CommandError, LockfileError
 from ray_envcache.field import registration
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve import interpreter, uv
+from ray_envcache.resolve import interpreter, uv, uv_errors
 from ray_envcache.resolve.interpreter import LockedRay
 from ray_envcache.store.leases import Holder, Lease
 
@@ -143,7 +143,7 @@ def _next_signal() -> tuple[int, bool]:
 def _python_of(folder: Path, version: str | None) -> str:
     """The base interpreter that uv takes for the project: by .python-version and requires-python."""
     done = uv.run(["python", "find", "--system", *([version] if version else [])], cwd=folder)
-    uv.expect_success(
+    uv_errors.expect_success(
         done, LockfileError, f"No Python for the project in `{folder}`", "uv python list shows what is here"
     )
     return interpreter.base_of(done.stdout.strip())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from ray_envcache.checkout import toml
 from ray_envcache.checkout.project import Kind, Project
 from ray_envcache.errors import LockfileError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve import requirements, uv
+from ray_envcache.resolve import requirements, uv, uv_errors
 from ray_envcache.resolve.interpreter import Interpreter
 from ray_envcache.resolve.uv import Scope
 from ray_envcache.system import children
+
+_STALE = re.compile(r"(?m)needs to be updated|^error: No solution found")
 
 
 def export(spec: EnvSpec, project: Project, interpreter: Interpreter) -> dict[str, Any]:
@@ -59,20 +62,9 @@ def selection(spec: EnvSpec, project: Project) -> list[str]:
 def _exported(project: Project, interpreter: Interpreter, selection: list[str]) -> dict[str, Any]:
     arguments = ["export", "--frozen", "--no-header", "--format=pylock.toml", f"--python={interpreter.executable}"]
     done = uv.run([*arguments, *selection], cwd=project.folder)
-    uv.expect_success(done, LockfileError, f"Cannot read the lockfile in `{project.folder}`", _hint(done.stderr))
+    what = f"Cannot read the lockfile in `{project.folder}`"
+    uv_errors.expect_success(done, LockfileError, what, "see what `uv export --frozen` says in that folder")
     return toml.parse(done.stdout)
-
-
-def _hint(stderr: str) -> str:
-    if "unsupported schema version" in stderr:
-        return "upgrade uv on this node (python -m pip install --upgrade uv), or lock with the uv version that is here"
-    if "are incompatible with the" in stderr:
-        return "leave out one of them: `[tool.uv] conflicts` in pyproject.toml says that they do not go together"
-    if "does not have a member" in stderr:
-        return "name a member of the workspace, or leave out `package`"
-    if "is not defined" in stderr:
-        return "the extras and groups are those of pyproject.toml; after adding one, run `uv lock`"
-    return "run `uv lock` in that folder and read what it says"
 
 
 def require_current(project: Project, executable: str) -> None:
@@ -84,13 +76,16 @@ def require_current(project: Project, executable: str) -> None:
     done = uv.run([*check, "--offline"], cwd=project.folder, scope=Scope.USER)
     if done.returncode != 0:
         done = _checked_again(done, check, project)
+    if done.returncode == 0:
+        return
     lock, source = project.lock_files()[-1].name, project.file.name if script else "pyproject.toml"
-    what = f"{lock} in `{project.folder}` no longer matches {source}"
-    hint = f"run `uv lock --script {source}`" if script else "run `uv lock`"
-    if done.returncode != 0 and "not found in the cache" in done.stderr:
+    what, hint = f"{lock} in `{project.folder}` no longer matches {source}", f"run `{' '.join(['uv lock', *script])}`"
+    if "not found in the cache" in done.stderr:
         # A package was added. uv, which was to ask no index, calls that a conflict: there is none.
         raise LockfileError(what, hint)
-    uv.expect_success(done, LockfileError, what, hint)
+    if not _STALE.search(done.stderr):
+        what = f"Cannot check {lock} in `{project.folder}`"
+    uv_errors.expect_success(done, LockfileError, what, hint)
 
 
 def _checked_again(done: children.Completed, check: list[str], project: Project) -> children.Completed:

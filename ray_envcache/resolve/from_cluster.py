@@ -23,7 +23,7 @@ from packaging.utils import canonicalize_name
 from ray_envcache.checkout import toml
 from ray_envcache.errors import InheritError, RayVersionError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve import lockfile, uv
+from ray_envcache.resolve import lockfile, uv, uv_errors
 from ray_envcache.resolve.interpreter import AnyRay, Interpreter, LockedRay
 from ray_envcache.resolve.lockfile import ResolvedPackage, ResolvedSet
 from ray_envcache.system.files import file_identity
@@ -88,7 +88,7 @@ def located(added: dict[str, str], interpreter: Interpreter) -> tuple[ResolvedPa
         "lock ray with the project (uv add ray), set an index that has them (UV_INDEX, uv.toml), or use the cluster's "
         f'own: {{"inherit": {json.dumps(sorted(added))}}}'
     )
-    uv.expect_success(done, RayVersionError, "This node does not get the cluster's ray and what it needs", hint)
+    uv_errors.expect_success(done, RayVersionError, "This node does not get the cluster's ray and what it needs", hint)
     selected = lockfile.select(Pylock.from_dict(toml.parse(done.stdout)), interpreter)
     return tuple(lockfile.resolved_package(package, artifact, Path("/"), "") for package, artifact in selected)
 

@@ -16,7 +16,7 @@ from ray_envcache.checkout import requirement_files, toml
 from ray_envcache.checkout.project import Project
 from ray_envcache.checkout.requirement_files import Line
 from ray_envcache.errors import LockfileError
-from ray_envcache.resolve import uv
+from ray_envcache.resolve import uv, uv_errors
 from ray_envcache.resolve.interpreter import Interpreter
 from ray_envcache.system import children
 
@@ -66,7 +66,7 @@ def export(project: Project, interpreter: Interpreter, *, no_build: bool) -> dic
     hint = "`uv pip compile --no-deps` of it shows the same"
     if "is disabled" in done.stderr:
         hint = "lock versions that have a wheel for this platform, or leave out `no_build`"
-    uv.expect_success(done, LockfileError, f"Cannot resolve `{project.file}`", hint)
+    uv_errors.expect_success(done, LockfileError, f"Cannot resolve `{project.file}`", hint)
     data = toml.parse(done.stdout)
     # uv writes down the Python at hand; the file asks for none.
     data.pop("requires-python", None)

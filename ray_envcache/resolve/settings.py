@@ -8,9 +8,10 @@ the same environment for the same files. Settings that say how indexes are reach
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tomli_w
 
@@ -59,7 +60,7 @@ UNUSED = frozenset(
         "publish-url", "pyodide-install-mirror", "pypy-install-mirror", "python-downloads",
         "python-downloads-json-url", "python-install-mirror", "reinstall", "reinstall-package", "trusted-publishing",
         "upgrade", "upgrade-package",
-        # Of the user's own uv: the one beside us reads the lockfile, or says why not.
+        # Decides which uv is called; that of a user or a system is about their own.
         "required-version",
     }
 )  # fmt: skip
@@ -76,27 +77,43 @@ def unknown(found: Iterable[str]) -> list[str]:
     return sorted({*found} - REACH - RESOLVE - BUILD - UNUSED)
 
 
-def for_uv(folder: Path, from_node: frozenset[str]) -> str:
-    """The one uv.toml for a call of uv in `folder`; `from_node` are the settings that count from user and system."""
+class ForUv(NamedTuple):
+    """What a call of uv is told: `text` is the one uv.toml for it, of `files`; and which uv the project wants."""
+
+    text: str
+    files: list[Path]
+    required_version: str
+
+
+def for_uv(folder: Path, from_node: frozenset[str]) -> ForUv:
+    """What a call of uv in `folder` is told; `from_node` are the settings that count from user and system."""
     place = next((place for place in (folder, *folder.parents) if _at(place) is not None), folder)
     # A folder above is not in the digest of the project.
     decides = RESOLVE | BUILD if place == folder else RESOLVE
-    found = _taken(of_project(place), place, REACH | decides)
-    for path in _node_files() if from_node else ():
+    own, of_node = of_project(place), _node_files() if from_node else []
+    found = _taken(own, place, REACH | decides)
+    for path in of_node:
         found = _combined(found, _taken(toml.read(path, "repair it"), path.parent, from_node))
     if found.get("link-mode") == "symlink":
         # Links into uv's cache would break every environment when that cache is cleaned.
         del found["link-mode"]
-    return tomli_w.dumps(found)
+    # A bare version is exact, as for uv.
+    required = re.sub(r"^(?=\d)", "==", str(own.get("required-version", "")))
+    return ForUv(tomli_w.dumps(found), [_file_in(place), *of_node], required)
+
+
+def _file_in(folder: Path) -> Path:
+    return folder / ("uv.toml" if os.path.isfile(folder / "uv.toml") else "pyproject.toml")
 
 
 def _at(folder: Path) -> dict[str, Any] | None:
     """The settings in the files of `folder`, None where it has none: then uv looks in the folder above."""
-    if os.path.isfile(folder / "uv.toml"):
-        return toml.read(folder / "uv.toml", "repair it")
-    if not os.path.isfile(folder / "pyproject.toml"):
+    path = _file_in(folder)
+    if path.name == "uv.toml":
+        return toml.read(path, "repair it")
+    if not os.path.isfile(path):
         return None
-    tool = table_in(toml.read(folder / "pyproject.toml", "repair it"), "tool")
+    tool = table_in(toml.read(path, "repair it"), "tool")
     return table_in(tool, "uv") if "uv" in tool else None
 
 

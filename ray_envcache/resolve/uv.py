@@ -1,25 +1,28 @@
-"""Finding and calling uv, and reading what it says when it fails."""
+"""Finding and calling uv."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from enum import Enum
+from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import uv
 
 from ray_envcache.checkout import git
-from ray_envcache.errors import BuildError, DiskFullError, EnvCacheError, PassingError
+from ray_envcache.errors import BuildError, LockfileError
 from ray_envcache.resolve import settings
-from ray_envcache.system import children, disk, texts
+from ray_envcache.system import children, texts
 
 # How indexes are reached. A job may say so too, in the `env_vars` of its runtime_env.
 _REACH = re.compile(
@@ -34,18 +37,12 @@ _NODE = re.compile(
     r"|MALWARE_CHECK|MALWARE_CHECK_URL|STACK_SIZE)"
 )
 _RESOLVE = re.compile(r"UV_(EXCLUDE_NEWER|FORK_STRATEGY|PRERELEASE|RESOLUTION)")
-CREDENTIALS_HINT = (
-    "give this node the index's credentials as uv takes them: UV_INDEX_<NAME>_USERNAME and _PASSWORD, netrc or keyring"
-)
-REACH_HINT = "see that this node reaches the index; proxies and mirrors are set as for uv"
 _GIVEN: ContextVar[Mapping[str, str]] = ContextVar("given", default=MappingProxyType({}))
-_ERROR = re.compile(r"(?ms)^[ \N{MULTIPLICATION SIGN}x]*error.*")
-_UNREACHABLE = re.compile(
-    r"error sending request|client error \(Connect\)|dns error|Failed to fetch|timed out|Request failed"
-)
-_UNAUTHORIZED = re.compile(r"401 Unauthorized|403 Forbidden|Missing credentials")
-_DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|os error 28|os error 122")
-_FULL_PLACE = re.compile(r"`(/[^`\n]*)`: (?:No space left on device|Disk quota exceeded)")
+
+
+class _Binary(NamedTuple):
+    path: str
+    version: str
 
 
 class Scope(Enum):
@@ -75,17 +72,17 @@ def run(
     environ = _environ(scope) | dict(more)
     if cache is not None:
         environ["UV_CACHE_DIR"] = os.fspath(cache)
-    with file_of(settings.for_uv(cwd, scope.value)) as file:
+    told = settings.for_uv(cwd, scope.value)
+    with file_of(told.text) as file:
         config = f"{settings.PLACE}/{file}"
         done = children.run(
-            [find(), *arguments, f"--config-file={config}"],
+            [_chosen(told).path, *arguments, f"--config-file={config}"],
             environ=environ,
             cwd=cwd,
             on_line=None if on_line is None else lambda line: on_line(without_credentials(line)),
             pass_fds=[*pass_fds, file],
         )
-    stderr = without_credentials(done.stderr).replace(config, "uv.toml or [tool.uv]")
-    return replace(done, stderr=stderr)
+    return replace(done, stderr=without_credentials(done.stderr).replace(config, " or ".join(map(str, told.files))))
 
 
 @contextmanager
@@ -106,21 +103,75 @@ def find() -> str:
         raise BuildError("There is no uv on this node", "python -m pip install uv") from error
 
 
+def version_in(folder: Path) -> str:
+    """The version of the uv that calls in `folder` run. Raises BuildError where none fits."""
+    return _chosen(settings.for_uv(folder, Scope.PROJECT.value)).version
+
+
+def _chosen(told: settings.ForUv) -> _Binary:
+    """Our uv, or the first on $PATH of a version that `required-version` names. Raises BuildError, LockfileError."""
+    ours = _Binary(find(), metadata.version("uv"))
+    if not told.required_version:
+        return ours
+    from packaging.requirements import Requirement  # 20 ms at the start of each agent
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+    try:
+        wanted = SpecifierSet(told.required_version)
+    except InvalidSpecifier as error:
+        raise LockfileError(f"`required-version` in `{told.files[0]}`: {error}", 'write ">=0.9,<0.14"') from error
+    if wanted.contains(ours.version, prereleases=True):
+        return ours
+    needs = map(Requirement, metadata.requires("ray-envcache") or ())
+    needed = next(one.specifier for one in needs if one.name == "uv")
+    wanted &= needed
+    others = [_Binary(path, version) for path in _on_path() if (version := _version_of(path))]
+    for other in others:
+        if wanted.contains(other.version, prereleases=True):
+            return other
+    raise BuildError(
+        f"`{told.files[0]}` requires uv {told.required_version}, and ray-envcache {needed}; "
+        f"here are {', '.join(f'{version} ({path})' for path, version in (ours, *others))}",
+        f'python -m pip install "uv{wanted}" with the Python of ray-envcache on this node; where there is no such uv, '
+        "allow a later one in `required-version`",
+    )
+
+
+def _on_path() -> list[str]:
+    """The files `uv` on $PATH, in that order."""
+    places = [os.path.join(folder, "uv") for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
+    return [path for path in places if os.path.isfile(path) and os.access(path, os.X_OK)]
+
+
+def _version_of(path: str) -> str:
+    """The version that the uv at `path` says it is; "" where it does not start, as a shim without a version."""
+    with suppress(OSError):
+        words = children.run([path, "--version"], environ=_environ(Scope.PROJECT)).stdout.split()
+        return words[1] if words[:1] == ["uv"] and len(words) > 1 else ""
+    return ""
+
+
 def cache_directory(near: Path) -> Path | None:
-    """The user's uv cache where uv can link from it into `near`, else None: links do not cross file systems."""
+    """The user's uv cache where uv can link from it into the folder `near`, else None."""
     done = run(["cache", "dir"], cwd=near)
     cache = Path(done.stdout.strip())
     if done.returncode != 0 or not cache.is_absolute():
         return None
     existing = next(parent for parent in [cache, *cache.parents] if parent.exists())
-    return cache if existing.stat().st_dev == near.stat().st_dev and os.access(existing, os.W_OK) else None
+    return cache if _links(existing, near) and os.access(existing, os.W_OK) else None
 
 
-def said(stderr: str) -> str:
-    """The reason that uv gives: from the first line that says `error`, without its own hints."""
-    found = _ERROR.search(stderr)
-    reason = found[0] if found else stderr
-    return reason.split("\nhint:")[0].strip().removeprefix("error: ")
+def _links(source: Path, target: Path) -> bool:
+    """Whether files in the folder `source` can have links in `target`: same file system, by the same mount.
+
+    The kernel refuses a link to a folder for what it is, but only where one to a file could be. So this leaves nothing.
+    """
+    try:
+        os.link(source, target / ".link")
+    except OSError as error:
+        return error.errno == errno.EPERM and source.stat().st_dev == target.stat().st_dev
+    os.unlink(target / ".link")  # of root on an old Mac
+    return True
 
 
 @contextmanager
@@ -141,56 +192,6 @@ def relevant(env_vars: Mapping[str, str]) -> dict[str, str]:
 def without_credentials(text: str) -> str:
     """The text with what is secret in every URL, and every password that uv was given, blotted out."""
     return texts.without_credentials(text, _GIVEN.get())
-
-
-def is_unreachable(stderr: str) -> bool:
-    """Whether uv failed for want of an answer from an index."""
-    return bool(_UNREACHABLE.search(stderr))
-
-
-def is_unauthorized(stderr: str) -> bool:
-    """Whether an index asked for credentials that uv does not have."""
-    return bool(_UNAUTHORIZED.search(stderr))
-
-
-def is_disk_full(stderr: str) -> bool:
-    """Whether the disk, or the user's quota, had no room."""
-    return bool(_DISK_FULL.search(stderr))
-
-
-def full_place(stderr: str) -> Path | None:
-    """The path at which uv found no room, where it names one."""
-    found = _FULL_PLACE.search(stderr)
-    return Path(found[1]) if found else None
-
-
-def require_not_killed(done: children.Completed, who: str = "uv") -> None:
-    """Raise PassingError where a signal ended the child: then what it said so far is not the reason."""
-    if done.killed:
-        raise PassingError(
-            f"{who} was {done.killed} before it was done",
-            "try again; the kernel kills it where this node has too little memory (dmesg says so)",
-        )
-
-
-def expect_success(done: children.Completed, kind: type[EnvCacheError], what: str, hint: str) -> None:
-    """Raise an error where uv failed: of `kind`, or one that says what this node lacks. It quotes uv's reason."""
-    require_not_killed(done)
-    if done.returncode == 0:
-        return
-    reason = said(done.stderr) or f"uv ended with status {done.returncode}"
-    if is_disk_full(done.stderr):
-        # That says nothing about what was asked: uv keeps notes in its cache even where it only reads.
-        place = full_place(done.stderr) or Path(tempfile.gettempdir())
-        raise DiskFullError(
-            f"No space left for uv to work: {reason}; {disk.room_left(place)}",
-            "make room there, or move what uv writes there: UV_CACHE_DIR, TMPDIR",
-        )
-    if is_unauthorized(done.stderr):
-        raise kind(f"{what}: {reason}", CREDENTIALS_HINT)
-    if is_unreachable(done.stderr):
-        raise PassingError(f"{what}: {reason}", REACH_HINT)
-    raise kind(f"{what}: {reason}", hint)
 
 
 def _environ(scope: Scope) -> dict[str, str]:

@@ -1,0 +1,343 @@
+"""What uv says when it fails, in the words of the real uv: each cause has its type of error and a hint that cures it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import ssl
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_envcache.errors import (
+    BuildError,
+    DiskFullError,
+    EnvCacheError,
+    InterpreterError,
+    LockfileError,
+    PassingError,
+)
+from ray_envcache.resolve import uv, uv_errors
+from tests import index, support
+
+pytestmark = pytest.mark.host
+
+
+@pytest.fixture(autouse=True)
+def _own_uv_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another test fetched must not hide that this one cannot."""
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv-cache"))
+
+
+def failed(*arguments: str | Path, cwd: Path) -> EnvCacheError:
+    """The error for this call of uv, which fails."""
+    done = uv.run(arguments, cwd=cwd)
+    assert done.returncode != 0
+    return uv_errors.error_of(done, BuildError, "it failed", "no cause is known")
+
+
+def sync(project: Path, *options: str) -> EnvCacheError:
+    """The error for `uv sync` of this project."""
+    return failed("sync", "--frozen", f"--python={sys.executable}", *options, cwd=project.parent)
+
+
+def check(error: EnvCacheError, kind: type[EnvCacheError], says: str, hint: str) -> None:
+    assert type(error) is kind
+    assert says in error.message
+    assert hint in error.hint
+    assert ("uv lock" in error.hint) is ("uv lock" in hint), "only where that is the cure"
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere", "/dev/null", "/dev/null/below"])
+def test_cache_that_cannot_be_used(tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """A cache that cannot be made, for this user or at all, is named with the variable that moves it."""
+    project = support.make_project(tmp_path / "project", wheels, ["ray"])
+    monkeypatch.setenv("UV_CACHE_DIR", place)
+    check(
+        sync(project),
+        BuildError,
+        f"uv cannot write where it has to: Failed to initialize cache at `{place}`",
+        "UV_CACHE_DIR",
+    )
+
+
+def test_cache_that_another_uv_keeps(tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that is being cleaned is waited for; after that time the error is passing."""
+    project = support.make_project(tmp_path / "project", wheels, ["ray"])
+    monkeypatch.setenv("UV_LOCK_TIMEOUT", "1")
+    with (tmp_path / "uv-cache" / ".lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        check(sync(project), PassingError, "Timeout (1s) when waiting for lock", "UV_LOCK_TIMEOUT")
+
+
+@pytest.mark.parametrize(("name", "value"), [("UV_HTTP_TIMEOUT", "soon"), ("UV_LINK_MODE", "chain")])
+def test_variable_that_uv_cannot_read(
+    tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """A variable of this node with a wrong value is quoted."""
+    project = support.make_project(tmp_path / "project", wheels, ["ray"])
+    monkeypatch.setenv(name, value)
+    error = sync(project)
+    check(error, BuildError, "uv cannot read a variable: ", "mend the variable UV_")
+    assert value in error.message
+
+
+def test_setting_that_uv_cannot_read(tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong value in a file is quoted, with the files in which it can be: also that of the user."""
+    project = support.make_project(tmp_path / "project", wheels, ["ray"])
+    user = tmp_path / "config" / "uv" / "uv.toml"
+    user.parent.mkdir(parents=True)
+    user.write_text('index-strategy = "foo"\n')
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    error = sync(project)
+    check(error, LockfileError, 'index-strategy = "foo"', f"mend that setting in {project} or {user}")
+    assert "/dev/fd" not in error.message
+
+
+def test_no_python(tmp_path: Path) -> None:
+    """A Python that is not here is named with the command that installs it, one that does not fit with that which lists."""
+    done = failed("python", "find", "--managed-python", "3.13.99", cwd=tmp_path)
+    check(done, InterpreterError, "No interpreter found for Python 3.13.99", "`uv python install 3.13.99`")
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "python").chmod(0o755)
+    error = failed("python", "find", tmp_path / "python", cwd=tmp_path)
+    check(error, InterpreterError, "failed with exit status", "`uv python list`")
+
+
+def test_python_that_does_not_fit(tmp_path: Path, wheels: Path) -> None:
+    """A Python that requires-python excludes is no fault of the lockfile."""
+    project = support.make_project(tmp_path / "project", wheels, ["ray"])
+    for file in (project, project.with_name("uv.lock")):
+        file.write_text(file.read_text().replace(">=3.10", ">=3.99"))
+    check(sync(project), InterpreterError, "incompatible with the project's Python requirement", "`uv python list`")
+
+
+class Answer(BaseHTTPRequestHandler):
+    """Answers each request with the server's `code`."""
+
+    def do_GET(self) -> None:
+        self.send_response(getattr(self.server, "code", 404))
+        self.end_headers()
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def answering(code: int, certificate: Path | None = None) -> Iterator[str]:
+    """The address of an index that answers all requests so."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        server.code = code  # type: ignore[attr-defined]
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http{'s' if certificate else ''}://127.0.0.1:{server.server_address[1]}/simple"
+        server.shutdown()
+
+
+def compiled(folder: Path, url: str) -> EnvCacheError:
+    """The error for a requirement that is looked for at this index."""
+    (folder / "requirements.txt").write_text(f"--index-url {url}\nwanted==1.0\n")
+    return failed("pip", "compile", "requirements.txt", cwd=folder)
+
+
+@pytest.mark.parametrize("code", [429, 500, 503])
+def test_index_that_fails(tmp_path: Path, code: int) -> None:
+    """An index that cannot answer now may do so later."""
+    with answering(code) as url:
+        check(
+            compiled(tmp_path, url),
+            PassingError,
+            f"Failed to fetch: {url}",
+            "proxies and mirrors",
+        )
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "127.0.0.1:1"])
+def test_index_out_of_reach(tmp_path: Path, host: str) -> None:
+    """A host that is not known, and one that does not listen, may be there later."""
+    check(compiled(tmp_path, f"http://{host}/simple"), PassingError, "an index does not answer", "proxies and mirrors")
+
+
+def test_index_that_keeps_us_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that takes the request and says nothing is out of reach too."""
+    monkeypatch.setenv("UV_HTTP_TIMEOUT", "1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/simple"
+        check(compiled(tmp_path, url), PassingError, "operation timed out", "proxies and mirrors")
+
+
+@pytest.mark.parametrize("code", [401, 403])
+def test_index_that_wants_credentials(tmp_path: Path, code: int) -> None:
+    """uv says of such an index that it has no such package; what it wants is in the message all the same."""
+    with answering(code) as url:
+        check(compiled(tmp_path, url), BuildError, "an index wants credentials", "UV_INDEX_<NAME>_USERNAME")
+
+
+def test_index_with_a_certificate_of_its_own(tmp_path: Path) -> None:
+    """A certificate that is not trusted will not be trusted later: the hint has the variables."""
+    certificate = tmp_path / "certificate.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    support.run(
+        *make,
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+        "-keyout",
+        certificate,
+        "-out",
+        tmp_path / "public.pem",
+        stderr=None,
+    )
+    with certificate.open("a") as file:
+        file.write((tmp_path / "public.pem").read_text())
+    with answering(404, certificate) as url:
+        check(compiled(tmp_path, url), BuildError, "invalid peer certificate", "SSL_CERT_FILE")
+
+
+@pytest.fixture
+def locked(tmp_path: Path, wheels: Path) -> Iterator[tuple[Path, index.Index]]:
+    """A project locked against an index on loopback."""
+    support.make_wheel(wheels, "wanted")
+    with index.serve(wheels) as served:
+        project = support.make_project(tmp_path / "project", tmp_path / "none", ["wanted"], lock=False)
+        text = project.read_text().partition("no-index")[0]
+        project.write_text(f'{text}[[tool.uv.index]]\nurl = "{served.url}"\ndefault = true\n')
+        support.run_uv("lock", cwd=project.parent)
+        yield project, served
+
+
+def test_file_that_an_index_lost(locked: tuple[Path, index.Index]) -> None:
+    """An index that answers, but not with the file, will not have it later."""
+    project, served = locked
+    (served.folder / "wanted-1.0-py3-none-any.whl").unlink()
+    check(sync(project), BuildError, "404 Not Found", "`uv lock --upgrade`")
+
+
+def test_file_that_an_index_replaced(locked: tuple[Path, index.Index]) -> None:
+    """Another file than was locked is refused with both hashes, and the package is in the hint."""
+    project, served = locked
+    support.make_wheel(served.folder, "wanted", modules={"wanted.py": "evil = True\n"})
+    check(sync(project), BuildError, "Hash mismatch", "`uv lock --upgrade-package wanted`")
+
+
+def test_offline(locked: tuple[Path, index.Index], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A uv that was told to stay offline says so: no index is at fault."""
+    monkeypatch.setenv("UV_OFFLINE", "1")
+    check(sync(locked[0]), BuildError, "Network connectivity is disabled", "unset UV_OFFLINE")
+
+
+def test_repository_that_is_gone(tmp_path: Path) -> None:
+    """What git says is in the message."""
+    (tmp_path / "requirements.txt").write_text(f"wanted @ git+file://{tmp_path}/gone@{'0' * 40}\n")
+    error = failed("pip", "compile", "requirements.txt", cwd=tmp_path)
+    check(error, BuildError, "does not appear to be a git repository", "that this node has git")
+
+
+@pytest.mark.parametrize(
+    ("option", "says", "hint"),
+    [
+        ("no-build", "marked as `--no-build`", "leave out `no_build`"),
+        ("no-binary", "marked as `--no-binary`", "`no-binary`"),
+    ],
+)
+def test_refused_by_a_setting(tmp_path: Path, wheels: Path, option: str, says: str, hint: str) -> None:
+    """What settings of the project forbid is said as that."""
+    support.make_sdist(wheels, "source")
+    needs = "source" if option == "no-build" else "ray"
+    project = support.make_project(tmp_path / "project", wheels, [needs])
+    project.write_text(project.read_text().replace("[tool.uv]\n", f"[tool.uv]\n{option} = true\n"))
+    check(sync(project), BuildError, says, hint)
+
+
+def test_package_for_another_platform(tmp_path: Path, wheels: Path) -> None:
+    """A package without a wheel for this platform cannot be installed until it is locked so."""
+    support.make_wheel(wheels, "elsewhere", tag="cp311-cp311-win_amd64")
+    project = support.make_project(tmp_path / "project", wheels, ["elsewhere"])
+    check(
+        sync(project),
+        BuildError,
+        "for the current platform",
+        "`required-environments` of `[tool.uv]`, and run `uv lock`",
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        ({"code": "raise SystemExit('no compiler')"}, "no compiler"),
+        ({"requires": ["nowhere"]}, "nowhere was not found"),
+    ],
+)
+def test_build_that_fails(tmp_path: Path, wheels: Path, make: dict[str, Any], says: str) -> None:
+    """What a build backend says, or lacks, is quoted."""
+    support.make_sdist(wheels, "source", **make)
+    project = support.make_project(tmp_path / "project", wheels, ["source"])
+    check(sync(project), BuildError, says, "(a compiler, headers)")
+
+
+def test_build_that_talks(tmp_path: Path, wheels: Path) -> None:
+    """Of what a build says at length the first line, which names the package, and the end are in the message."""
+    support.make_sdist(
+        wheels, "source", code="print('noise\\n' * 10**4, 'the end', file=sys.stderr); raise SystemExit(1)"
+    )
+    project = support.make_project(tmp_path / "project", wheels, ["source"])
+    message = sync(project).message
+    assert message.startswith("it failed: Failed to build `source==1.0`\n")
+    assert message.endswith("the end")
+    assert len(message) < 1000
+
+
+@pytest.mark.parametrize("text", ["<<<<<<< HEAD\n", "", "version = 99\n"], ids=["conflict", "empty", "later"])
+def test_lockfile_that_cannot_be_read(tmp_path: Path, wheels: Path, text: str) -> None:
+    """`uv lock` itself does not mend a lockfile that cannot be read: the hint is what does."""
+    project = support.make_project(tmp_path / "project", wheels, ["ray"])
+    project.with_name("uv.lock").write_text(text)
+    for command in ("export", "lock"):
+        error = failed(command, *(["--frozen"] if command == "export" else []), cwd=project.parent)
+        assert ("upgrade uv on this node" if "99" in text else "restore uv.lock from version control") in error.hint
+
+
+def test_stale_lockfile(tmp_path: Path, wheels: Path) -> None:
+    """Only a lockfile that does not match its project is cured by `uv lock`."""
+    project = support.make_project(tmp_path / "project", wheels, ["ray"])
+    project.write_text(project.read_text().replace("['ray']", "[]"))
+    error = failed("lock", "--check", f"--python={sys.executable}", cwd=project.parent)
+    check(error, BuildError, "needs to be updated", "run `uv lock`")
+    support.run_uv("lock", cwd=project.parent)
+    assert uv.run(["lock", "--check", f"--python={sys.executable}"], cwd=project.parent).returncode == 0
+
+
+def test_unknown_cause(tmp_path: Path) -> None:
+    """What is not in the table is quoted, with the hint of the call."""
+    check(
+        failed("cache", "nonsense", cwd=tmp_path), BuildError, "it failed: unrecognized subcommand", "no cause is known"
+    )
+
+
+def test_full_disk(tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is named by the path at which there was no room, with figures."""
+    project = support.make_project(tmp_path / "project", wheels, ["ray"])
+    with support.small_disk(tmp_path / "disk", "64k") as disk:
+        (disk / "ballast").write_bytes(os.urandom(48_000))
+        monkeypatch.setenv("UV_CACHE_DIR", str(disk / "cache"))
+        check(sync(project), DiskFullError, f"{disk}/cache/", "UV_CACHE_DIR, TMPDIR")
+
+
+def test_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a uv has said before it was killed is not the reason."""
+    (tmp_path / "uv").write_text("#!/bin/sh\necho 'error: needs to be updated' >&2\nkill -KILL $$\n")
+    (tmp_path / "uv").chmod(0o755)
+    monkeypatch.setattr("ray_envcache.resolve.uv.find", lambda: str(tmp_path / "uv"))
+    check(failed("lock", cwd=tmp_path), PassingError, "uv was killed by signal 9", "too little memory")
