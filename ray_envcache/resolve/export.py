@@ -74,12 +74,11 @@ def require_current(project: Project, executable: str) -> None:
     script = [f"--script={project.file.name}"] if project.kind is Kind.SCRIPT else []
     check = ["lock", "--check", *script, f"--python={executable}"]
     done = uv.run([*check, "--offline"], cwd=project.folder, scope=Scope.USER)
-    if done.returncode != 0:
-        done = _checked_again(done, check, project)
-    if done.returncode == 0:
+    if done.returncode == 0 or (done := _checked_again(done, check, project)).returncode == 0:
         return
     lock, source = project.lock_files()[-1].name, project.file.name if script else "pyproject.toml"
-    what, hint = f"{lock} in `{project.folder}` no longer matches {source}", f"run `{' '.join(['uv lock', *script])}`"
+    what = f"{lock} in `{project.folder}` no longer matches {source}"
+    hint = f"run `uv lock{f' --script {source}' if script else ''}`"
     if "not found in the cache" in done.stderr:
         # A package was added. uv, which was to ask no index, calls that a conflict: there is none.
         raise LockfileError(what, hint)
@@ -97,7 +96,7 @@ def _checked_again(done: children.Completed, check: list[str], project: Project)
         return done
     # The user may have locked with other settings than this node has: a mirror, or `exclude-newer`.
     alone = uv.run([*check, "--offline"], cwd=project.folder, scope=Scope.PROJECT)
-    if alone.returncode == 0:
+    if alone.returncode == 0 or "needs to be updated" in alone.stderr:
         return alone
     for name in local_sources(project.lock_files()[-1]):
         if not (project.folder / name).is_dir():

@@ -84,7 +84,7 @@ _CAUSES = (
            "leave out one of them: `[tool.uv] conflicts` in pyproject.toml says that they do not go together"),
     _Cause(r"does not have a member", "name a member of the workspace, or leave out `package`"),
     _Cause(r"is not defined", "the extras and groups are those of pyproject.toml; after adding one, run `uv lock`"),
-    _Cause(r"needs to be updated", "run `uv lock`"),
+    _Cause(r"needs to be updated, but `--frozen`", "run `uv lock`"),
 )
 # fmt: on
 

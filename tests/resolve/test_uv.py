@@ -129,25 +129,26 @@ import os, subprocess, sys
 from pathlib import Path
 from ray_envcache.resolve import uv
 
-top = Path(sys.argv[1])
-for name in ("cache", "store"):
-    subprocess.run(["mount", "--bind", top / name, top / f"{name}-mounted"], check=True)
-os.environ["UV_CACHE_DIR"] = str(top / "cache-mounted")
-assert (top / "cache-mounted").stat().st_dev == (top / "store-mounted").stat().st_dev
-print(uv.cache_directory(top / "store-mounted"), uv.cache_directory(top / "cache-mounted"))
+disk, one, other = map(Path, sys.argv[1:])
+for place in (one, other):
+    subprocess.run(["mount", "--bind", disk, place], check=True)
+os.environ["UV_CACHE_DIR"] = str(one / "cache")
+assert (one / "store").stat().st_dev == (other / "store").stat().st_dev
+print(uv.cache_directory(one / "store"), uv.cache_directory(other / "store"))
 """
 
 
 def test_two_mounts_of_one_disk(tmp_path: Path) -> None:
     """The kernel links nothing from mount to mount, although the device is the same: then the store has its own cache."""
-    for name in ("cache", "cache-mounted", "store", "store-mounted"):
-        (tmp_path / name).mkdir()
+    disk, one, other = (tmp_path / name for name in ("disk", "one", "other"))
+    for folder in (disk, one, other, disk / "cache", disk / "store"):
+        folder.mkdir()
     unshare = ["unshare", "--map-root-user", "--mount"]
-    if subprocess.run([*unshare, "mount", "--bind", tmp_path / "cache", tmp_path / "store"], check=False).returncode:
+    if subprocess.run([*unshare, "mount", "--bind", one, other], check=False).returncode:
         pytest.skip("this system lets no test mount anything")
-    done = support.run(*unshare, sys.executable, "-c", MOUNTS, tmp_path)
-    assert done == f"None {tmp_path}/cache-mounted\n"
-    assert [*(tmp_path / "store").iterdir()] == [*(tmp_path / "cache").iterdir()] == []
+    done = support.run(*unshare, sys.executable, "-c", MOUNTS, disk, one, other)
+    assert done == f"{one}/cache None\n"
+    assert [*(disk / "store").iterdir()] == [*(disk / "cache").iterdir()] == []
 
 
 @pytest.mark.host

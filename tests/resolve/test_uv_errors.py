@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from ray_envcache.build.plan import require_buildable
+from ray_envcache.checkout.project import Project
 from ray_envcache.errors import (
     BuildError,
     DiskFullError,
@@ -24,7 +26,9 @@ from ray_envcache.errors import (
     LockfileError,
     PassingError,
 )
-from ray_envcache.resolve import uv, uv_errors
+from ray_envcache.field.spec import EnvSpec
+from ray_envcache.resolve import export, uv, uv_errors
+from ray_envcache.resolve.interpreter import installed_ray
 from tests import index, support
 
 pytestmark = pytest.mark.host
@@ -310,13 +314,41 @@ def test_lockfile_that_cannot_be_read(tmp_path: Path, wheels: Path, text: str) -
 
 
 def test_stale_lockfile(tmp_path: Path, wheels: Path) -> None:
-    """Only a lockfile that does not match its project is cured by `uv lock`."""
+    """A lockfile that lacks the project itself is cured by `uv lock`, as is one that no longer matches it."""
     project = support.make_project(tmp_path / "project", wheels, ["ray"])
-    project.write_text(project.read_text().replace("['ray']", "[]"))
-    error = failed("lock", "--check", f"--python={sys.executable}", cwd=project.parent)
-    check(error, BuildError, "needs to be updated", "run `uv lock`")
-    support.run_uv("lock", cwd=project.parent)
-    assert uv.run(["lock", "--check", f"--python={sys.executable}"], cwd=project.parent).returncode == 0
+    text = project.read_text()
+    for edited in (text.replace('name = "project"', 'name = "renamed"'), text.replace("'ray'", "'ray<99'")):
+        project.write_text(edited)
+        with pytest.raises(LockfileError, match="needs to be updated") as caught:
+            require_buildable(EnvSpec.parse(project), installed_ray())
+        assert caught.value.hint == "run `uv lock`"
+        support.run_uv("lock", cwd=project.parent)
+        require_buildable(EnvSpec.parse(project), installed_ray())
+
+
+def test_lockfile_that_is_not_at_fault(tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this node lacks is not said of the lockfile, also where only its check meets it."""
+    project = support.make_project(tmp_path / "project", wheels, ["ray"])
+    monkeypatch.setenv("UV_CACHE_DIR", "/proc/nowhere")
+    with pytest.raises(BuildError, match="Cannot check uv.lock .* uv cannot write where it has to") as caught:
+        export.require_current(Project.locate(project), sys.executable)
+    assert "uv lock" not in caught.value.hint
+
+
+@pytest.mark.parametrize("place", ["variable", "file"])
+def test_user_who_is_not_at_fault(tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """What a user's setting of versions says, even nonsense, makes no lockfile stale, and is not blamed where it is."""
+    project = support.make_project(tmp_path / "project", wheels, ["ray"])
+    if place == "variable":
+        monkeypatch.setenv("UV_RESOLUTION", "foo")
+    else:
+        (tmp_path / "config" / "uv").mkdir(parents=True)
+        (tmp_path / "config" / "uv" / "uv.toml").write_text('resolution = "foo"\n')
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    export.require_current(Project.locate(project), sys.executable)
+    project.write_text(project.read_text().replace("'ray'", "'ray<99'"))
+    with pytest.raises(LockfileError, match="no longer matches pyproject.toml"):
+        export.require_current(Project.locate(project), sys.executable)
 
 
 def test_unknown_cause(tmp_path: Path) -> None:
