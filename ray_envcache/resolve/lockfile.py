@@ -116,7 +116,7 @@ def resolve(spec: EnvSpec, project: Project, interpreter: Interpreter) -> Resolv
     Only for a requirements file, which does not have them, an index is asked where the files are.
     Raises LockfileError (broken lockfile, unknown extra or group, no wheel) or InterpreterError (requires-python).
     """
-    lock = _validated(export.export(spec, project, interpreter), project)
+    lock = _without_refused(_validated(export.export(spec, project, interpreter), project), project.folder)
     _require_python(lock, project, interpreter)
     if project.kind is Kind.PYLOCK:
         _require_options(lock, spec, project)
@@ -156,6 +156,18 @@ def _validated(data: dict[str, Any], project: Project) -> Pylock:
         raise LockfileError(
             f"`{project.file}` is not a valid lockfile: {error}", "write it again with the tool that made it"
         ) from error
+
+
+def _without_refused(lock: Pylock, folder: Path) -> Pylock:
+    """The lockfile without the wheels that settings in `folder` refuse, where uv takes the source package instead."""
+    found = settings.of_project(folder)
+    names = found.get("no-binary-package")
+    refused = {canonicalize_name(str(name)) for name in names} if isinstance(names, list) else set()
+    every = bool(found.get("no-binary"))
+    packages = [
+        replace(one, wheels=None) if one.sdist and (every or one.name in refused) else one for one in lock.packages
+    ]
+    return replace(lock, packages=packages)
 
 
 def _require_python(lock: Pylock, project: Project, interpreter: Interpreter) -> None:

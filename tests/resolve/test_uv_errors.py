@@ -330,7 +330,7 @@ def test_lockfile_that_is_not_at_fault(tmp_path: Path, wheels: Path, monkeypatch
     """What this node lacks is not said of the lockfile, also where only its check meets it."""
     project = support.make_project(tmp_path / "project", wheels, ["ray"])
     monkeypatch.setenv("UV_CACHE_DIR", "/proc/nowhere")
-    with pytest.raises(BuildError, match="Cannot check uv.lock .* uv cannot write where it has to") as caught:
+    with pytest.raises(BuildError, match=r"Cannot check uv.lock .* uv cannot write where it has to") as caught:
         export.require_current(Project.locate(project), sys.executable)
     assert "uv lock" not in caught.value.hint
 
@@ -347,7 +347,7 @@ def test_user_who_is_not_at_fault(tmp_path: Path, wheels: Path, monkeypatch: pyt
         monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     export.require_current(Project.locate(project), sys.executable)
     project.write_text(project.read_text().replace("'ray'", "'ray<99'"))
-    with pytest.raises(LockfileError, match="no longer matches pyproject.toml"):
+    with pytest.raises(LockfileError, match=r"no longer matches pyproject.toml"):
         export.require_current(Project.locate(project), sys.executable)
 
 
