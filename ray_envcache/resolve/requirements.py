@@ -23,6 +23,7 @@ from ray_envcache.system import children
 _HASH = re.compile(r"(?:\s--hash(?:=|\s+)|[#&])(sha256|sha384|sha512|sha1|md5)[:=]([0-9a-f]+)")
 _OPTIONS = re.compile(r"\s+--?[a-z].*$")
 _ARCHIVE = re.compile(r"\.(whl|zip|gz|tgz|bz2|xz)$")  # would pass for a name
+_EDITABLE_REPOSITORY = re.compile(r"(-e|--editable)[\s=]*[a-z]+\+")
 _COMMIT = re.compile(r"@[0-9a-f]{40}(#|$)")
 _ARTIFACTS = ("sdist", "archive")
 
@@ -121,6 +122,8 @@ def _allows(allowed: frozenset[str], artifact: dict[str, Any]) -> bool:
 def _parsed(line: Line) -> RequirementLine | None:
     """The line, None where it is an option, or the path of a local package's folder."""
     text = requirement_files.expanded(line.text)
+    if _EDITABLE_REPOSITORY.match(text):
+        raise LockfileError(f"Editable, but no local package: {line}", "write `name @ git+https://...@COMMIT` instead")
     if text.startswith("-"):
         return None
     hashes = frozenset(f"{name}:{value}" for name, value in _HASH.findall(text))
@@ -131,6 +134,11 @@ def _parsed(line: Line) -> RequirementLine | None:
         found = None
     if found is None or _ARCHIVE.search(found.name):
         found = _nameless(text, line)
+    elif (found.url or "").startswith("file:") and not os.path.exists(unquote(urlsplit(found.url or "").path)):
+        raise LockfileError(
+            f"A file of another machine: {line}",
+            "write the version, `name==version`, as `pip list --format=freeze` does where the list was made",
+        )
     return RequirementLine(line, found, hashes) if found else None
 
 

@@ -76,6 +76,8 @@ _CAUSES = (
            "name this platform in `required-environments` of `[tool.uv]`, and run `uv lock`"),
     _Cause(r"uild backend|ailed to (download and )?build|build-system\.requires",
            "`uv sync` in its folder shows the same; what the build needs (a compiler, headers) must be on this node"),
+    _Cause(r"Expected `--hash`, found|Unexpected '-'",
+           "leave out that option of pip; how packages are built says a uv.toml beside (`config-settings` and others)"),
     _Cause(r"unsupported schema version",
            "upgrade uv on this node (python -m pip install --upgrade uv), or lock with the uv version that is here"),
     _Cause(r"Failed to parse `(.*)`",

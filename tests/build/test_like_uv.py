@@ -86,3 +86,17 @@ def _compare(shapes: Shapes, options: dict[str, Any], command: list[str], local:
         if command[0] == "sync":
             environ = {"UV_PROJECT_ENVIRONMENT": os.fspath(venv)}
             support.run_uv(*command, "--check", f"--python={lease.python}", cwd=shapes.folder, **environ)
+
+
+def test_what_was_installed_by_hand_is_not_there(tmp_path: Path, wheels: Path, store: Store) -> None:
+    """What `uv pip install` put into a project's own .venv is in no lockfile, so workers do not have it; `uv add` is."""
+    support.make_wheel(wheels, "byhand")
+    project = support.make_project(tmp_path / "project", wheels, ["ray"])
+    support.run_uv("sync", "-q", cwd=project.parent)
+    support.run_uv("pip", "install", "-q", "byhand", cwd=project.parent, UV_PYTHON=str(project.parent / ".venv"))
+    program = "import importlib.util; print(importlib.util.find_spec('byhand') is not None)"
+    assert support.run_python(program, python=project.parent / ".venv" / "bin" / "python") == "True\n"
+    for found in ("False\n", "True\n"):
+        with store.acquire(EnvSpec.parse(project), installed_ray(), Holder("test"), finish=False) as lease:
+            assert support.run_python(program, python=lease.python) == found
+        support.run_uv("add", "-q", "byhand", cwd=project.parent)

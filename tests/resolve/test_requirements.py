@@ -9,9 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ray_envcache.build.plan import require_buildable
 from ray_envcache.checkout import requirement_files
 from ray_envcache.errors import LockfileError
+from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import requirements
+from ray_envcache.resolve.interpreter import installed_ray
+from tests import support
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ONE, TWO = "1" * 64, "2" * 64
@@ -76,6 +80,38 @@ def test_errors_show_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(LockfileError, match="line 1") as caught:
         read(tmp_path, line)
     assert "s3cret" not in str(caught.value)
+
+
+# From `pip freeze` and conda: the line, what is said of it, and what to write instead.
+OF_PIP_AND_CONDA = {
+    "idna @ file:///home/conda/feedstock_root/build_artifacts/idna_1/work": (
+        "another machine.*line 3",
+        "name==version",
+    ),
+    "-e git+https://example.org/a@0123456789abcdef0123456789abcdef01234567#egg=a": ("Editable.*line 3", "name @ git+"),
+    "--editable=git+ssh://git@example.org/a#egg=a": ("Editable.*line 3", "name @ git+"),
+    "wanted==1.0 --use-pep517": ("--use-pep517.*requirements.txt:3", "leave out that option"),
+    "wanted==1.0 --global-option=x": ("--global-option.*requirements.txt:3", "leave out that option"),
+    'wanted==1.0 --config-settings="a=b"': ("--config-settings.*requirements.txt:3", "leave out that option"),
+    "--use-pep517": ("Unexpected '-'.*requirements.txt:3", "leave out that option"),
+    "wanted=1.0=py311_0": ("No package is named.*wanted=1.0=py311_0.*line 3", "name==version"),
+    "@EXPLICIT": ("No package is named.*@EXPLICIT.*line 3", "name==version"),
+    "https://conda.anaconda.org/conda-forge/noarch/idna-3.7-pyhd8ed1ab_0.conda": (
+        "No package.*line 3",
+        "name==version",
+    ),
+}
+
+
+@pytest.mark.parametrize("line", OF_PIP_AND_CONDA)
+def test_line_of_pip_or_conda(tmp_path: Path, line: str) -> None:
+    """A line that pip or conda wrote and uv does not take is named, with what to write instead."""
+    lock = tmp_path / "requirements.txt"
+    lock.write_text(f"ray=={support.RAY_VERSION}\n\n{line}\n")
+    says, hint = OF_PIP_AND_CONDA[line]
+    with pytest.raises(LockfileError, match=says) as caught:
+        require_buildable(EnvSpec.parse(lock), installed_ray())
+    assert hint in caught.value.hint
 
 
 def test_options_and_folders_are_no_read(tmp_path: Path) -> None:
