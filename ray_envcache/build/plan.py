@@ -127,8 +127,8 @@ class EnvironmentPlan(Plan):
         """Have uv install from its own lockfile, and then what the cluster's ray adds, with the cluster's settings."""
         elsewhere = [*(one.name for one in self.resolved.local), *(one.name for one in self.inherited)]
         absent = [f"--no-install-package={name}" for name in elsewhere]
-        # uv has no hash of these, and would take the file that it saw before.
-        again = [f"--refresh-package={package.name}" for package in self.resolved.loose]
+        # uv has no hash of these, and would take the file that it saw before. Offline it refuses `--refresh-package`.
+        again = [f"--reinstall-package={package.name}" for package in self.resolved.loose]
         run_uv("sync", *sync_options(entry), *selection, "--no-editable", *absent, *again)
         if self.added:
             added = tuple(package for package in self.resolved.packages if package.name in self.added)

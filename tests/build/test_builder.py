@@ -96,7 +96,7 @@ def test_failure_that_cannot_be_cleaned_up(
     ("place", "said", "hint"),
     [
         ("{store}/x", "No space left for the environment in `{store}`", "RAY_ENVCACHE_DIR"),
-        ("/", "No space left for uv to build", "TMPDIR"),
+        ("/", "No space left for uv to work", "TMPDIR"),
         (None, "No space left for the environment in `{store}`", "RAY_ENVCACHE_DIR"),
     ],
 )

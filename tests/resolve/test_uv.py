@@ -54,7 +54,7 @@ def test_required_version_on_path(
     places = [put_uv(tmp_path / version, version, log).parent for version in ("0.11.9", "0.12.3", "0.12.4")]
     monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path / "nowhere"), *map(str, places), os.environ["PATH"]]))
     lease = acquire(requiring(tmp_path / "project", wheels, required))
-    assert {"export", "venv", "pip"} <= {*log.read_text().split()}
+    assert {"export", "venv", "sync"} <= {*log.read_text().split()}
     record = ReadyRecord.read(lease.entry)
     assert record is not None
     assert record.uv == "0.12.3"
