@@ -65,8 +65,6 @@ def export(project: Project, interpreter: Interpreter, *, no_build: bool) -> dic
     found = read(project.file)
     done = _compile(project, interpreter, "--no-deps", *(["--no-build"] if no_build else []))
     hint = "`uv pip compile --no-deps` of it shows the same"
-    if "is disabled" in done.stderr:
-        hint = "lock versions that have a wheel for this platform, or leave out `no_build`"
     uv_errors.expect_success(done, LockfileError, f"Cannot resolve `{project.file}`", hint)
     data = toml.parse(done.stdout)
     # uv writes down the Python at hand; the file asks for none.

@@ -13,9 +13,9 @@ from contextvars import ContextVar
 from dataclasses import replace
 from enum import Enum
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
 
 import uv
 
@@ -37,12 +37,9 @@ _NODE = re.compile(
     r"|MALWARE_CHECK|MALWARE_CHECK_URL|STACK_SIZE)"
 )
 _RESOLVE = re.compile(r"UV_(EXCLUDE_NEWER|FORK_STRATEGY|PRERELEASE|RESOLUTION)")
+NEEDED = ">=0.9"
+"""The versions of uv that we can call; pyproject.toml says the same."""
 _GIVEN: ContextVar[Mapping[str, str]] = ContextVar("given", default=MappingProxyType({}))
-
-
-class _Binary(NamedTuple):
-    path: str
-    version: str
 
 
 class Scope(Enum):
@@ -76,7 +73,7 @@ def run(
     with file_of(told.text) as file:
         config = f"{settings.PLACE}/{file}"
         done = children.run(
-            [_chosen(told).path, *arguments, f"--config-file={config}"],
+            [_chosen(told)[0], *arguments, f"--config-file={config}"],
             environ=environ,
             cwd=cwd,
             on_line=None if on_line is None else lambda line: on_line(without_credentials(line)),
@@ -105,50 +102,40 @@ def find() -> str:
 
 def version_in(folder: Path) -> str:
     """The version of the uv that calls in `folder` run. Raises BuildError where none fits."""
-    return _chosen(settings.for_uv(folder, Scope.PROJECT.value)).version
+    return _chosen(settings.for_uv(folder, Scope.PROJECT.value))[1]
 
 
-def _chosen(told: settings.ForUv) -> _Binary:
-    """Our uv, or the first on $PATH of a version that `required-version` names. Raises BuildError, LockfileError."""
-    ours = _Binary(find(), metadata.version("uv"))
+def _chosen(told: settings.ForUv) -> tuple[str, str]:
+    """The path and version of our uv, or of the first on $PATH that fits `required-version` where ours does not."""
+    ours = (find(), metadata.version("uv"))
     if not told.required_version:
         return ours
-    from packaging.requirements import Requirement  # 20 ms at the start of each agent
-    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet  # 20 ms at the start of each agent
 
     try:
-        wanted = SpecifierSet(told.required_version)
+        wanted = SpecifierSet(f"{told.required_version},{NEEDED}")
     except InvalidSpecifier as error:
         raise LockfileError(f"`required-version` in `{told.files[0]}`: {error}", 'write ">=0.9,<0.14"') from error
-    if wanted.contains(ours.version, prereleases=True):
-        return ours
-    needs = map(Requirement, metadata.requires("ray-envcache") or ())
-    needed = next(one.specifier for one in needs if one.name == "uv")
-    wanted &= needed
-    others = [_Binary(path, version) for path in _on_path() if (version := _version_of(path))]
-    for other in others:
-        if wanted.contains(other.version, prereleases=True):
-            return other
+    found = []
+    for path, version in chain([ours], _others()):
+        if wanted.contains(version, prereleases=True):
+            return path, version
+        found.append(f"{version} ({path})")
     raise BuildError(
-        f"`{told.files[0]}` requires uv {told.required_version}, and ray-envcache {needed}; "
-        f"here are {', '.join(f'{version} ({path})' for path, version in (ours, *others))}",
+        f"`{told.files[0]}` requires uv {told.required_version}, ray-envcache {NEEDED}; here are {', '.join(found)}",
         f'python -m pip install "uv{wanted}" with the Python of ray-envcache on this node; where there is no such uv, '
         "allow a later one in `required-version`",
     )
 
 
-def _on_path() -> list[str]:
-    """The files `uv` on $PATH, in that order."""
-    places = [os.path.join(folder, "uv") for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
-    return [path for path in places if os.path.isfile(path) and os.access(path, os.X_OK)]
-
-
-def _version_of(path: str) -> str:
-    """The version that the uv at `path` says it is; "" where it does not start, as a shim without a version."""
-    with suppress(OSError):
-        words = children.run([path, "--version"], environ=_environ(Scope.PROJECT)).stdout.split()
-        return words[1] if words[:1] == ["uv"] and len(words) > 1 else ""
-    return ""
+def _others() -> Iterator[tuple[str, str]]:
+    """The path and version of each uv on $PATH that starts; a shim may not."""
+    for folder in filter(os.path.isabs, os.environ.get("PATH", "").split(os.pathsep)):
+        path = os.path.join(folder, "uv")
+        with suppress(OSError):
+            name, _, version = children.run([path, "--version"], environ=_environ(Scope.PROJECT)).stdout.partition(" ")
+            if name == "uv":
+                yield path, version.split()[0]
 
 
 def cache_directory(near: Path) -> Path | None:
@@ -164,13 +151,12 @@ def cache_directory(near: Path) -> Path | None:
 def _links(source: Path, target: Path) -> bool:
     """Whether files in the folder `source` can have links in `target`: same file system, by the same mount.
 
-    The kernel refuses a link to a folder for what it is, but only where one to a file could be. So this leaves nothing.
+    No kernel links a folder, but it says EXDEV only where it would not link a file either: this leaves nothing.
     """
     try:
         os.link(source, target / ".link")
     except OSError as error:
-        return error.errno == errno.EPERM and source.stat().st_dev == target.stat().st_dev
-    os.unlink(target / ".link")  # of root on an old Mac
+        return error.errno != errno.EXDEV and source.stat().st_dev == target.stat().st_dev
     return True
 
 

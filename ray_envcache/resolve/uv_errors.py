@@ -7,19 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from ray_envcache.errors import (
-    BuildError,
-    DiskFullError,
-    EnvCacheError,
-    InterpreterError,
-    LockfileError,
-    PassingError,
-)
+from ray_envcache.errors import BuildError, DiskFullError, EnvCacheError, InterpreterError, LockfileError, PassingError
 from ray_envcache.system import children, disk
 
 _ERROR = re.compile(r"(?ms)^[ \N{MULTIPLICATION SIGN}x]*error.*")
 _FULL = re.compile(r"(?:`(/[^`\n]*)`: )?(?:No space left on device|Disk quota exceeded)|os error (?:28|122)\b")
-_LINES = 25
 
 
 class _Cause(NamedTuple):
@@ -29,65 +21,61 @@ class _Cause(NamedTuple):
     """
 
     sign: str
+    kind: type[EnvCacheError] | None
+    words: str
     hint: str
-    words: str = ""
-    kind: type[EnvCacheError] | None = None
 
 
 # The first that fits counts: what this node lacks, what an index says, what is built, what the lockfile is.
 # fmt: off
-_CAUSES = (
-    _Cause(r"Failed to initialize cache at|`/.*`: (Permission denied|Read-only file system)",
-           "let this user write there, or choose another place: UV_CACHE_DIR, TMPDIR",
-           "uv cannot write where it has to: ", BuildError),
-    _Cause(r"when waiting for lock on",
-           "try again when the uv that keeps others out, such as `uv cache clean`, is done; or set UV_LOCK_TIMEOUT",
-           kind=PassingError),
-    _Cause(r"variable `UV_\w+` with invalid value|invalid value '.*' for '--",
-           "mend the variable UV_... of this node that says so",
-           "uv cannot read a variable: ", BuildError),
-    _Cause(r"Failed to parse: `?(.*?)`?\n(.|\n)*TOML parse error",
-           "mend that setting in {0}", "uv cannot read a setting: ", LockfileError),
-    _Cause(r"No interpreter found for (?:.* )?(\S+) in ",
-           "`uv python install {0}`, or name one that is here: `uv python list` shows them", kind=InterpreterError),
-    _Cause(r"Failed to inspect Python interpreter|which is incompatible with",
-           "name a Python that fits and starts: `uv python list` shows those that are here", kind=InterpreterError),
-    _Cause(r"401 Unauthorized|403 Forbidden|Missing credentials|lack of valid authentication",
-           "give this node the index's credentials as uv takes them: UV_INDEX_<NAME>_USERNAME and _PASSWORD, netrc or "
-           "keyring", "an index wants credentials (401 Unauthorized or 403 Forbidden): "),
-    _Cause(r"invalid peer certificate",
-           "tell uv which certificates to trust: SSL_CERT_FILE, or UV_SYSTEM_CERTS=1 for those of this node"),
-    _Cause(r"(?i)network (connectivity is|was) disabled",
-           "unset UV_OFFLINE, or `offline` in a uv.toml, until uv has fetched what is missing"),
-    _Cause(r"404 Not Found|410 Gone",
-           "set an index that has it (UV_DEFAULT_INDEX, uv.toml); where it was withdrawn, `uv lock --upgrade`"),
-    _Cause(r"error sending request|client error \(Connect\)|dns error|Failed to fetch|timed out|Request failed",
-           "see that this node reaches the index; proxies and mirrors are set as for uv",
-           "an index does not answer: ", PassingError),
-    _Cause(r"Hash mismatch for `(.*?)=",
-           "the index serves another file than was locked; if that is right, `uv lock --upgrade-package {0}`"),
-    _Cause(r"Git executable not found|Git operation failed",
-           "see that this node has git, reaches that repository, and finds the commit there"),
-    _Cause(r"marked as `--no-binary`",
-           "lock a version that has a source package, or take it out of `no-binary` in `[tool.uv]`"),
-    _Cause(r"marked as `--no-build`|uilding .*is disabled|source is disabled",
-           "lock versions that have a wheel for this platform, or leave out `no_build`, in `[tool.uv]` `no-build`"),
-    _Cause(r"wheel for the current platform",
-           "name this platform in `required-environments` of `[tool.uv]`, and run `uv lock`"),
-    _Cause(r"uild backend|ailed to (download and )?build|build-system\.requires",
-           "`uv sync` in its folder shows the same; what the build needs (a compiler, headers) must be on this node"),
-    _Cause(r"Expected `--hash`, found|Unexpected '-'",
-           "leave out that option of pip; how packages are built says a uv.toml beside (`config-settings` and others)"),
-    _Cause(r"unsupported schema version",
-           "upgrade uv on this node (python -m pip install --upgrade uv), or lock with the uv version that is here"),
-    _Cause(r"Failed to parse `(.*)`",
-           "restore {0} from version control, or remove it and lock again: `uv lock` reads it too"),
-    _Cause(r"are incompatible with the",
-           "leave out one of them: `[tool.uv] conflicts` in pyproject.toml says that they do not go together"),
-    _Cause(r"does not have a member", "name a member of the workspace, or leave out `package`"),
-    _Cause(r"is not defined", "the extras and groups are those of pyproject.toml; after adding one, run `uv lock`"),
-    _Cause(r"needs to be updated, but `--frozen`", "run `uv lock`"),
-)
+_CAUSES = tuple(_Cause(*one) for one in (
+    (r"Failed to initialize cache at|`/.*`: (Permission denied|Read-only file system)", BuildError,
+     "uv cannot write where it has to: ", "let this user write there, or choose another place: UV_CACHE_DIR, TMPDIR"),
+    (r"when waiting for lock on", PassingError, "",
+     "try again when the uv that keeps others out, such as `uv cache clean`, is done; or set UV_LOCK_TIMEOUT"),
+    (r"variable `UV_\w+` with invalid value|invalid value '.*' for '--", BuildError,
+     "uv cannot read a variable: ", "mend the variable UV_... of this node that says so"),
+    (r"Failed to parse: `?(.*?)`?\n(.|\n)*TOML parse error", LockfileError,
+     "uv cannot read a setting: ", "mend that setting in {0}"),
+    (r"No interpreter found for (?:.* )?(\S+) in ", InterpreterError, "",
+     "`uv python install {0}`, or name one that is here: `uv python list` shows them"),
+    (r"Failed to inspect Python interpreter|which is incompatible with", InterpreterError, "",
+     "name a Python that fits and starts: `uv python list` shows those that are here"),
+    (r"401 Unauthorized|403 Forbidden|Missing credentials|lack of valid authentication", None,
+     "an index wants credentials (401 Unauthorized or 403 Forbidden): ",
+     "set them as uv takes them, on this node: UV_INDEX_<NAME>_USERNAME and _PASSWORD, netrc or keyring"),
+    (r"invalid peer certificate", None, "",
+     "tell uv which certificates to trust: SSL_CERT_FILE, or UV_SYSTEM_CERTS=1 for those of this node"),
+    (r"(?i)network (connectivity is|was) disabled", None, "",
+     "unset UV_OFFLINE, or `offline` in a uv.toml, until uv has fetched what is missing"),
+    (r"404 Not Found|410 Gone", None, "",
+     "set an index that has it (UV_DEFAULT_INDEX, uv.toml); where it was withdrawn, `uv lock --upgrade`"),
+    (r"error sending request|client error \(Connect\)|dns error|Failed to fetch|timed out|Request failed", PassingError,
+     "an index does not answer: ", "see that this node reaches the index; proxies and mirrors are set as for uv"),
+    (r"Hash mismatch for `(.*?)=", None, "",
+     "the index serves another file than was locked; if that is right, `uv lock --upgrade-package {0}`"),
+    (r"Git executable not found|Git operation failed", None, "",
+     "see that this node has git, reaches that repository, and finds the commit there"),
+    (r"marked as `--no-binary`", None, "",
+     "lock a version that has a source package, or take it out of `no-binary` in `[tool.uv]`"),
+    (r"marked as `--no-build`|uilding .*is disabled|source is disabled", None, "",
+     "lock versions that have a wheel for this platform, or leave out `no_build`, in `[tool.uv]` `no-build`"),
+    (r"wheel for the current platform", None, "",
+     "name this platform in `required-environments` of `[tool.uv]`, and run `uv lock`"),
+    (r"uild backend|ailed to (download and )?build|build-system\.requires", None, "",
+     "`uv sync` in its folder shows the same; what the build needs (a compiler, headers) must be on this node"),
+    (r"Expected `--hash`, found|Unexpected '-'", None, "",
+     "leave out that option of pip; how packages are built says a uv.toml beside (`config-settings` and others)"),
+    (r"unsupported schema version", None, "",
+     "upgrade uv on this node (python -m pip install --upgrade uv), or lock with the uv version that is here"),
+    (r"Failed to parse `(.*)`", None, "",
+     "restore {0} from version control, or remove it and lock again: `uv lock` reads it too"),
+    (r"are incompatible with the", None, "",
+     "leave out one of them: `[tool.uv] conflicts` in pyproject.toml says that they do not go together"),
+    (r"does not have a member", None, "", "name a member of the workspace, or leave out `package`"),
+    (r"is not defined", None, "", "extras and groups are those of pyproject.toml; after adding one, run `uv lock`"),
+    (r"needs to be updated, but `--frozen`", None, "", "run `uv lock`"),
+))
 # fmt: on
 
 
@@ -134,4 +122,4 @@ def _said(stderr: str) -> str:
     found = _ERROR.search(stderr)
     reason = (found[0] if found else stderr).split("\nhint:")[0].strip().removeprefix("error: ")
     first, _, rest = reason.partition("\n")
-    return "\n".join([first, *rest.splitlines()[-_LINES:]])
+    return "\n".join([first, *rest.splitlines()[-25:]])

@@ -86,11 +86,16 @@ def test_required_version_that_is_not_here(
     project = requiring(tmp_path / "project", wheels, required)
     with pytest.raises(BuildError) as caught:
         require_buildable(EnvSpec.parse(project), installed_ray())
-    assert f"`{project}` requires uv {required}, and ray-envcache >=0.9; " in caught.value.message
+    assert f"`{project}` requires uv {required}, ray-envcache >=0.9; " in caught.value.message
     assert f"here are {OURS} ({uv_package.find_uv_bin()}), 0.8.3 ({found})" in caught.value.message
     assert "shims" not in caught.value.message
     assert caught.value.hint.startswith(f'python -m pip install "uv{required},>=0.9"')
     assert "uv lock" not in caught.value.hint
+
+
+def test_what_we_need_of_uv() -> None:
+    """It is what pip installs beside us."""
+    assert f"uv{uv.NEEDED}" in (metadata.requires("ray-envcache") or ())
 
 
 def test_required_version_that_is_none(tmp_path: Path, wheels: Path) -> None:
