@@ -92,11 +92,9 @@ def error_of(done: children.Completed, kind: type[EnvCacheError], what: str, hin
     reason = _said(done.stderr) or f"uv ended with status {done.returncode}"
     if _FULL.search(done.stderr):
         # That says nothing about what was asked: uv keeps notes in its cache even where it only reads.
-        place = full_place(done.stderr) or Path(tempfile.gettempdir())
-        return DiskFullError(
-            f"No space left for uv to work: {reason}; {disk.room_left(place)}",
-            "make room there, or move what uv writes there: UV_CACHE_DIR, TMPDIR",
-        )
+        room = disk.room_left(full_place(done.stderr) or Path(tempfile.gettempdir()))
+        hint = "make room there, or move what uv writes there: UV_CACHE_DIR, TMPDIR"
+        return DiskFullError(f"No space left for uv to work: {reason}; {room}", hint)
     for cause in _CAUSES:
         if found := re.search(cause.sign, done.stderr):
             return (cause.kind or kind)(f"{what}: {cause.words}{reason}", cause.hint.format(*found.groups()))
@@ -111,10 +109,8 @@ def full_place(stderr: str) -> Path | None:
 
 def killed(done: children.Completed, who: str = "uv") -> PassingError:
     """The error for a child that a signal ended: then what it said so far is not the reason."""
-    return PassingError(
-        f"{who} was {done.killed} before it was done",
-        "try again; the kernel kills it where this node has too little memory (dmesg says so)",
-    )
+    hint = "try again; the kernel kills it where this node has too little memory (dmesg says so)"
+    return PassingError(f"{who} was {done.killed} before it was done", hint)
 
 
 def _said(stderr: str) -> str:
