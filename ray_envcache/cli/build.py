@@ -141,7 +141,9 @@ def _finish(store: Store, entries: list[Entry]) -> None:
 )
 @_selection(_VARIABLES)
 @click.option("--python", "-p", metavar="VERSION|PATH", help="Use this Python; default: the one that uv takes.")
-@click.option("--with", "more", multiple=True, hidden=True, callback=lambda *given: _refuse_with(given[-1]))
+@click.option(
+    "--with", "more", multiple=True, hidden=True, help="Refused.", callback=lambda *given: _refuse_with(given[-1])
+)
 @click.option("--module", "-m", is_flag=True, help="Run the module of this name.")
 @click.option("--tmpdir", metavar="DIR", help="Put Ray's session directories here; the path may be long.")
 @click.option("--keep-session", is_flag=True, help="Keep the session directories.")

@@ -67,10 +67,8 @@ def _explain_refused_writes() -> None:
         try:
             path = os.path.abspath(os.fsdecode(value.filename))
             if value.errno in {1, 13, 30} and path.startswith(sys.prefix + os.sep):  # EPERM, EACCES, EROFS
-                sys.stderr.write(
-                    "hint: this environment is shared by all Ray clusters of this host (ray-envcache) and never changes; "
-                    "let the program write elsewhere, most packages have a variable for that\n"
-                )
+                what = "this environment is shared by all Ray clusters of this host (ray-envcache) and never changes"
+                sys.stderr.write(f"hint: {what}; write elsewhere, most packages have a variable for that\n")
         except Exception:
             pass  # the traceback is there
 

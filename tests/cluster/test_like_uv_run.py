@@ -278,7 +278,7 @@ def test_python(project: Path) -> None:
     }
     if not others:
         pytest.skip("needs two Pythons")
-    other, path = sorted(others.items())[-1]
+    other, path = max(others.items())
     assert run("python", "-V", UV_PYTHON=path)[1] == f"Python {other}\n"
     support.run(uv.find_uv_bin(), "venv", "--python", path)
     assert support.run(uv.find_uv_bin(), "run", "--frozen", "python", "-V") == f"Python {other}\n"
@@ -305,13 +305,13 @@ open(os.path.join(sys.argv[1] or sys.prefix, "cache"), "w")
 """
 
 
-@pytest.mark.parametrize(("folder", "said"), [("", True), ("/", False)])
-def test_write_into_the_environment(project: Path, folder: str, said: bool) -> None:
+@pytest.mark.parametrize(("folder", "hints"), [("", 1), ("/", 0)])
+def test_write_into_the_environment(project: Path, folder: str, hints: int) -> None:
     """A write below `sys.prefix` that is refused ends in its traceback and a hint; one elsewhere in its traceback only."""
     code, _, err = run("python", "-c", WRITE, folder)
     assert code == 1
     assert "PermissionError" in err
-    assert ("hint: this environment is shared" in err) == said
+    assert err.count("hint: this environment is shared") == hints
     assert err.count("Traceback") == 1
 
 
