@@ -129,6 +129,14 @@ def _finish(store: Store, entries: list[Entry]) -> None:
         ) from error
 
 
+def _refuse_with(_context: click.Context, _option: click.Parameter, packages: tuple[str, ...]) -> None:
+    if packages:
+        raise click.UsageError(
+            "--with: the environment is shared, and has what is locked. Add the package to the project (`uv add`, with "
+            "`--group NAME` if need be), or call `uv run --with` in the program"
+        )
+
+
 @click.command(
     context_settings={"allow_interspersed_args": False},
     epilog="Example: ray-envcache run --extra gpu -- python main.py",
@@ -141,9 +149,7 @@ def _finish(store: Store, entries: list[Entry]) -> None:
 )
 @_selection(_VARIABLES)
 @click.option("--python", "-p", metavar="VERSION|PATH", help="Use this Python; default: the one that uv takes.")
-@click.option(
-    "--with", "more", multiple=True, hidden=True, help="Refused.", callback=lambda *given: _refuse_with(given[-1])
-)
+@click.option("--with", multiple=True, expose_value=False, hidden=True, help="Refused.", callback=_refuse_with)
 @click.option("--module", "-m", is_flag=True, help="Run the module of this name.")
 @click.option("--tmpdir", metavar="DIR", help="Put Ray's session directories here; the path may be long.")
 @click.option("--keep-session", is_flag=True, help="Keep the session directories.")
@@ -155,7 +161,6 @@ def run(
     keep_session: bool,
     module: bool,
     command: tuple[str, ...],
-    more: None,  # noqa: ARG001  # refused when it is given
     **options: Any,
 ) -> None:
     """Run a Ray program from the cached environment of its project, as `uv run` does.
@@ -172,14 +177,6 @@ def run(
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code if isinstance(error, StoreError | CommandError) else USAGE_ERROR)
     sys.exit(program.end_like(status))
-
-
-def _refuse_with(packages: tuple[str, ...]) -> None:
-    if packages:
-        raise click.UsageError(
-            "--with: the environment is shared, and has what is locked. Add the package to the project (`uv add`, with "
-            "`--group NAME` if need be), or call `uv run --with` in the program"
-        )
 
 
 def _run(spec: EnvSpec, tmpdir: str | None, command: list[str], *, keep: bool) -> int:
