@@ -32,6 +32,18 @@ DEFAULT = 'default-groups = ["dev", "cu12"]\nconflicts = [[{group = "cu12"}, {gr
 SHOW = "from importlib.metadata import distributions as d; print(*sorted(f'{x.name}=={x.version}' for x in d()))"
 
 
+EDITABLE = """
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+    info = "project-1.0.dist-info"
+    with zipfile.ZipFile(pathlib.Path(wheel_directory) / "project-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("project.pth", str(pathlib.Path("src").resolve()))
+        wheel.writestr(info + "/METADATA", "Metadata-Version: 2.2\\nName: project\\nVersion: 1.0\\n")
+        wheel.writestr(info + "/WHEEL", "Wheel-Version: 1.0\\nGenerator: tests\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr(info + "/RECORD", "")
+    return "project-1.0-py3-none-any.whl"
+"""
+
+
 @pytest.fixture
 def project(tmp_path: Path, wheels: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a project with extras and groups, where the test works; uv is on PATH."""
@@ -194,6 +206,24 @@ def test_what_is_there_already(project: Path) -> None:
     assert "Would make no changes" in err
 
 
+def test_local_packages(project: Path, wheels: Path) -> None:
+    """With the project itself in the environment `uv sync` passes too, after an edit as well."""
+    (project / "src/project").mkdir(parents=True)
+    (project / "src/project/__init__.py").write_text("WORD = 1\n")
+    (project / "backend.py").write_text(support.SRC_BACKEND.format(name="project") + EDITABLE)
+    text = (project / "pyproject.toml").read_text().replace("package = false\n", "")
+    backend = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    (project / "pyproject.toml").write_text(f"{text.replace('0.1', '1.0', 1)}\n{backend}")
+    support.run_uv("lock", cwd=project)
+    code, out, err = script(
+        "echo WORD = 2 > src/project/__init__.py; uv sync && uv run --dev python -c 'import project; print(project.WORD)'"
+    )
+    assert (code, out) == (0, "2\n"), err
+    code, _, err = script("uv sync --group test")
+    assert code == 1
+    assert "--group test -- ..." in err
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -248,6 +278,12 @@ def test_no_uv_on_path(project: Path, tmp_path: Path) -> None:
     """Where PATH has none, `uv` is the one beside ray-envcache."""
     (tmp_path / "bin/uv").unlink()
     assert script(f"uv run {UV_RUN}")[0] == 0
+
+
+def test_without_variables(project: Path) -> None:
+    """A program that clears the environment has the next uv on PATH."""
+    code, out, err = script('env -i "PATH=$PATH" uv --version')
+    assert (code, out.split()[0]) == (0, "uv"), err
 
 
 def test_command_of_a_group_that_is_not_there(project: Path, tmp_path: Path, store: Store) -> None:
