@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -25,18 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["EnvCacheError", "EnvSpec", "Store", "clean_sessions", "runtime_env", "short_tmpdir"]
 
 
-def runtime_env(  # noqa: PLR0913  # the options of the field, with their names
-    path: str | os.PathLike[str],
-    *,
-    extras: Iterable[str] = (),
-    groups: Iterable[str] = (),
-    package: str | None = None,
-    no_build: bool = False,
-    python: str | None = None,
-    install_project: bool = True,
-    inherit: Iterable[str] = (),
-    system_site_packages: bool = False,
-) -> dict[str, Any]:
+def runtime_env(path: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
     """A runtime_env for `@ray.remote`, `.options`, jobs, anything: absolute path, and the digest of the files pinned.
 
     The options are those of the field. With a guard: on a node without the plugin, where Ray would ignore the field,
@@ -48,17 +37,9 @@ def runtime_env(  # noqa: PLR0913  # the options of the field, with their names
     from ray_envcache.field.guard import guarded  # imported when it is needed, not with ray
     from ray_envcache.hook import pinned_field
 
-    lists = {"extras": extras, "groups": groups, "inherit": inherit}
-    value = {
-        "path": os.path.abspath(os.path.expanduser(path)),
-        # A string stays one, and is refused: its letters are no names.
-        **{name: given if isinstance(given, str) else [*given] for name, given in lists.items()},
-        "package": package,
-        "no_build": no_build,
-        "python": python,
-        "install_project": install_project,
-        "system_site_packages": system_site_packages,
-    }
+    # A string stays one, and is refused: its letters are no names.
+    listed = {name: [*given] if isinstance(given, set | Iterator) else given for name, given in options.items()}
+    value = {**listed, "path": os.path.abspath(os.path.expanduser(path))}
     return guarded({"envcache": pinned_field(value)})
 
 

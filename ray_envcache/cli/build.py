@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,20 +36,55 @@ def absolute(path: str) -> str:
         ) from error
 
 
-def _selection(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of both commands that choose packages."""
-    for option in (
-        click.option("--package", metavar="NAME", help="Use this member of the workspace."),
-        click.option("--group", "groups", multiple=True, metavar="NAME", help="Include this group; may be repeated."),
-        click.option("--extra", "extras", multiple=True, metavar="NAME", help="Include this extra; may be repeated."),
-    ):
-        command = option(command)
-    return command
+_LISTS = (
+    ("extra", "extras", "Include this extra; may be repeated."),
+    ("no-extra", "no_extras", "Leave this one out of --all-extras."),
+    ("group", "groups", "Include this group; may be repeated."),
+    ("no-group", "no_groups", "Leave out this group."),
+    ("only-group", "only_groups", "Include this group, and nothing else."),
+)
+_FLAGS = (
+    ("all-extras", "Include all extras."),
+    ("all-groups", "Include all groups."),
+    ("all-packages", "Include all members of the workspace."),
+    ("no-default-groups", "Leave out the default groups."),
+    ("dev", "Include the group dev."),
+    ("no-dev", "Leave out the group dev."),
+    ("only-dev", "Include the group dev, and nothing else."),
+)
+_VARIABLES = {"no-group": "UV_NO_GROUP", "no-default-groups": "UV_NO_DEFAULT_GROUPS", "no-dev": "UV_NO_DEV"}
+
+
+def _selection(variables: Mapping[str, str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options of uv that choose packages, with the variables that stand for some of them."""
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        for name, text in reversed(_FLAGS):
+            command = click.option(f"--{name}", is_flag=True, envvar=variables.get(name), help=text)(command)
+        command = click.option("--package", metavar="NAME", help="Use this member of the workspace.")(command)
+        for name, field, text in reversed(_LISTS):
+            option = click.option(
+                f"--{name}", field, multiple=True, metavar="NAME", envvar=variables.get(name), help=text
+            )
+            command = option(command)
+        return command
+
+    return add
+
+
+def _spec(
+    path: str, *, dev: bool, no_dev: bool, only_dev: bool, no_default_groups: bool, by_default: bool, **options: Any
+) -> EnvSpec:
+    """What the options select, the group dev `by_default` as other default groups, or only where it is named."""
+    options["groups"] += ("dev",) * dev
+    options["only_groups"] += ("dev",) * only_dev
+    named = {"default_groups": not no_default_groups, "dev": by_default and not no_dev}
+    return EnvSpec.parse({"path": path, **named, **options})
 
 
 @click.command(epilog="Example: ray-envcache build .")
 @click.argument("path", type=click.Path())
-@_selection
+@_selection({})
 @click.option("--no-build", is_flag=True, help="Refuse packages without a wheel.")
 @click.option("--python", metavar="VERSION|PATH", help="Use this Python.")
 @click.option("--no-install-project", is_flag=True, help="Leave out the project's own packages.")
@@ -63,7 +98,7 @@ def build(*, path: str, no_install_project: bool, **options: Any) -> None:
     PATH is a project's folder, its pyproject.toml or uv.lock, a pylock.toml, a requirements file or a script. When the
     command returns the bytecode is compiled too: made for images and CI. The options are those of the field.
     """
-    spec = EnvSpec.parse({"path": absolute(path), "install_project": not no_install_project, **options})
+    spec = _spec(absolute(path), install_project=not no_install_project, by_default=False, **options)
     store = Store.open()
     with observer(sys.stderr) as shown:
         lease = store.acquire(spec, installed_ray(), Holder("cli"), shown, finish=False)
@@ -94,42 +129,64 @@ def _finish(store: Store, entries: list[Entry]) -> None:
         ) from error
 
 
+def _refuse_with(_context: click.Context, _option: click.Parameter, packages: tuple[str, ...]) -> None:
+    if packages:
+        raise click.UsageError(
+            "--with: the environment is shared, and has what is locked. Add the package to the project (`uv add`, with "
+            "`--group NAME` if need be), or call `uv run --with` in the program"
+        )
+
+
 @click.command(
     context_settings={"allow_interspersed_args": False},
     epilog="Example: ray-envcache run --extra gpu -- python main.py",
 )
 @click.option(
-    "--project", metavar="PATH", help="Folder or lockfile of the project; default: the nearest project upwards."
+    "--project",
+    metavar="PATH",
+    envvar="UV_PROJECT",
+    help="Folder or lockfile of the project; default: the nearest project upwards.",
 )
-@_selection
-@click.option("--python", metavar="VERSION|PATH", help="Use this Python; default: the one that uv takes.")
+@_selection(_VARIABLES)
+@click.option("--python", "-p", metavar="VERSION|PATH", help="Use this Python; default: the one that uv takes.")
+@click.option("--with", multiple=True, expose_value=False, hidden=True, help="Refused.", callback=_refuse_with)
+@click.option("--module", "-m", is_flag=True, help="Run the module of this name.")
 @click.option("--tmpdir", metavar="DIR", help="Put Ray's session directories here; the path may be long.")
 @click.option("--keep-session", is_flag=True, help="Keep the session directories.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
-    *, project: str | None, tmpdir: str | None, keep_session: bool, command: tuple[str, ...], **options: Any
+    *,
+    project: str | None,
+    tmpdir: str | None,
+    keep_session: bool,
+    module: bool,
+    command: tuple[str, ...],
+    **options: Any,
 ) -> None:
-    """Run a Ray program from the cached environment of its project.
+    """Run a Ray program from the cached environment of its project, as `uv run` does.
 
     The program and every cluster it starts run from there; the program needs no changes. The project's own packages are
-    imported from where they are developed. At the end the session directories of its clusters are removed; after a
-    failed run the logs stay.
+    imported from where they are developed. Options that choose packages are those of uv. At the end the session
+    directories of its clusters are removed; after a failed run the logs stay.
     """
     try:
         folder = absolute(project) if project else os.fspath(program.find_project(Path(absolute("."))))
-        status = _run(EnvSpec.parse({"path": folder, **options}), tmpdir, command, keep=keep_session)
+        words = ["python", "-m", *command] if module else program.command_of(command)
+        status = _run(_spec(folder, by_default=True, **options), tmpdir, words, keep=keep_session)
     except EnvCacheError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code if isinstance(error, StoreError | CommandError) else USAGE_ERROR)
     sys.exit(program.end_like(status))
 
 
-def _run(spec: EnvSpec, tmpdir: str | None, command: tuple[str, ...], *, keep: bool) -> int:
+def _run(spec: EnvSpec, tmpdir: str | None, command: list[str], *, keep: bool) -> int:
     with observer(sys.stderr) as shown:
         lease = program.acquire(spec, shown)
     with lease:
-        environ = program.environ_for(lease, os.environ)
-        found = program.find_command(command[0], environ)
+        environ = program.environ_for(lease, spec, os.environ)
+        found, note = program.find_command(command[0], lease, spec, environ)
+        if note:
+            _say(note)
         place = RunTmpdir.make(tmpdir, os.environ)
         status = 1
         try:

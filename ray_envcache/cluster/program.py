@@ -8,6 +8,7 @@ terminal, process group and descriptors, gets the signals that are sent to us, a
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -16,15 +17,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from ray_envcache import inside
 from ray_envcache.acquire import Store
 from ray_envcache.build.builder import Observer
-from ray_envcache.checkout.project import Project
-from ray_envcache.errors import CommandError, LockfileError
+from ray_envcache.checkout.project import Kind, Project
+from ray_envcache.errors import CommandError, InterpreterError, LockfileError
 from ray_envcache.field import registration
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve import interpreter, uv, uv_errors
+from ray_envcache.resolve import export, interpreter, uv, uv_errors
 from ray_envcache.resolve.interpreter import LockedRay
 from ray_envcache.store.leases import Holder, Lease
+from ray_envcache.system import children
+
+GUARDS = f"{inside.__path__[0]}/path"
+"""A folder with what takes the place of commands that would change the environment."""
 
 # The terminal sends its signals to the whole process group, and so to the command; other senders reach only us.
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGQUIT)
@@ -50,30 +56,61 @@ def acquire(spec: EnvSpec, observer: Observer) -> Lease:
     """
     Project.locate(Path(spec.path), spec.package)  # raises a better error than uv in a folder that does not exist
     folder = Path(spec.path if os.path.isdir(spec.path) else os.path.dirname(spec.path))
-    python = spec.python if spec.python and os.path.isabs(spec.python) else _python_of(folder, spec.python)
+    python = spec.python if spec.python and os.path.isabs(spec.python) else _python_of(folder, spec.python, os.environ)
     wanted = EnvSpec.parse({**spec.to_field(), "python": python})
     store = Store.open()
     return store.acquire(wanted, LockedRay(), Holder("run"), observer, check_current=True, editable=True)
 
 
-def environ_for(lease: Lease, environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables of the command: the environment is active, and Ray loads neither our plugin nor our hook."""
+def environ_for(lease: Lease, spec: EnvSpec, environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables of the command: the environment is active, and Ray loads neither our plugin nor our hook.
+
+    `uv` is a guard there, and uses this environment too where it is called for the project of `spec`.
+    """
     environment = dict(registration.without_us(environ))
     for name in ("PYTHONHOME", "__PYVENV_LAUNCHER__"):
         environment.pop(name, None)
     # Ray's own hook for `uv run` would give each worker a `uv run` of its own, should one be among our parents.
     environment[registration.UV_RUN] = "0"
     environment["VIRTUAL_ENV"] = os.fspath(lease.entry.venv)
-    environment["PATH"] = f"{lease.entry.bin}:{environ.get('PATH', os.defpath)}"
-    return environment
+    environment["PATH"] = f"{GUARDS}:{lease.entry.bin}:{environ.get('PATH', os.defpath)}"
+    return {**environment, **_variables_of_uv(lease, spec, environ)}
 
 
-def find_command(name: str, environ: Mapping[str, str]) -> str:
-    """The path of the program `name` on the PATH of `environ`. Raises CommandError."""
+def _variables_of_uv(lease: Lease, spec: EnvSpec, environ: Mapping[str, str]) -> dict[str, str]:
+    """What makes uv use this environment, and what the guard needs to know (inside/uv_guard.py)."""
+    ours = {"UV_PROJECT_ENVIRONMENT": os.fspath(lease.entry.venv), "UV_NO_SYNC": "1"}
+    project = Project.locate(Path(spec.path), spec.package)
+    is_uv = project.kind is Kind.UV
+    above = json.loads(environ.get("RAY_ENVCACHE_RUN_ABOUT", "{}"))
+    about = {
+        "uv": uv.find(),
+        "home": os.path.realpath(project.folder / project.member),
+        "folders": [os.path.realpath(folder) for folder in export.members(project)] if is_uv else [],
+        "before": above.get("before") or {name: environ[name] for name in ours if name in environ},
+    }
+    told = {"RAY_ENVCACHE_RUN": os.fspath(lease.entry.venv), "RAY_ENVCACHE_RUN_ABOUT": json.dumps(about)}
+    return {**told, **ours} if is_uv else told
+
+
+def command_of(words: Sequence[str]) -> list[str]:
+    """The command that `uv run` makes of these words: Python for a file with Python code."""
+    return ["python", *words] if words[0].endswith(".py") and os.path.isfile(words[0]) else [*words]
+
+
+def find_command(name: str, lease: Lease, spec: EnvSpec, environ: Mapping[str, str]) -> tuple[str, str]:
+    """The path of the program `name` on the PATH of `environ`, and what to say of it, if anything.
+
+    It is said where it comes from outside although the lockfile has a package of this name. Raises CommandError.
+    """
     program = shutil.which(name, path=environ["PATH"])
+    is_inside = program and program.startswith((f"{lease.entry.bin}/", f"{GUARDS}/"))
+    option = "" if is_inside else export.option_for(spec, name)
     if program is None:
-        raise CommandError(f"No such command: `{name}`", "it is looked for in the environment, then on PATH")
-    return program
+        brings = f"`ray-envcache run {option}` brings it" if option else ""
+        raise CommandError(f"No such command: `{name}`", brings or "it is looked for in the environment, then on PATH")
+    says = f"`{name}` is {program}, outside of the environment; `{option}` brings the one that is locked"
+    return program, says if option else ""
 
 
 def run(program: str, command: Sequence[str], environ: Mapping[str, str], held: Iterable[int]) -> int:
@@ -140,10 +177,19 @@ def _next_signal() -> tuple[int, bool]:
     return found.si_signo, found.si_code > 0
 
 
-def _python_of(folder: Path, version: str | None) -> str:
-    """The base interpreter that uv takes for the project: by .python-version and requires-python."""
-    done = uv.run(["python", "find", "--system", *([version] if version else [])], cwd=folder)
-    uv_errors.expect_success(
-        done, LockfileError, f"No Python for the project in `{folder}`", "uv python list shows what is here"
+def _python_of(folder: Path, version: str | None, environ: Mapping[str, str]) -> str:
+    """The base of the interpreter that `uv run` takes for the project, by all that the user tells uv of Pythons."""
+    # `uv python find` obeys neither UV_PYTHON nor UV_PROJECT_ENVIRONMENT, and prefers the environment that is active.
+    request = version or environ.get("UV_PYTHON")
+    own = next((top for top in (folder, *folder.parents) if (top / "uv.lock").is_file()), folder)
+    own = own / environ.get("UV_PROJECT_ENVIRONMENT", ".venv")
+    others = {name: value for name, value in environ.items() if name not in {"VIRTUAL_ENV", "CONDA_PREFIX"}}
+    more = {"VIRTUAL_ENV": os.fspath(own)} if (own / "bin/python").exists() else {}
+    done = children.run(
+        [uv.find(), "python", "find", *([] if more else ["--system"]), *([request] if request else [])],
+        environ={**others, **more, "UV_PYTHON_DOWNLOADS": "never", "NO_COLOR": "1"},
+        cwd=folder,
     )
+    what = f"No Python for the project in `{folder}`"
+    uv_errors.expect_success(done, InterpreterError, what, "name one that is here: --python")
     return interpreter.base_of(done.stdout.strip())

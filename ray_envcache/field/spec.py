@@ -26,6 +26,9 @@ SHAPE = 'a path such as "pyproject.toml", or {"path": ..., "extras": [...], "gro
 class EnvSpec(NamedTuple):
     """A validated field value. `extras` and `groups` are normalized and sorted: their order means nothing.
 
+    `all_extras` to `all_packages` mean what the options of uv of these names do. The default group `dev` counts with
+    `dev` only, or where it is named.
+
     `python` is a version ("3.12", "3.12.4") the cluster's Python must have, or the absolute path of an interpreter
     of the cluster's version. `package` is a member of the workspace. `no_build` refuses what has no wheel.
     `digest` pins the content of the project files: "sha256:...". Local packages are installed with `install_project`;
@@ -44,6 +47,14 @@ class EnvSpec(NamedTuple):
     content: str | None = None
     inherit: tuple[str, ...] = ()
     system_site_packages: bool = False
+    all_extras: bool = False
+    no_extras: tuple[str, ...] = ()
+    all_groups: bool = False
+    no_groups: tuple[str, ...] = ()
+    only_groups: tuple[str, ...] = ()
+    default_groups: bool = True
+    dev: bool = False
+    all_packages: bool = False
 
     @classmethod
     def parse(cls, value: Any) -> EnvSpec:
@@ -53,18 +64,19 @@ class EnvSpec(NamedTuple):
         if not isinstance(value, dict):
             raise FieldValueError(f"The envcache field is of type `{type(value).__name__}`", f"write {SHAPE}")
         _refuse_unknown(value)
+        defaults = cls._field_defaults.items()
+        others: dict[str, Any] = {
+            name: _flag(value, name, default=default) for name, default in defaults if isinstance(default, bool)
+        }
+        lists = [name for name, default in defaults if default == ()]
+        others.update({name: _names(value, name, _PATTERN if name == "inherit" else _NAME) for name in lists})
         return cls(
             path=_path(value.get("path")),
-            extras=_names(value, "extras"),
-            groups=_names(value, "groups"),
             package=_package(value.get("package")),
-            no_build=_flag(value, "no_build", default=False),
             python=_python(value.get("python")),
             digest=_digest(value, "digest"),
-            install_project=_flag(value, "install_project", default=True),
             content=_digest(value, "content"),
-            inherit=_names(value, "inherit", _PATTERN),
-            system_site_packages=_flag(value, "system_site_packages", default=False),
+            **others,
         )
 
     def to_field(self) -> dict[str, Any]:
@@ -74,9 +86,7 @@ class EnvSpec(NamedTuple):
 
     def selection(self) -> dict[str, Any]:
         """The options that choose packages or interpreter, without path and digest."""
-        names = {"extras": list(self.extras), "groups": list(self.groups), "package": self.package}
-        outside = {"inherit": list(self.inherit), "system_site_packages": self.system_site_packages}
-        return {**names, **outside, "no_build": self.no_build, "python": self.python}
+        return {name: value for name, value in self.to_field().items() if name not in _NO_CHOICE}
 
     def expanded(self) -> EnvSpec:
         """The same selection with the home directory in place of a leading `~`."""
@@ -84,7 +94,7 @@ class EnvSpec(NamedTuple):
 
 
 OPTIONS = EnvSpec._fields
-
+_NO_CHOICE = {"path", "digest", "install_project", "content"}
 
 _RIVALS = ("pip", "uv", "conda", "image_uri", "container")
 _PLAIN_UV_RUN = r"(?:\S*/)?uv run(?: --python \S+)?(?: python)?"

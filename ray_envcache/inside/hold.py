@@ -53,7 +53,31 @@ def _hold() -> "int | None":
     return held
 
 
+def _explain_refused_writes() -> None:
+    """Say below the traceback of a write that was refused what this environment is, and where to write instead."""
+    import os
+    import sys
+
+    before = sys.excepthook
+    if hasattr(before, "of_ray_envcache"):
+        return  # a layer's environment has this module twice
+
+    def hook(kind, value, trace) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001  # typing takes long to import
+        before(kind, value, trace)
+        try:
+            path = os.path.abspath(os.fsdecode(value.filename))
+            if value.errno in {1, 13, 30} and path.startswith(sys.prefix + os.sep):  # EPERM, EACCES, EROFS
+                what = "this environment is shared by all Ray clusters of this host (ray-envcache) and never changes"
+                sys.stderr.write(f"hint: {what}; write elsewhere, most packages have a variable for that\n")
+        except Exception:
+            pass  # the traceback is there
+
+    hook.of_ray_envcache = True  # type: ignore[attr-defined]
+    sys.excepthook = hook
+
+
 try:
+    _explain_refused_writes()
     HELD = _hold()
 except Exception:
     HELD = None

@@ -18,6 +18,10 @@ from ray_envcache.resolve.uv import Scope
 from ray_envcache.system import children
 
 _STALE = re.compile(r"(?m)needs to be updated|^error: No solution found")
+_LISTS = {
+    "extra": "extras", "group": "groups", "no-extra": "no_extras", "no-group": "no_groups", "only-group": "only_groups"
+}  # fmt: skip
+_FLAGS = ("all_extras", "all_groups", "all_packages")
 
 
 def export(spec: EnvSpec, project: Project, interpreter: Interpreter) -> dict[str, Any]:
@@ -25,15 +29,11 @@ def export(spec: EnvSpec, project: Project, interpreter: Interpreter) -> dict[st
 
     Installs nothing; for a requirements file alone uv asks the index. Raises LockfileError.
     """
+    _refuse_selection(spec, project)
     if project.kind is Kind.PYLOCK:
         return toml.read(project.file, "write it again with the tool that made it")
     if project.kind is Kind.UV:
         return _from_uv(spec, project, interpreter)
-    if spec.extras or spec.groups:
-        raise LockfileError(
-            f"`{project.file}` has neither extras nor groups: `{', '.join((*spec.extras, *spec.groups))}`",
-            "leave them out; a pyproject.toml with uv.lock may have them",
-        )
     if project.kind is Kind.REQUIREMENTS:
         return requirements.export(project, interpreter, no_build=spec.no_build)
     return _exported(project, interpreter, [f"--script={project.file.name}"])
@@ -48,15 +48,28 @@ def _from_uv(spec: EnvSpec, project: Project, interpreter: Interpreter) -> dict[
 
 
 def selection(spec: EnvSpec, project: Project) -> list[str]:
-    """The arguments of `uv export` and `uv sync` that choose the packages of a project."""
-    package = spec.package or (project.name() if project.member != "." else None)
+    """The arguments of `uv export` and `uv sync` that select what `spec` means of a project with uv.lock."""
+    package = spec.package or (project.name() if project.member != "." and not spec.all_packages else None)
+    with_dev = spec.dev or spec.all_groups or "dev" in {*spec.groups, *spec.only_groups}
     return [
-        *(f"--extra={name}" for name in spec.extras),
-        *(f"--group={name}" for name in spec.groups),
+        *(f"--{option}={name}" for option, field in _LISTS.items() for name in getattr(spec, field)),
+        *(f"--{field.replace('_', '-')}" for field in _FLAGS if getattr(spec, field)),
         *([f"--package={package}"] if package else []),
+        *([] if spec.default_groups else ["--no-default-groups"]),
         # Beside it `--group=dev` would count for nothing.
-        *(["--no-dev"] if "dev" not in spec.groups else []),
+        *([] if with_dev else ["--no-dev"]),
     ]
+
+
+def _refuse_selection(spec: EnvSpec, project: Project) -> None:
+    """Raise LockfileError for options that only a project with uv.lock has."""
+    has = {Kind.UV: {*_LISTS.values(), *_FLAGS, "default_groups"}, Kind.PYLOCK: {"extras", "groups"}}
+    asked = spec.to_field().keys() & has[Kind.UV] - has.get(project.kind, set())
+    if asked:
+        raise LockfileError(
+            f"`{project.file}` has neither extras nor groups: `{', '.join(sorted(asked))}`",
+            "leave them out; a pyproject.toml with uv.lock may have them",
+        )
 
 
 def _exported(project: Project, interpreter: Interpreter, selection: list[str]) -> dict[str, Any]:
@@ -105,6 +118,31 @@ def _checked_again(done: children.Completed, check: list[str], project: Project)
                 "path dependencies travel in the working_dir only if they lie inside it",
             )
     return done
+
+
+def members(project: Project) -> list[Path]:
+    """The folders of the project's workspace, its root among them."""
+    # Found as text: to read all of the lockfile takes 20 ms at 300 packages, and each `ray-envcache run` comes by here.
+    sources = re.findall(r'(?m)^source = { (?:editable|virtual) = "([^"]*)" }', project.file.read_text("utf-8"))
+    # A path dependency with a lockfile of its own is another project.
+    inner = (project.folder / source for source in sources)
+    return [project.folder, *(folder for folder in inner if not (folder / "uv.lock").is_file())]
+
+
+def option_for(spec: EnvSpec, name: str) -> str:
+    """The option that brings the package `name` to the project, "" where no other extra or group of its own has it."""
+    project, name = Project.locate(Path(spec.path), spec.package), canonicalize_name(name)
+    if project.kind is not Kind.UV or f'name = "{name}"' not in project.file.read_text("utf-8"):
+        return ""
+    own = canonicalize_name(spec.package or project.name())
+    packages = toml.read(project.file, "run `uv lock`").get("package", [])
+    table: dict[str, Any] = next((package for package in packages if package["name"] == own), {})
+    chosen = {*spec.extras, *spec.groups, *(["dev"] if spec.dev else [])}
+    for option, lists in (("--group", "dev-dependencies"), ("--extra", "optional-dependencies")):
+        for title, needs in table.get(lists, {}).items():
+            if title not in chosen and any(need["name"] == name for need in needs):
+                return f"{option} {title}"
+    return ""
 
 
 def local_sources(lock: Path) -> list[str]:

@@ -18,7 +18,7 @@ from ray_envcache.sessions.collector import collect_sessions
 from ray_envcache.sessions.directories import temp_dirs
 from ray_envcache.survey.inventory import survey
 from tests import support
-from tests.cluster.conftest import NEWEST, Host
+from tests.cluster.conftest import NEWEST, Host, uv_binary
 
 pytestmark = [pytest.mark.cluster, pytest.mark.parametrize("python", [NEWEST], indirect=True)]
 
@@ -150,6 +150,18 @@ def test_four_at_once_on_a_small_disk(host: Host, program: Path, disk: Path) -> 
 
     # On a busy machine Ray's workers end a moment after their driver.
     support.wait_until(lambda: in_use() == [], "nothing runs from it")
+
+
+def test_shell_script_with_uv_run(host: Host, program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe that starts its program by `uv run`: driver and workers are in the environment, and no `.venv` appears."""
+    monkeypatch.setenv("PATH", f"{os.path.dirname(uv_binary())}:{os.environ['PATH']}")
+    (program / "train.sh").write_text("set -e\nuv run python main.py\ncd src && uv run python ../main.py\n")
+    status, out, err = run(host, program, "bash", "train.sh")
+    assert status == 0, err
+    found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert [one["text"] for one in found] == ["xxx", "xxx"]
+    assert {one["python"].partition("/v1/")[0] for one in found} == {str(host.layout.root)}
+    assert not (program / ".venv").exists()
 
 
 def test_failed_run_keeps_its_logs_and_its_status(host: Host, program: Path) -> None:

@@ -34,6 +34,11 @@ specs = st.builds(
             "extras": st.lists(names),
             "groups": st.lists(names).map(tuple),
             "package": st.none() | names,
+            "no_groups": st.lists(names),
+            "only_groups": st.lists(names),
+            "all_extras": st.booleans(),
+            "default_groups": st.booleans(),
+            "dev": st.booleans(),
             "no_build": st.booleans(),
             "python": st.sampled_from([None, "3", "3.12", "3.12.4", "/usr/bin/python3"]),
             "digest": st.none() | st.from_regex(r"sha256:[0-9a-f]{64}", fullmatch=True),
@@ -120,6 +125,13 @@ def test_selection(spec: EnvSpec) -> None:
     moved = spec._replace(path="elsewhere", digest="sha256:" + "0" * 64)
     assert moved.selection() == spec.selection()
     assert moved.path == "elsewhere"
+
+
+def test_fields_have_what_was_chosen_only() -> None:
+    """Options that are left out stand in no field value: new options change none that was written before."""
+    old = {"path": "x", "extras": ["gpu"], "groups": ["train"], "package": "one", "no_build": True, "python": "3.12"}
+    assert EnvSpec.parse(old).to_field() == old
+    assert EnvSpec.parse({**old, "default_groups": True, "dev": False, "no_groups": []}).to_field() == old
 
 
 def test_path_alone() -> None:

@@ -176,7 +176,7 @@ def test_options_that_requirements_do_not_have(tmp_path: Path, store: Store, opt
     """Requirements have neither extras nor groups nor members."""
     (tmp_path / "requirements.txt").touch()
     value: dict[str, Any] = {"path": tmp_path / "requirements.txt"}
-    refused(store, {**value, option: ["gpu"]}, errors.LockfileError, "neither extras nor groups: `gpu`")
+    refused(store, {**value, option: ["gpu"]}, errors.LockfileError, f"neither extras nor groups: `{option}`")
     refused(store, {**value, "package": "one"}, errors.LockfileError, "no workspace with a member `one`")
 
 
