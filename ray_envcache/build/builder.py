@@ -24,6 +24,7 @@ from ray_envcache.errors import BuildError, PassingError
 from ray_envcache.gc.collector import make_room
 from ray_envcache.inside import check
 from ray_envcache.resolve import uv
+from ray_envcache.store import journal
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, Lease, claim, hold
 from ray_envcache.store.record import ReadyRecord
@@ -97,6 +98,7 @@ class Builder:
             # Another builder may have built it while we waited for its flock.
             for entry in self.layout.entries_of(self.plan.key):
                 if lease := claim(entry, self.layout, self.holder):
+                    lease.how = "waited"
                     return lease
             self._sweep()
             return self._build(flock)
@@ -130,7 +132,9 @@ class Builder:
             if not entry.ready.exists():
                 self._discard(entry)
             raise
-        self.observer.finished(lease, time.monotonic() - began)
+        lease.how, seconds = "built", time.monotonic() - began
+        journal.note(self.layout, "build", key=entry.key, project=self.plan.project, seconds=round(seconds, 3))
+        self.observer.finished(lease, seconds)
         return lease
 
     def _discard(self, entry: Entry) -> None:

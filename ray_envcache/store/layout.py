@@ -140,6 +140,11 @@ class Layout:
         return self.top / "bytecode"
 
     @property
+    def journal(self) -> Path:
+        """What happened here, in numbered files; made with the first line."""
+        return self.top / "journal"
+
+    @property
     def flocks(self) -> Path:
         return self.top / "flocks"
 

@@ -68,6 +68,8 @@ class Lease:
 
     def __init__(self, entry: Entry, in_use: int) -> None:
         self.entry = entry
+        self.project = ""
+        self.how = "found"  # or "built", or "waited" for another builder
         self._in_use: int | None = in_use
         self._below: Lease | None = None
         self._file: Path | None = None
@@ -162,6 +164,7 @@ def claim(entry: Entry, layout: Layout, holder: Holder) -> Lease | None:
         record = ReadyRecord.read(entry)
         if record is None or not _claim_base(lease, record, layout, holder):
             return None
+        lease.project = record.project
         lease.announce(layout, holder)
         undo.pop_all()
         return lease
