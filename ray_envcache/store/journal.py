@@ -131,7 +131,7 @@ def _begin_next(folder: Path, full: int) -> None:
     first = {"v": VERSION, "at": utc_now(), "event": "totals", "sums": _add(totals, closed)}
     testpoints.reach("journal-full")
     with suppress(FileExistsError):  # another process was faster
-        files.create_whole(_file(folder, full + 1), json.dumps(first).encode() + b"\n")
+        files.write_whole(_file(folder, full + 1), json.dumps(first).encode() + b"\n", mode=0o600, replace=False)
     testpoints.reach("journal-begun")
     for number in _numbers(folder):
         if number < full:

@@ -45,10 +45,10 @@ def write_json(path: Path, data: dict[str, Any], *, durable: bool = True) -> Non
             os.fsync(folder)
 
 
-def create_whole(path: Path, data: bytes) -> None:
-    """Create `path`, which its owner alone may read, with all of `data` at once.
+def write_whole(path: Path, data: bytes, *, mode: int, replace: bool) -> None:
+    """Write a file that readers see whole or not at all. Unless it may `replace` one, raises FileExistsError.
 
-    Raises FileExistsError where it is there already. Killed in between, a process leaves what `write_json` does.
+    Killed in between, a process leaves what `write_json` does.
     """
     temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
@@ -56,7 +56,11 @@ def create_whole(path: Path, data: bytes) -> None:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.write(data)
             file.flush()
-            os.link(temporary, path)
+            os.fchmod(file.fileno(), mode)
+            if replace:
+                temporary.replace(path)
+            else:
+                os.link(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
