@@ -138,7 +138,9 @@ def log(*, key: str, lines: int, as_json: bool) -> None:
     else:
         columns = ("AT", "EVENT", "RESULT", "KIND", "PROJECT", "SECONDS", "SIZE", "CLUSTER", "REASON")
         tables.print_table(columns, map(_row, events), {"SECONDS", "SIZE"})
-        _say(f"{len(events)} events of {full[:SHOWN_DIGITS]}" + (f"; {entries[0].build_log} ends with:" * bool(tail)))
+        _say(f"{len(events)} events of {full[:SHOWN_DIGITS]}")
+        if tail:
+            _say(f"{entries[0].build_log} ends with:")
         for line in tail:
             _say(line)
     _tell_passed_over(noted)

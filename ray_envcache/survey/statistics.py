@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from ray_envcache.store.journal import Event, Journal
 from ray_envcache.store.layout import Layout
@@ -26,7 +25,8 @@ SHOWN = 5
 """How many of the slowest builds, and of the projects with most builds, are shown."""
 
 
-class Build(NamedTuple):
+@dataclass(frozen=True)
+class Build:
     """One build."""
 
     key: str
@@ -35,7 +35,8 @@ class Build(NamedTuple):
     at: str
 
 
-class Builds(NamedTuple):
+@dataclass(frozen=True)
+class Builds:
     """The builds for one project: where `keys` are fewer, what was built before had been removed."""
 
     project: str

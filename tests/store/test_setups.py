@@ -117,7 +117,10 @@ def test_found_in_a_readonly_store(tmp_path: Path, project: Path, monkeypatch: p
 def test_sizes_that_cannot_be_read_fail_nothing(store: Store, project: Path) -> None:
     """A broken record of sizes is no reason to fail: then there is no size."""
     entry = support.build_finished(store, project)
-    for text in ("", json.dumps({"schema_version": 1, "size_bytes": "x", "reclaimable_bytes": 0, "files": 0, "exact": 1})):
+    for text in (
+        "",
+        json.dumps({"schema_version": 1, "size_bytes": "x", "reclaimable_bytes": 0, "files": 0, "exact": 1}),
+    ):
         entry.measured.write_text(text)
         acquire(store, project)
     entry.measured.unlink()
@@ -134,7 +137,10 @@ def test_removals_and_collections(store: Store, project: Path) -> None:
     report = collect(store.layout, Limits(everything=True))
     by_hand, collected = events(store, "removal")
     assert (by_hand.text("reason"), by_hand.number("freed_bytes")) == ("by hand", use.reclaimable)
-    assert (collected.text("reason"), collected.number("bytes")) == ("all were asked for", report.removed[0].logical_bytes)
+    assert (collected.text("reason"), collected.number("bytes")) == (
+        "all were asked for",
+        report.removed[0].logical_bytes,
+    )
     (collection,) = events(store, "collection")
     assert (collection.number("removed"), collection.number("failed")) == (1, 0)
     collect(store.layout, Limits(everything=True), dry_run=True)
