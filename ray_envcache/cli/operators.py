@@ -184,10 +184,9 @@ def _passed_over(noted: Journal) -> dict[str, int]:
 
 
 def _tell_passed_over(noted: Journal) -> None:
-    for count, what in ((noted.broken, "broken"), (noted.newer, "of a newer version of ray-envcache")):
-        if count:
-            lines = "1 line that is" if count == 1 else f"{count} lines that are"
-            click.echo(f"note: passed over {lines} {what} in the journal", err=True)
+    if noted.broken or noted.newer:
+        lines = f"broken ones ({noted.broken}), and those of a newer version of ray-envcache ({noted.newer})"
+        click.echo(f"note: passed over lines of the journal: {lines}", err=True)
 
 
 def _say(text: str) -> None:

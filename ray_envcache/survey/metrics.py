@@ -29,7 +29,7 @@ class Metric(NamedTuple):
 def metrics(journal: Journal, layout: Layout, found: Iterable[Status]) -> list[Metric]:
     """All metrics of a store, whose environments are `found`."""
     ours = [one for one in found if not one.readonly]
-    return [*_counters(journal), *_gauges(layout, ours), _unread(journal)]
+    return [*_counters(journal), *_gauges(layout, ours)]
 
 
 def _counters(journal: Journal) -> Iterator[Metric]:
@@ -71,9 +71,3 @@ def _gauges(layout: Layout, ours: list[Status]) -> Iterator[Metric]:
     yield Metric("gauge", "reclaimable", "bytes", "Bytes that removing all would free, at least.", {"": reclaimable})
     yield Metric("gauge", "disk_free", "bytes", "Free bytes on the disk of the store.", {"": space.free})
     yield Metric("gauge", "disk_size", "bytes", "All bytes of the disk of the store.", {"": space.total})
-
-
-def _unread(journal: Journal) -> Metric:
-    lines = {"broken": float(journal.broken), "newer": float(journal.newer)}
-    text = "Lines of the journal that are passed over: broken, or of a newer version."
-    return Metric("gauge", "journal_unread_lines", "", text, lines, "reason")
