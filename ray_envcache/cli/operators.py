@@ -58,11 +58,11 @@ def _print_statistics(found: Statistics) -> None:
     rate = "-" if found.hit_rate is None else f"{found.hit_rate:.0%}"
     _say(f"Since {found.begins_at}")
     _say(f"Set-ups: {results}; hit rate {rate}")
-    waits = f"{found.setups['waited']} waits, {format_duration(found.wait_seconds)}"
+    waits = f"waits: {found.setups['waited']}, {format_duration(found.wait_seconds)}"
     _say(f"Builds:  {found.builds}, {format_duration(found.build_seconds)}; {waits}")
     saved = f"{format_size(found.saved_bytes)} and {format_duration(found.saved_seconds)}"
-    _say(f"Saved:   at most {saved}, by {found.saved_copies} copies that were not made")
-    _say(f"Removed: {found.removed}, freed {format_size(found.freed_bytes)}; {found.collections} collections")
+    _say(f"Saved:   at most {saved}; copies not made: {found.saved_copies}")
+    _say(f"Removed: {found.removed}, freed {format_size(found.freed_bytes)}; collections: {found.collections}")
     slowest = [(one.key[:SHOWN_DIGITS], one.project or "-", f"{one.seconds:.1f}", one.at) for one in found.slowest]
     tables.print_table(("SLOWEST BUILDS", "PROJECT", "SECONDS", "AT"), slowest, {"SECONDS"})
     often = [(one.project or "-", str(one.builds), str(one.keys), f"{one.seconds:.1f}") for one in found.most_often]
