@@ -25,6 +25,7 @@ from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.collector import collect
 from ray_envcache.gc.policy import Limits
 from ray_envcache.resolve.interpreter import installed_ray
+from ray_envcache.store import journal
 from ray_envcache.store.layout import Layout
 from ray_envcache.store.leases import Holder
 from ray_envcache.store.record import ReadyRecord
@@ -153,6 +154,8 @@ def examine(root: Path, project: Path, operation: str) -> None:
         path.unlink()
     report = collect(layout, Limits(everything=True))
     assert report.failed == []
+    assert journal.read(layout).broken == 0
+    journal.remove(layout)
     left = sorted(str(path.relative_to(layout.top)) for path in layout.top.rglob("*") if not path.is_dir())
     assert [name for name in left if not name.startswith("flocks/") and name != "CACHEDIR.TAG"] == []
     assert list(layout.entries.iterdir()) == list(layout.trash.iterdir()) == list(layout.leases.iterdir()) == []
