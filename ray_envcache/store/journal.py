@@ -35,7 +35,7 @@ LINE_BYTES = 4096
 LARGEST = 1e18
 
 Value: TypeAlias = str | float | None  # an int too
-Totals: TypeAlias = dict[str, dict[str, float]]
+Totals: TypeAlias = dict[str, float]
 
 
 class Event(NamedTuple):
@@ -55,17 +55,12 @@ class Event(NamedTuple):
         value = self.fields.get(field)
         return value if _is_number(value) else 0
 
-    @property
-    def kind(self) -> str:
-        """What is counted together: the name, and how it ended."""
-        return f"{self.name} {self.text('result')}".strip()
-
 
 class Journal(NamedTuple):
     """What the journal has, oldest first; and `totals` since the store began, of lines too that are gone by now.
 
-    `totals` has for each kind of event the sum of each number, and their "count". Passed over were `broken` lines, and
-    those of a `newer` version of this package.
+    `totals` has the sum of each number, and a count, by event and result: "setup found seconds", "build count". Passed
+    over were `broken` lines, and those of a `newer` version of this package.
     """
 
     events: list[Event]
@@ -145,9 +140,8 @@ def read(layout: Layout) -> Journal:
         older, newest = [_read_file(layout.journal, number) for number in ([0, 0, *numbers])[-2:]]
         if numbers == _numbers(layout.journal):  # else one may have gone meanwhile
             events = [*older.events, *newest.events]
-            return Journal(
-                events, _add(newest.totals, events), older.broken + newest.broken, older.newer + newest.newer
-            )
+            broken, newer = older.broken + newest.broken, older.newer + newest.newer
+            return Journal(events, _add(newest.totals, events), broken, newer)
 
 
 def remove(layout: Layout) -> None:
@@ -172,33 +166,23 @@ def _read_file(folder: Path, number: int) -> Journal:
         elif not (isinstance(data, dict) and isinstance(data.get("at"), str) and isinstance(data.get("event"), str)):
             found = found._replace(broken=found.broken + 1)
         elif data["event"] == "totals":
-            found = found._replace(totals=_sound(data.get("sums")))
+            sums = data.get("sums")
+            sound = {name: sum_ for name, sum_ in sums.items() if _is_number(sum_)} if isinstance(sums, dict) else {}
+            found = found._replace(totals=sound)
         else:
             found.events.append(Event(data.pop("at"), data.pop("event"), data))
     return found
 
 
-def _sound(sums: Any) -> Totals:
-    """The totals of a first line, of which each part may be broken."""
-    kinds = sums.items() if isinstance(sums, dict) else ()
-    return {
-        kind: {name: value for name, value in fields.items() if _is_number(value)}
-        for kind, fields in kinds
-        if isinstance(fields, dict)
-    }
-
-
 def _add(totals: Totals, events: Iterable[Event]) -> Totals:
-    sums: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for kind, fields in totals.items():
-        sums[kind].update(fields)
+    sums = defaultdict(float, totals)
     for event in events:
-        added = sums[event.kind]
-        added["count"] += 1
+        kind = f"{event.name} {event.text('result')}".strip()
+        sums[f"{kind} count"] += 1
         for name in event.fields.keys() - {"v", "count"}:
             if value := event.number(name):
-                added[name] += value
-    return {kind: dict(fields) for kind, fields in sums.items()}
+                sums[f"{kind} {name}"] += value
+    return dict(sums)
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

@@ -33,13 +33,16 @@ def metrics(journal: Journal, layout: Layout, found: Iterable[Status]) -> list[M
 
 
 def _counters(journal: Journal) -> Iterator[Metric]:
-    setups, seconds = _by_result(journal, "count"), _by_result(journal, "seconds")
+    def by_result(field: str) -> dict[str, float]:
+        """Of the known results only: labels are not taken from what any process may have written."""
+        return {result: journal.totals.get(f"setup {result} {field}", 0) for result in RESULTS}
 
     def total(event: str, field: str = "count") -> dict[str, float]:
         """The sum over all results of an event."""
-        kinds = (kind for kind in journal.totals if kind.split()[0] == event)
-        return {"": sum(journal.totals[kind].get(field, 0) for kind in kinds)}
+        wanted = (name for name in journal.totals if name.startswith(f"{event} ") and name.endswith(f" {field}"))
+        return {"": sum(map(journal.totals.__getitem__, wanted))}
 
+    setups, seconds = by_result("count"), by_result("seconds")
     freed = total("removal", "freed_bytes")[""] + total("collection", "swept_bytes")[""]
     yield Metric("counter", "setups", "", f"Set-ups of environments. {_RESULT}", setups, "result")
     yield Metric("counter", "setup", "seconds", f"Seconds that set-ups took. {_RESULT}", seconds, "result")
@@ -52,11 +55,6 @@ def _counters(journal: Journal) -> Iterator[Metric]:
     yield Metric("counter", "collection_failures", "", "What a collection could not remove.", failures)
     yield Metric("counter", "verifications", "", "Verifications of environments.", total("verification"))
     yield Metric("counter", "repairs", "", "Repairs of environments.", total("repair"))
-
-
-def _by_result(journal: Journal, field: str) -> dict[str, float]:
-    """Of the known results only: labels are not taken from what any process may have written."""
-    return {result: journal.totals.get(f"setup {result}", {}).get(field, 0) for result in RESULTS}
 
 
 def _gauges(layout: Layout, ours: list[Status]) -> Iterator[Metric]:

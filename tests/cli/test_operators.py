@@ -84,7 +84,7 @@ def test_any_span(layout: Layout, since: str) -> None:
 def test_lines_that_are_passed_over(layout: Layout, command: list[str]) -> None:
     """Broken lines and those of a newer version are told on stderr, and nothing fails."""
     with (layout.journal / "1.jsonl").open("a") as file:
-        file.write('{"v":1,"at"\nnot JSON\n{"v":7,"at":"","event":"x"}\n')
+        file.write('{"v":1,"at"\nnot JSON\n{"v":7,"at":"","event":"x"}\n{"v":1,"at":"","event":""}\n')
     done = run(*command)
     assert done.returncode == 0
     assert "note: passed over lines of the journal: broken ones (2), and those of a newer" in done.stderr
