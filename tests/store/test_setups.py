@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from ray_envcache.store.leases import Holder
 from ray_envcache.store.record import MeasuredRecord
 from tests import support
 from tests.build.test_layers import make_package
-from tests.test_acquire import start_acquirer
+from tests.test_acquire import read_until, start_acquirer
 
 pytestmark = pytest.mark.host
 
@@ -69,10 +70,15 @@ def test_waited(tmp_path: Path, wheels: Path, store: Store, children: list[subpr
     """Of two that ask at once one builds, and the other waits for it."""
     support.make_witness(wheels, tmp_path / "witness.log")
     project = support.make_project(tmp_path / "project", wheels, ["ray", "envcache-witness"])
-    first, second = start_acquirer(project, children), start_acquirer(project, children)
+    first = start_acquirer(project, children)
+    read_until(first, "started")
+    first.send_signal(signal.SIGSTOP)
+    second = start_acquirer(project, children)
+    read_until(second, "waiting")
+    first.send_signal(signal.SIGCONT)
     for child in (first, second):
         child.communicate()
-    assert sorted(event.text("result") for event in events(store)) in (["built", "waited"], ["built", "found"])
+    assert sorted(event.text("result") for event in events(store)) == ["built", "waited"]
     assert len(events(store, "build")) == 1
 
 
