@@ -190,7 +190,9 @@ class Store:
         # Relative: another checkout of the same project has its packages elsewhere.
         local = [(one.name, os.path.relpath(one.path, plan.folder), one.editable) for one in plan.resolved.local]
         name, settings = self.layout.name_of(entry), plan.resolved.build_settings
-        memo.remember(inputs.memo, self.layout, Memo(name, os.fspath(plan.folder), local, known, settings))
+        memo.remember(
+            inputs.memo, self.layout, Memo(name, os.fspath(plan.folder), local, known, settings, inputs.spec.to_field())
+        )
 
     def find(self, prefix: str) -> list[Entry]:
         """The entries of the key that starts with `prefix`, newest first, those of read-only stores last.

@@ -63,12 +63,16 @@ class Observer:
 
 @dataclass
 class Builder:
-    """Has the environment of `plan` built, by itself or by waiting for the process that builds it."""
+    """Has the environment of `plan` built, by itself or by waiting for the process that builds it.
+
+    One of those `after` the number of an entry that is damaged.
+    """
 
     layout: Layout
     plan: Plan
     holder: Holder
     observer: Observer = field(default_factory=Observer)
+    after: int = 0
 
     def lease(self) -> Lease:
         """A lease on the environment, built if need be. Raises BuildError and its kin; then nothing is left behind."""
@@ -97,7 +101,7 @@ class Builder:
         with exclusive_flock(self.layout.builder_flock(self.plan.key), self._tell_waiting) as flock:
             # Another builder may have built it while we waited for its flock.
             for entry in self.layout.entries_of(self.plan.key):
-                if lease := claim(entry, self.layout, self.holder):
+                if entry.number > self.after and (lease := claim(entry, self.layout, self.holder)):
                     lease.how = "waited"
                     return lease
             self._sweep()

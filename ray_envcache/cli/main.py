@@ -30,6 +30,7 @@ _COMMANDS = {
     "run": "build.run",
     "stats": "operators.stats",
     "unpin": "store.unpin",
+    "verify": "verify.verify_",
     "why": "store.why",
 }
 

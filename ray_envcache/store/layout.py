@@ -64,6 +64,16 @@ class Entry:
         return self.path / "ready.json"
 
     @property
+    def retired(self) -> Path:
+        """The ready record of an entry that is handed out no more: it was found damaged, and there is a sound one."""
+        return self.path / "retired.json"
+
+    @property
+    def sealed(self) -> Path:
+        """What should be in the venv beside the files that have a hash in the RECORD of a package."""
+        return self.path / "sealed.json"
+
+    @property
     def building(self) -> Path:
         return self.path / "building.json"
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
@@ -58,6 +59,16 @@ def let_go(layout: Layout, tree: Path) -> None:
                 testpoints.reach("bytecode-let-go")
                 with suppress(OSError):
                     os.unlink(known[inode])
+
+
+def forget(layout: Layout, damaged: Iterable[Inode]) -> int:
+    """Offer these files no more; how many were offered. Entries that have them keep them: nothing is written to."""
+    known = _by_inode(layout)
+    offered = [known[inode] for inode in damaged if inode in known]
+    for path in offered:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+    return len(offered)
 
 
 def sweep(layout: Layout) -> int:
