@@ -123,8 +123,7 @@ def _plans(spec: EnvSpec, base: Entry | None, ray: AnyRay) -> Iterator[Plan]:
     if base is None:
         yield plan
     else:
-        yield layers.layer_plan(spec, plan, base)
-        yield layers.editable_plan(spec, plan, base)
+        yield from (layers.layer_plan(spec, plan, base, editable=editable) for editable in (False, True))
 
 
 def _damaged_bytecode(found: Verified) -> Iterator[shared_bytecode.Inode]:

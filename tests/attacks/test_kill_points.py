@@ -29,6 +29,7 @@ from ray_envcache.store import journal
 from ray_envcache.store.layout import Layout
 from ray_envcache.store.leases import Holder
 from ray_envcache.store.record import ReadyRecord
+from ray_envcache.survey.verification import Reader, verify
 from ray_envcache.system import flock
 from tests import support
 from tests.attacks.test_full_disk import wait_for_background
@@ -41,7 +42,10 @@ from pathlib import Path
 # Imported before the counting begins: bytecode of the package itself is none of its business.
 from ray_envcache import acquire
 from ray_envcache.build import bytecode
+from ray_envcache.build.builder import Observer
+from ray_envcache.doctor import repair
 from ray_envcache.inside import pyc
+from ray_envcache.survey import verification
 from ray_envcache.gc import collector, evict
 from ray_envcache.store import pins
 from ray_envcache.build.builder import Builder
@@ -86,6 +90,13 @@ OPERATIONS = {
     "finish with links": COMPILE_HERE + "[bytecode.finish(layout, entry) for entry in layout.all_entries()]",
     "pin": "[(pins.pin(layout, entry), pins.unpin(layout, entry.key)) for entry in layout.all_entries()]",
     "gc": "collector.collect(layout, Limits(everything=True))",
+    "repair": COMPILE_HERE
+    + """
+for entry in [one for one in layout.all_entries() if one.ready.exists()]:
+    found = verification.verify(entry, verification.Reader(), lambda done, total: None)
+    if found.differences:
+        repair.repair(Store(layout), found, installed_ray(), Observer())
+""",
     "evict": "[evict.evict(layout, entry) for entry in list(layout.all_entries())]",
 }
 
@@ -129,6 +140,9 @@ def prepare(operation: str, root: Path, project: Path, template: Path) -> None:
                 path.unlink()
     if operation == "finish":
         shutil.rmtree(Layout(root).bytecode)
+    if operation == "repair":
+        for entry in Layout(root).all_entries():
+            (entry.site_packages / "wanted" / "deep" / "__init__.py").write_text("Y = 1\n")
 
 
 def examine(root: Path, project: Path, operation: str) -> None:
@@ -147,6 +161,11 @@ def examine(root: Path, project: Path, operation: str) -> None:
     with Store.open(root).acquire(EnvSpec.parse(project), installed_ray(), Holder("test")) as lease:
         assert lease.python.exists()
         entry = lease.entry
+    if operation == "repair":
+        # Once the damaged one is out of use there is a sound one, and that is handed out.
+        ready = [one for one in layout.all_entries() if one.ready.exists()]
+        sound = [one for one in ready if verify(one, Reader(), lambda _done, _all: None).state == "sound"]
+        assert entry in sound or not any(one.retired.exists() for one in layout.all_entries())
     # Not for its sizes: those of an entry whose compiler died between the two records are noted by `list`.
     support.wait_until(entry.compiled.exists, "compiled")
     wait_for_background(root)
@@ -178,7 +197,16 @@ def attack(operation: str, project: Path, folder: Path, step: int) -> int:
 
 @pytest.mark.parametrize(
     ("operation", "step"),
-    [("acquire", 1), ("pin", 1), ("finish", 5), ("finish with links", 7), ("build", 7), ("evict", 9), ("gc", 13)],
+    [
+        ("acquire", 1),
+        ("pin", 1),
+        ("finish", 5),
+        ("finish with links", 7),
+        ("build", 7),
+        ("evict", 9),
+        ("gc", 13),
+        ("repair", 11),
+    ],
 )
 def test_killed_at_many_steps(operation: str, step: int, project: Path, tmp_path: Path) -> None:
     """A SIGKILL between any two steps harms nobody; the slow test takes every single step of the long operations."""
