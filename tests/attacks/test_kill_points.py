@@ -131,18 +131,22 @@ def prepare(operation: str, root: Path, project: Path, template: Path) -> None:
         # An entry is handed out where it was built only; nobody runs from this one.
         entry.ready.write_text(entry.ready.read_text().replace(str(template), str(root)))
     if operation.startswith("finish"):
-        for entry in Layout(root).all_entries():
-            entry.compiled.unlink()
-            entry.measured.unlink()
-            for folder, _, _ in os.walk(entry.site_packages):
-                os.chmod(folder, 0o755)
-            for path in entry.site_packages.rglob("*.pyc"):
-                path.unlink()
+        forget_bytecode(root)
     if operation == "finish":
         shutil.rmtree(Layout(root).bytecode)
     if operation == "repair":
         for entry in Layout(root).all_entries():
             (entry.site_packages / "wanted" / "deep" / "__init__.py").write_text("Y = 1\n")
+
+
+def forget_bytecode(root: Path) -> None:
+    for entry in Layout(root).all_entries():
+        entry.compiled.unlink()
+        entry.measured.unlink()
+        for folder, _, _ in os.walk(entry.site_packages):
+            os.chmod(folder, 0o755)
+        for path in entry.site_packages.rglob("*.pyc"):
+            path.unlink()
 
 
 def examine(root: Path, project: Path, operation: str) -> None:
@@ -176,7 +180,7 @@ def examine(root: Path, project: Path, operation: str) -> None:
     assert journal.read(layout).broken == 0
     journal.remove(layout)
     left = sorted(str(path.relative_to(layout.top)) for path in layout.top.rglob("*") if not path.is_dir())
-    assert [name for name in left if not name.startswith("flocks/") and name != "CACHEDIR.TAG"] == []
+    assert [name for name in left if not name.startswith(("flocks/", "journal/")) and name != "CACHEDIR.TAG"] == []
     assert list(layout.entries.iterdir()) == list(layout.trash.iterdir()) == list(layout.leases.iterdir()) == []
 
 
