@@ -15,8 +15,9 @@ from ray_envcache.cli import tables
 from ray_envcache.doctor.repair import Repaired, repair
 from ray_envcache.errors import EnvCacheError
 from ray_envcache.resolve.interpreter import installed_ray
+from ray_envcache.store import journal
 from ray_envcache.store.layout import Entry
-from ray_envcache.survey.verification import OnProgress, Reader, Verified, verify_and_note, with_bases
+from ray_envcache.survey.verification import OnProgress, Verified, verify, with_bases
 from ray_envcache.system.texts import format_size
 
 SHOWN = 10
@@ -38,10 +39,13 @@ def verify_(*, keys: tuple[str, ...], quick: bool, repairs: bool, as_json: bool)
     A repair builds the same environment beside the damaged one. New users get it at once; processes that run from the
     damaged one are shown, and keep it until they end. Then `gc` removes it.
     """
-    store, reader, answers, damaged = Store.open(), Reader(), [], False
+    store, answers, damaged = Store.open(), [], False
     for entry in _chosen(store, keys):
         with _progress(entry) as on_progress:
-            found = verify_and_note(store.layout, entry, reader, on_progress, quick=quick)
+            found = verify(entry, on_progress, quick=quick)
+        count, seconds = len(found.differences), round(found.seconds, 3)
+        about = {"key": entry.key, "project": found.project, "result": found.state}
+        journal.note(store.layout, "verification", **about, differences=count, files=found.files, seconds=seconds)
         if not as_json:
             _print(found)
         done = _repaired(store, found) if repairs and found.differences else None

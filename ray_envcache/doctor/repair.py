@@ -30,7 +30,7 @@ from ray_envcache.store.record import ReadyRecord
 from ray_envcache.survey import inventory, shared_bytecode
 from ray_envcache.survey.inventory import User
 from ray_envcache.survey.listing import is_bytecode
-from ray_envcache.survey.verification import Reader, Verified, verify
+from ray_envcache.survey.verification import Verified, verify
 from ray_envcache.system import testpoints
 
 
@@ -160,7 +160,7 @@ def _links(path: Path) -> int:
 
 def _require_sound(entry: Entry) -> None:
     """Raise BuildError where a new entry differs from what its packages say; then it is not handed out."""
-    found = verify(entry, Reader(), lambda _done, _all: None)
+    found = verify(entry)
     if found.state == "damaged":
         retire(entry)
         first = found.differences[0]

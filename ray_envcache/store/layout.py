@@ -71,7 +71,7 @@ class Entry:
     @property
     def sealed(self) -> Path:
         """What should be in the venv beside the files that have a hash in the RECORD of a package."""
-        return self.path / "sealed.json"
+        return self.path / "sealed.csv"
 
     @property
     def building(self) -> Path:

@@ -13,24 +13,23 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from ray_envcache.inside import pyc
-from ray_envcache.store import journal, leases
-from ray_envcache.store.layout import Entry, Layout, layout_of
+from ray_envcache.store import leases
+from ray_envcache.store.layout import Entry, layout_of
 from ray_envcache.store.record import ReadyRecord
 from ray_envcache.survey import listing
-from ray_envcache.survey.listing import Difference, Listed, Tree
+from ray_envcache.survey.listing import LINK, Difference, Listed
 from ray_envcache.system import capacity, flock
 
 _BYTECODE = re.compile(r"(.*/)__pycache__/([^/]+?)\.[^/.]+(?:\.opt-\w+)?\.pyc")
 _LARGEST_BYTECODE = 100_000_000
 _ORDER = ("record", "changed", "missing", "foreign", "link", "mode")
-_WRITABLE = stat.S_IWGRP | stat.S_IWOTH
+_WRITABLE = (stat.S_IWGRP, stat.S_IWOTH)
 _AT_ONCE = 200  # files per task of a thread: 70,000 tasks a second would be half of the work
 
 OnProgress: TypeAlias = Callable[[int, int], None]
@@ -55,31 +54,6 @@ class Verified(NamedTuple):
     seconds: float = 0.0
 
 
-@dataclass
-class Reader:
-    """Reads files for several entries, and each inode only once: environments share most of what they have."""
-
-    known: dict[tuple[object, ...], str] = field(default_factory=dict)
-
-    def digest(self, path: str, found: os.stat_result, algorithm: str) -> str:
-        """The digest of a file, as in a RECORD. Raises OSError and ValueError."""
-        return self._once(algorithm, found, partial(listing.digest_of, path, algorithm))
-
-    def proven_source(self, path: str, found: os.stat_result) -> str:
-        """The digest of the text that a file of bytecode was made of, "" where that is not proven. Raises OSError."""
-        return self._once("bytecode", found, partial(_proven_source, path))
-
-    def _once(self, what: str, found: os.stat_result, read: Callable[[], str]) -> str:
-        key = (what, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-        if key not in self.known:
-            self.known[key] = read()
-        return self.known[key]
-
-
-def _proven_source(path: str) -> str:
-    return pyc.proven_source(b"".join(listing.chunks_of(path)))
-
-
 def with_bases(entries: Iterable[Entry]) -> list[Entry]:
     """The entries, each once and after what it lies on."""
     found: dict[Path, Entry] = {}
@@ -90,7 +64,7 @@ def with_bases(entries: Iterable[Entry]) -> list[Entry]:
     return [*found.values()]
 
 
-def verify(entry: Entry, reader: Reader, on_progress: OnProgress, *, quick: bool = False) -> Verified:
+def verify(entry: Entry, on_progress: OnProgress = lambda _done, _all: None, *, quick: bool = False) -> Verified:
     """Compare an entry with what is noted of it, and keep it meanwhile, which does not count as a use.
 
     A `quick` look believes the size and the time of a file; what is newer than the entry it reads all the same. An
@@ -102,31 +76,11 @@ def verify(entry: Entry, reader: Reader, on_progress: OnProgress, *, quick: bool
         record = _keep(entry, held)
         if record is None:
             return Verified(entry, "", "skipped", _why_not(entry))
-        check = _Check(entry, record, reader, quick=quick)
-        differences = sorted(check.run(on_progress), key=lambda one: (_ORDER.index(one.kind), one.path))
-    state = "damaged" if differences else "sound"
-    size = sum(found.st_size for found in check.tree.values() if stat.S_ISREG(found.st_mode))
-    counted, seconds = len(check.tree), time.monotonic() - began
-    return Verified(entry, record.project, state, "", tuple(differences), check.is_complete, counted, size, seconds)
-
-
-def verify_and_note(
-    layout: Layout, entry: Entry, reader: Reader, on_progress: OnProgress, *, quick: bool = False
-) -> Verified:
-    """As `verify`; the journal of the user's own store `layout` has the result."""
-    found = verify(entry, reader, on_progress, quick=quick)
-    seconds, count = round(found.seconds, 3), len(found.differences)
-    journal.note(
-        layout,
-        "verification",
-        key=entry.key,
-        project=found.project,
-        result=found.state,
-        differences=count,
-        files=found.files,
-        seconds=seconds,
-    )
-    return found
+        check = _Check(entry, record, quick=quick)
+        found = tuple(sorted(check.run(on_progress), key=lambda one: (_ORDER.index(one.kind), one.path)))
+    size = sum(one.st_size for one in check.tree.values() if stat.S_ISREG(one.st_mode))
+    state, seconds = "damaged" if found else "sound", time.monotonic() - began
+    return Verified(entry, record.project, state, "", found, check.is_complete, len(check.tree), size, seconds)
 
 
 def _keep(entry: Entry, held: ExitStack) -> ReadyRecord | None:
@@ -153,63 +107,54 @@ def _why_not(entry: Entry) -> str:
 class _Check:
     """The comparison of one entry."""
 
-    def __init__(self, entry: Entry, record: ReadyRecord, reader: Reader, *, quick: bool) -> None:
-        self.entry, self.record, self.reader, self.quick = entry, record, reader, quick
-        self.top = os.fspath(entry.venv)
-        self.tree: Tree = listing.tree_of(entry)
-        self.seal = listing.read_seal(entry)
-        self.ready, self.compiled = _mtime(entry.ready) or 0.0, _mtime(entry.compiled)
-        self.expected, self.damaged_lists = listing.recorded(entry, self.tree)
-        self.expected |= {path: [one] for path, one in (self.seal.files if self.seal else {}).items()}
-
-    @property
-    def is_complete(self) -> bool:
-        return self.seal is not None and self.compiled is not None
+    def __init__(self, entry: Entry, record: ReadyRecord, *, quick: bool) -> None:
+        self.entry, self.record, self.quick = entry, record, quick
+        self.top, self.tree = os.fspath(entry.venv), listing.tree_of(entry)
+        self.expected, self.damaged_lists = listing.expected_in(entry, self.tree)
+        self.ready, self.compiled = _mtime(entry.ready), _mtime(entry.compiled)
+        self.is_sealed = entry.sealed.exists()
+        self.is_complete = self.is_sealed and self.compiled > 0
+        modes = [found.st_mode for found in self.tree.values() if stat.S_ISREG(found.st_mode)]
+        # A umask lets others write to many files: those that uv has unpacked under it.
+        self.usual = sum(bit for bit in _WRITABLE if 10 * sum(bool(mode & bit) for mode in modes) > len(modes))
 
     def run(self, on_progress: OnProgress) -> Iterator[Difference]:
         """What is wrong, in no order."""
         yield from self.damaged_lists
-        if self.seal is None and self.entry.sealed.exists():
-            yield Difference("record", f"../{self.entry.sealed.name}", "the entry's own list of files is damaged")
-        yield from self._missing()
+        for path in self.expected.keys() - self.tree.keys():
+            # Bytecode that a wheel brought has gone for that of our compiler.
+            if not listing.is_bytecode(path) and (self.is_sealed or not listing.is_script(path)):
+                yield Difference("missing", path, "", self._package(path))
         bytecode: dict[str, list[str]] = {}
         tasks: list[Callable[[], list[Difference]]] = []
         for path, found in self.tree.items():
             yield from self._mode(path, found.st_mode)
-            if listing.is_bytecode(path) and stat.S_ISREG(found.st_mode):
+            if not stat.S_ISREG(found.st_mode):
+                yield from [] if stat.S_ISDIR(found.st_mode) else self._special(path, found.st_mode)
+            elif listing.is_bytecode(path):
                 bytecode.setdefault(_source_of(path), []).append(path)
-            elif stat.S_ISREG(found.st_mode):
+            else:
                 tasks.append(partial(self._file, path, found))
-            elif not stat.S_ISDIR(found.st_mode):
-                yield from self._special(path, found.st_mode)
         if self.is_complete:
             tasks += [partial(self._bytecode, source, paths) for source, paths in bytecode.items()]
         yield from _in_parallel(tasks, on_progress)
 
-    def _missing(self) -> Iterator[Difference]:
-        for path in self.expected.keys() - self.tree.keys():
-            # Bytecode that a wheel brought has gone for that of our compiler.
-            if not listing.is_bytecode(path) and not (self.seal is None and listing.is_script(path)):
-                yield Difference("missing", path, "", self._package(path))
-        for path in (self.seal.links if self.seal else {}).keys() - self.tree.keys():
-            yield Difference("missing", path, "a link")
-
     def _mode(self, path: str, mode: int) -> Iterator[Difference]:
-        usual = self.seal.modes if self.seal else stat.S_IWGRP
-        powers = stat.S_ISUID if stat.S_ISDIR(mode) else stat.S_ISUID | stat.S_ISGID
-        if stat.S_ISLNK(mode) or listing.is_uv_flock(path) or not mode & (_WRITABLE | powers) & ~usual:
-            return
-        yield Difference("mode", path, f"has the mode {stat.S_IMODE(mode):04o}", self._package(path))
+        # A folder may have its group from the one above. uv lets all write to its flock in each venv.
+        unusual = (sum(_WRITABLE) | stat.S_ISUID | (0 if stat.S_ISDIR(mode) else stat.S_ISGID)) & ~self.usual
+        if mode & unusual and not stat.S_ISLNK(mode) and path != ".lock":
+            yield Difference("mode", path, f"has the mode {stat.S_IMODE(mode):04o}", self._package(path))
 
     def _special(self, path: str, mode: int) -> Iterator[Difference]:
         """What is neither a file nor a folder: links lead where they did, and there is nothing else."""
-        target = os.readlink(f"{self.top}/{path}") if stat.S_ISLNK(mode) else None
-        what = "no file any more" if target is None else f"a link to `{target}`"
-        if path in self.expected:
-            yield Difference("changed", path, what, self._package(path))
-        elif target is None or (self.seal and path not in self.seal.links):
+        target = os.readlink(f"{self.top}/{path}") if stat.S_ISLNK(mode) else ""
+        what = f"a link to `{target}`" if target else "no file, folder or link"
+        noted = next((one.digest for one in self.expected.get(path, ())), "")
+        if noted and not noted.startswith(LINK):
+            yield self._changed(path, what)
+        elif not target or (self.is_sealed and not noted):
             yield Difference("foreign", path, what)
-        elif (self.seal and self.seal.links[path] != target) or not self._leads_right(path, target):
+        elif (noted and noted != LINK + target) or not self._leads_right(path, target):
             yield Difference("link", path, f"leads to `{target}`")
         elif not os.path.lexists(os.path.join(self.top, os.path.dirname(path), target)):
             yield Difference("missing", path, f"`{target}`, to which this link leads")
@@ -232,32 +177,28 @@ class _Check:
 
     def _file(self, path: str, found: os.stat_result) -> list[Difference]:
         listed = self.expected.get(path)
-        if listing.is_script(path) and self.seal is None:
+        if not self.is_sealed and (listed is None or listing.is_script(path)):
             return []
         if listed is None:
-            return [Difference("foreign", path, "no package brought it")] if self.seal else []
-        return [] if (detail := self._difference(path, found, listed)) == "" else [self._changed(path, detail)]
+            return [Difference("foreign", path, "no package brought it")]
+        return [self._changed(path, what)] if (what := self._difference(path, found, listed)) else []
 
     def _difference(self, path: str, found: os.stat_result, listed: list[Listed]) -> str:
         """In which way a file differs from all that it might be, "" where it does not."""
-        sized = [one for one in listed if one.size in {-1, found.st_size}]
+        sized = [one.digest for one in listed if one.size in {-1, found.st_size}]
         if not sized:
             return f"has {found.st_size} bytes instead of {listed[0].size}"
         if self.quick and found.st_mtime <= self.ready:
             return ""
         try:
-            for one in sized:
-                if self.reader.digest(f"{self.top}/{path}", found, one.digest.partition("=")[0]) == one.digest:
-                    return ""
-        except OSError as error:
-            return f"cannot be read: {error.strerror or error}"
-        except ValueError as error:
+            same = any(listing.digest_of(f"{self.top}/{path}", one.partition("=")[0]) == one for one in sized)
+        except (OSError, ValueError) as error:
             return f"cannot be compared: {error}"
-        return "has other content"
+        return "" if same else "has other content"
 
     def _bytecode(self, source: str, paths: list[str]) -> list[Difference]:
         """What is wrong with the bytecode of a module: one file is ours, others an interpreter with options made."""
-        if source not in self.expected and source not in (self.seal.links if self.seal else {}):
+        if source not in self.expected:
             return [Difference("foreign", path, "bytecode without a module") for path in paths]
         changed = [path for path in paths if not self._is_proven(path, self._digests(source))]
         if len(changed) < len(paths):
@@ -269,21 +210,20 @@ class _Check:
 
         A layer has links to modules of the environment below.
         """
-        if source in self.expected:
-            return {_hexadecimal(one.digest) for one in self.expected[source]}
-        base = self.entry.base(self.record.base)
-        with suppress(OSError):
-            return {_hexadecimal(listing.digest_of(f"{base.venv}/{source}"))} if base else set()
-        return set()
+        noted = {one.digest for one in self.expected[source]}
+        if any(one.startswith(LINK) for one in noted):
+            base, noted = self.entry.base(self.record.base), set()
+            with suppress(OSError):
+                noted = {listing.digest_of(f"{base.venv}/{source}")} if base else set()
+        return set(map(_hexadecimal, noted))
 
     def _is_proven(self, path: str, digests: set[str]) -> bool:
         found = self.tree[path]
-        if self.quick and found.st_mtime <= (self.compiled or 0):
+        if self.quick and found.st_mtime <= self.compiled:
             return True
         with suppress(OSError):
-            if found.st_size > _LARGEST_BYTECODE:
-                return False
-            made_of = self.reader.proven_source(f"{self.top}/{path}", found)
+            data = b"".join(listing.chunks_of(f"{self.top}/{path}")) if found.st_size < _LARGEST_BYTECODE else b""
+            made_of = pyc.proven_source(data)
             return made_of in digests if digests else bool(made_of)
         return False
 
@@ -337,8 +277,8 @@ def _is_same(one: str, other: str) -> bool:
         return False
 
 
-def _mtime(path: Path) -> float | None:
+def _mtime(path: Path) -> float:
     try:
         return os.stat(path).st_mtime
     except OSError:
-        return None
+        return 0.0

@@ -29,7 +29,7 @@ from ray_envcache.store import journal
 from ray_envcache.store.layout import Layout
 from ray_envcache.store.leases import Holder
 from ray_envcache.store.record import ReadyRecord
-from ray_envcache.survey.verification import Reader, verify
+from ray_envcache.survey.verification import verify
 from ray_envcache.system import flock
 from tests import support
 from tests.attacks.test_full_disk import wait_for_background
@@ -93,7 +93,7 @@ OPERATIONS = {
     "repair": COMPILE_HERE
     + """
 for entry in [one for one in layout.all_entries() if one.ready.exists()]:
-    found = verification.verify(entry, verification.Reader(), lambda done, total: None)
+    found = verification.verify(entry)
     if found.differences:
         repair.repair(Store(layout), found, installed_ray(), Observer())
 """,
@@ -168,7 +168,7 @@ def examine(root: Path, project: Path, operation: str) -> None:
     if operation == "repair":
         # Once the damaged one is out of use there is a sound one, and that is handed out.
         ready = [one for one in layout.all_entries() if one.ready.exists()]
-        sound = [one for one in ready if verify(one, Reader(), lambda _done, _all: None).state == "sound"]
+        sound = [one for one in ready if verify(one).state == "sound"]
         assert entry in sound or not any(one.retired.exists() for one in layout.all_entries())
     # Not for its sizes: those of an entry whose compiler died between the two records are noted by `list`.
     support.wait_until(entry.compiled.exists, "compiled")

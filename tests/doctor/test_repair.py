@@ -24,7 +24,7 @@ from ray_envcache.store import pins
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder
 from ray_envcache.survey.inventory import status
-from ray_envcache.survey.verification import Reader, Verified, verify
+from ray_envcache.survey.verification import Verified, verify
 from tests import support
 
 pytestmark = pytest.mark.host
@@ -48,7 +48,7 @@ def entry(store: Store, project: Path) -> Entry:
 
 
 def look(entry: Entry) -> Verified:
-    return verify(entry, Reader(), lambda _done, _all: None)
+    return verify(entry)
 
 
 def repaired(store: Store, entry: Entry) -> Repaired:
@@ -202,10 +202,10 @@ from ray_envcache.acquire import Store
 from ray_envcache.build.builder import Observer
 from ray_envcache.doctor.repair import repair
 from ray_envcache.resolve.interpreter import installed_ray
-from ray_envcache.survey.verification import Reader, verify
+from ray_envcache.survey.verification import verify
 
 store = Store.open()
-found = verify(store.layout.entry(sys.argv[1]), Reader(), lambda done, all: None)
+found = verify(store.layout.entry(sys.argv[1]))
 repair(store, found, installed_ray(), Observer())
 """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 
 import pytest
@@ -32,7 +31,7 @@ def write_record(entry: Entry, text: str | bytes) -> None:
 
 
 def recorded(entry: Entry) -> tuple[dict[str, list[Listed]], list[str]]:
-    listed, differences = listing.recorded(entry, listing.tree_of(entry))
+    listed, differences = listing.expected_in(entry, listing.tree_of(entry))
     assert {one.kind for one in differences} <= {"record"}
     return listed, [one.detail for one in differences]
 
@@ -94,49 +93,27 @@ def test_only_regular_files_are_read(entry: Entry, tmp_path: Path) -> None:
 
 
 def test_seal(entry: Entry) -> None:
-    """The seal has what no RECORD has: files, links and modes, but no bytecode; it is written once."""
+    """The seal has what no RECORD has, links too, but no bytecode; of scripts it knows better. It is written once."""
     (entry.venv / "bin").mkdir()
     (entry.venv / "bin" / "tool").touch()
-    (entry.venv / "lib64").symlink_to("lib")
+    os.symlink(b"odd, \xff", entry.venv / "lib64")
     (entry.venv / SITE / "__pycache__").mkdir()
     (entry.venv / SITE / "__pycache__" / "one.cpython-312.pyc").touch()
-    assert listing.read_seal(entry) is None
+    write_record(entry, f"one.py,{DIGEST},0\n../../../bin/tool,sha256=other,7\n")
     listing.seal(entry)
-    found = listing.read_seal(entry)
-    assert found is not None
-    assert found.files.keys() == {"bin/tool", f"{SITE}/one-1.0.dist-info/RECORD"}
-    assert found.files["bin/tool"] == Listed(DIGEST, 0)
-    assert found.links == {"lib64": "lib"}
-    assert found.modes == 0
+    listed, wrong = recorded(entry)
+    record = f"{SITE}/one-1.0.dist-info/RECORD"
+    assert not wrong
+    assert listed.keys() == {"bin/tool", f"{SITE}/one.py", record, "lib64"}
+    assert listed["bin/tool"] == [Listed(DIGEST, 0)]
+    assert listed["lib64"] == [Listed("link=odd, \udcff", -1)]
     (entry.venv / "later").touch()
     listing.seal(entry)
-    assert listing.read_seal(entry) == found
+    assert recorded(entry)[0] == listed
 
 
-@pytest.mark.parametrize(
-    ("modes", "usual"),
-    [
-        ([0o644, 0o755], 0),
-        ([0o664, 0o644, 0o644], stat.S_IWGRP),
-        ([0o666, 0o666, 0o644], stat.S_IWGRP | stat.S_IWOTH),
-        ([0o646, 0o644, 0o4755], 0),
-    ],
-)
-def test_what_a_umask_explains(entry: Entry, modes: list[int], usual: int) -> None:
-    """A group may write where the umask says so, all users only where they may write to most; no file is setuid."""
-    (entry.venv / SITE / "one.py").chmod(modes[0])
-    (entry.venv / SITE / "one-1.0.dist-info" / "RECORD").chmod(modes[1])
-    for number, mode in enumerate(modes[2:]):
-        (entry.venv / f"file{number}").touch()
-        (entry.venv / f"file{number}").chmod(mode)
-    listing.seal(entry)
-    found = listing.read_seal(entry)
-    assert found is not None
-    assert found.modes == usual
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 1, "files": {"a": 1}, "links": {}, "modes": 0}'])
-def test_damaged_seal(entry: Entry, text: str) -> None:
-    """A seal that is none is not used."""
-    entry.sealed.write_text(text)
-    assert listing.read_seal(entry) is None
+def test_damaged_seal(entry: Entry) -> None:
+    """A seal that is none is named."""
+    entry.sealed.write_text("{}")
+    _, (wrong,) = recorded(entry)
+    assert wrong.startswith("the entry's own list is damaged")

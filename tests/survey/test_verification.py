@@ -19,7 +19,7 @@ from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store.layout import Entry
 from ray_envcache.store.leases import Holder
 from ray_envcache.survey.listing import Difference
-from ray_envcache.survey.verification import Reader, Verified, verify, with_bases
+from ray_envcache.survey.verification import Verified, verify, with_bases
 from ray_envcache.system import flock
 from tests import support
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.host
 
 
 def look(entry: Entry, *, quick: bool = False) -> Verified:
-    return verify(entry, Reader(), lambda _done, _all: None, quick=quick)
+    return verify(entry, quick=quick)
 
 
 def kinds(found: Verified) -> set[tuple[str, str]]:
@@ -53,7 +53,7 @@ def test_sound(entry: Entry) -> None:
     """A fresh environment is as it should be, and a look at it is no use of it."""
     before = entry.in_use.stat().st_mtime_ns
     done: list[int] = []
-    found = verify(entry, Reader(), lambda now, total: done.append(total * 1000 + now))
+    found = verify(entry, lambda now, total: done.append(total * 1000 + now))
     assert (found.state, found.differences, found.complete, found.project) == ("sound", (), True, "project")
     assert found.files > 30
     assert found.bytes > 1000
@@ -108,8 +108,8 @@ def test_what_we_added_is_compared_too(entry: Entry) -> None:
     assert ("record", f"{record.parent.name}/RECORD") in kinds(look(entry))
     record.unlink()
     assert ("missing", f"{record.parent.name}/RECORD") in kinds(look(entry))
-    entry.sealed.write_text("{}")
-    assert ("record", "../sealed.json") in kinds(look(entry))
+    entry.sealed.write_text("no list")
+    assert ("record", "../sealed.csv") in kinds(look(entry))
 
 
 def cached(entry: Entry, module: str) -> Path:
@@ -241,15 +241,6 @@ def test_skipped(store: Store, entry: Entry) -> None:
     evict(store.layout, entry)
     found = look(entry)
     assert (found.state, found.reason) == ("skipped", "it was removed")
-
-
-def test_each_inode_is_read_once(entry: Entry) -> None:
-    """What environments share is read for the first of them."""
-    reader = Reader()
-    assert verify(entry, reader, lambda _done, _all: None).state == "sound"
-    count = len(reader.known)
-    assert verify(entry, reader, lambda _done, _all: None).state == "sound"
-    assert len(reader.known) == count
 
 
 @pytest.fixture
