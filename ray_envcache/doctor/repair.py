@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ray_envcache.acquire import Store
 from ray_envcache.build import bytecode, layers
@@ -61,9 +61,10 @@ def repair(store: Store, found: Verified, ray: AnyRay, observer: Observer) -> Re
             f"The environment {entry.name} cannot be repaired: `{root}` is read-only here",
             f"its owner can: RAY_ENVCACHE_DIR={root} ray-envcache verify --repair {entry.short}",
         )
+    changed = [entry.venv / one.path for one in found.differences if is_bytecode(one.path)]
     with ExitStack() as held:
         plan = _planned_again(layout, entry, ray, held)
-        forgotten = shared_bytecode.forget(layout, _damaged_bytecode(found))
+        forgotten = shared_bytecode.forget(layout, changed)
         unpacked = _clean_uv_cache(layout, found, observer)
         testpoints.reach("repair-cleaned")
         lease = held.enter_context(Builder(layout, plan, Holder("repair"), observer, after=entry.number).lease())
@@ -93,27 +94,22 @@ def _planned_again(layout: Layout, entry: Entry, ray: AnyRay, held: ExitStack) -
     if base and (below := claim(base, layout, Holder("repair"))):
         held.enter_context(below)
     reason = "the store has no note of what it was built from"
-    for value in _field_values(layout, (base or entry).key):
-        spec = EnvSpec.parse(value)
-        spec = spec._replace(digest=None, content=None, python=spec.python or record.base_python)
+    texts = {json.dumps(one.field, sort_keys=True) for one in memo.leading_to((base or entry).key, layout) if one.field}
+    for value in map(json.loads, sorted(texts)):
         try:
+            spec = EnvSpec.parse(value)
+            spec = spec._replace(digest=None, content=None, python=spec.python or record.base_python)
             for plan in _plans(spec, base, ray):
                 if plan.key == entry.key:
                     return plan
             reason = f"the files in `{plan.folder}` lead to another one by now"
-        except EnvCacheError as error:
+        except EnvCacheError as error:  # noqa: PERF203  # each field value fails for itself
             reason = error.message
     raise BuildError(
         f"The environment {entry.name} cannot be built again: {reason}",
         f"`ray-envcache build {record.source}` builds what the project needs now; "
         f"`ray-envcache rm {entry.short}` removes the damaged one when its users are gone",
     )
-
-
-def _field_values(layout: Layout, key: str) -> list[dict[str, Any]]:
-    """The field values that led to an environment, each once."""
-    texts = {json.dumps(one.field, sort_keys=True) for one in memo.leading_to(key, layout) if one.field}
-    return [json.loads(text) for text in sorted(texts)]
 
 
 def _plans(spec: EnvSpec, base: Entry | None, ray: AnyRay) -> Iterator[Plan]:
@@ -124,14 +120,6 @@ def _plans(spec: EnvSpec, base: Entry | None, ray: AnyRay) -> Iterator[Plan]:
         yield plan
     else:
         yield from (layers.layer_plan(spec, plan, base, editable=editable) for editable in (False, True))
-
-
-def _damaged_bytecode(found: Verified) -> Iterator[shared_bytecode.Inode]:
-    for one in found.differences:
-        if is_bytecode(one.path):
-            with suppress(OSError):
-                file = os.lstat(found.entry.venv / one.path)
-                yield file.st_dev, file.st_ino
 
 
 def _clean_uv_cache(layout: Layout, found: Verified, observer: Observer) -> tuple[str, ...]:

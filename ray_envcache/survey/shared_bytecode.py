@@ -61,14 +61,16 @@ def let_go(layout: Layout, tree: Path) -> None:
                     os.unlink(known[inode])
 
 
-def forget(layout: Layout, damaged: Iterable[Inode]) -> int:
-    """Offer these files no more; how many were offered. Entries that have them keep them: nothing is written to."""
-    known = _by_inode(layout)
-    offered = [known[inode] for inode in damaged if inode in known]
-    for path in offered:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-    return len(offered)
+def forget(layout: Layout, damaged: Iterable[Path]) -> int:
+    """Offer the files that entries have at these places no more, without writing into them; how many were offered."""
+    known, forgotten = _by_inode(layout), 0
+    for path in damaged:
+        with suppress(OSError):
+            found = os.lstat(path)
+            if shared := known.pop((found.st_dev, found.st_ino), None):
+                os.unlink(shared)
+                forgotten += 1
+    return forgotten
 
 
 def sweep(layout: Layout) -> int:
