@@ -12,6 +12,7 @@ import pytest
 
 from ray_envcache.acquire import Store
 from ray_envcache.build import bytecode
+from ray_envcache.errors import InUseError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.evict import evict
 from ray_envcache.inside import pyc
@@ -61,6 +62,20 @@ def test_sound(entry: Entry) -> None:
     assert look(entry, quick=True).state == "sound"
     assert entry.in_use.stat().st_mtime_ns == before
     assert flock.is_free(entry.in_use)
+
+
+def test_kept_meanwhile(store: Store, entry: Entry) -> None:
+    """No collector takes an environment away while it is looked at."""
+    refused: list[str] = []
+
+    def try_to_remove(_done: int, _all: int) -> None:
+        with pytest.raises(InUseError) as error:
+            evict(store.layout, entry)
+        refused.append(error.value.message)
+
+    assert verify(entry, try_to_remove).state == "sound"
+    assert refused
+    evict(store.layout, entry)
 
 
 def test_each_damage_is_named(entry: Entry, tmp_path: Path) -> None:
@@ -274,3 +289,24 @@ def test_layer(layer: Entry, tmp_path: Path) -> None:
     assert look(layer).state == "sound"
     base.ready.rename(base.retired)
     assert look(layer).state == "skipped"
+
+
+def test_inherited(store: Store, wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links to packages of the cluster's Python lead to these packages; what lies there is not ours to compare."""
+    site = tmp_path / "site"
+    monkeypatch.syspath_prepend(str(site))
+    support.unpack(
+        support.make_wheel(wheels, "lib", modules={"lib/__init__.py": "X = 1\n", "flat.py": "Y = 1\n"}), site
+    )
+    project = support.make_project(tmp_path / "project", wheels, ["ray", "lib"])
+    spec = EnvSpec.parse({"path": str(project), "inherit": ["lib"]})
+    with store.acquire(spec, installed_ray(), Holder("test"), finish=False) as lease:
+        entry = lease.entry
+    bytecode.finish_now(store.layout, entry)
+    assert (entry.site_packages / "lib").is_symlink()
+    assert (entry.site_packages / "flat.py").is_symlink()
+    (site / "lib" / "__init__.py").write_text("changed there\n")
+    assert look(entry).differences == ()
+    (entry.site_packages / "lib").unlink()
+    (entry.site_packages / "lib").symlink_to(site / "lib-1.0.dist-info")
+    assert kinds(look(entry)) == {("link", "lib")}
