@@ -30,7 +30,7 @@ _BYTECODE = re.compile(r"(.*/)__pycache__/([^/]+?)\.[^/.]+(?:\.opt-\w+)?\.pyc")
 _LARGEST_BYTECODE = 100_000_000
 _ORDER = ("record", "changed", "missing", "foreign", "link", "mode")
 _WRITABLE = (stat.S_IWGRP, stat.S_IWOTH)
-_AT_ONCE = 200  # files per task of a thread: 70,000 tasks a second would be half of the work
+_AT_ONCE = 200  # files per task of a thread: a task costs as much as hashing a small file
 
 OnProgress: TypeAlias = Callable[[int, int], None]
 """Gets how many files of an entry were just looked at, and how many it has."""
@@ -251,7 +251,7 @@ def _in_parallel(tasks: list[Callable[[], list[Difference]]], on_progress: OnPro
         found = [task() for task in chunk]
         return len(found), [one for each in found for one in each]
 
-    with ThreadPoolExecutor(min(32, 2 * capacity.processors())) as pool:
+    with ThreadPoolExecutor(min(32, capacity.processors())) as pool:
         for done, differences in pool.map(run, chunks):
             on_progress(done, len(tasks))
             yield from differences
