@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ray_envcache.checkout.project import Project
 from ray_envcache.errors import ChangedError, LockfileError, UnknownKeyError
 from ray_envcache.resolve import interpreter
-from ray_envcache.store import memo
+from ray_envcache.store import memo, setups
 from ray_envcache.store.key import layer_key
 from ray_envcache.store.layout import Entry, Layout, newest_first
 from ray_envcache.store.leases import Holder, Lease, claim
@@ -70,6 +70,7 @@ class Store:
         """
         return cls(*opened(root))
 
+    @setups.noted
     def lookup(self, spec: EnvSpec, ray: AnyRay, holder: Holder) -> Lease | None:
         """A lease on the environment if it is there and a memo leads to it, else None.
 
@@ -79,6 +80,7 @@ class Store:
         """
         return self._claim_known(self._inputs(spec, ray), holder, may_look=False)
 
+    @setups.noted
     def acquire(
         self,
         spec: EnvSpec,
@@ -188,7 +190,9 @@ class Store:
         # Relative: another checkout of the same project has its packages elsewhere.
         local = [(one.name, os.path.relpath(one.path, plan.folder), one.editable) for one in plan.resolved.local]
         name, settings = self.layout.name_of(entry), plan.resolved.build_settings
-        memo.remember(inputs.memo, self.layout, Memo(name, os.fspath(plan.folder), local, known, settings))
+        memo.remember(
+            inputs.memo, self.layout, Memo(name, os.fspath(plan.folder), local, known, settings, inputs.spec.to_field())
+        )
 
     def find(self, prefix: str) -> list[Entry]:
         """The entries of the key that starts with `prefix`, newest first, those of read-only stores last.

@@ -120,6 +120,21 @@ def make_project(
     return pyproject
 
 
+def make_project_with_own_package(folder: Path, wheels: Path, dependencies: Sequence[str]) -> Path:
+    """A project as `make_project` makes, which develops the package `own` in a folder of its own."""
+    project = make_project(folder, wheels, [*dependencies, "own"], lock=False)
+    (folder / "own" / "src" / "own").mkdir(parents=True)
+    (folder / "own" / "src" / "own" / "__init__.py").write_text("Y = 1\n")
+    (folder / "own" / "backend.py").write_text(SRC_BACKEND.format(name="own") + "\nbuild_editable = build_wheel\n")
+    (folder / "own" / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+        '[project]\nname = "own"\nversion = "1.0"\n'
+    )
+    project.write_text(project.read_text() + '\n[tool.uv.sources]\nown = { path = "own" }\n')
+    run_uv("lock", cwd=folder)
+    return project
+
+
 def set_index_of_node(folder: Path, wheels: Path, patch: pytest.MonkeyPatch) -> None:
     """Let this node get packages from the folder `wheels` alone, by a uv.toml of the user in `folder`."""
     (folder / "uv").mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ BEHIND_A_BOUNDARY = ("ray_envcache.build", "ray_envcache.gc", "ray_envcache.doct
 LIBRARIES = {
     "ray": {"cluster", "plugin", "hook", "doctor/cluster"},
     "click": {"cli"},
+    "prometheus_client": {"cli/operators"},
     "rich": {"cli", "build/progress"},
 }
 

@@ -23,6 +23,7 @@ from ray_envcache.errors import BuildError, PassingError
 from ray_envcache.gc.collector import make_room
 from ray_envcache.inside import check
 from ray_envcache.resolve import uv, uv_errors
+from ray_envcache.store import journal
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, Lease, claim, hold
 from ray_envcache.store.record import ReadyRecord
@@ -61,12 +62,16 @@ class Observer:
 
 @dataclass
 class Builder:
-    """Has the environment of `plan` built, by itself or by waiting for the process that builds it."""
+    """Has the environment of `plan` built, by itself or by waiting for the process that builds it.
+
+    One of those `after` the number of an entry that is damaged.
+    """
 
     layout: Layout
     plan: Plan
     holder: Holder
     observer: Observer = field(default_factory=Observer)
+    after: int = 0
 
     def lease(self) -> Lease:
         """A lease on the environment, built if need be. Raises BuildError and its kin; then nothing is left behind."""
@@ -95,7 +100,8 @@ class Builder:
         with exclusive_flock(self.layout.builder_flock(self.plan.key), self._tell_waiting) as flock:
             # Another builder may have built it while we waited for its flock.
             for entry in self.layout.entries_of(self.plan.key):
-                if lease := claim(entry, self.layout, self.holder):
+                if entry.number > self.after and (lease := claim(entry, self.layout, self.holder)):
+                    lease.how = "waited"
                     return lease
             self._sweep()
             return self._build(flock)
@@ -129,7 +135,9 @@ class Builder:
             if not entry.ready.exists():
                 self._discard(entry)
             raise
-        self.observer.finished(lease, time.monotonic() - began)
+        lease.how, seconds = "built", time.monotonic() - began
+        journal.note(self.layout, "build", key=entry.key, project=self.plan.project, seconds=round(seconds, 3))
+        self.observer.finished(lease, seconds)
         return lease
 
     def _discard(self, entry: Entry) -> None:

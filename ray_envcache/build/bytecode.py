@@ -17,7 +17,7 @@ from pathlib import Path
 from ray_envcache.inside import pyc
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, Lease, claim
-from ray_envcache.survey import shared_bytecode
+from ray_envcache.survey import listing, shared_bytecode
 from ray_envcache.survey.inventory import record_sizes
 from ray_envcache.system import capacity, children, files, flock, testpoints
 from ray_envcache.system.texts import utc_now
@@ -62,6 +62,8 @@ def _finish_claimed(layout: Layout, entry: Entry, descriptor: int, *, background
         if entry.compiled.exists():
             return False
         began = time.monotonic()
+        # As soon as may be: later changes are to be noticed.
+        listing.seal(entry)
         _compile(layout, lease, descriptor, background=background)
         # From here on the entry survives a crash of the machine, not only of processes; and what it shares.
         files.sync_file_system(entry.path)

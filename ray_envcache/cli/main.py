@@ -22,11 +22,15 @@ _COMMANDS = {
     "doctor": "doctor.doctor",
     "gc": "store.gc",
     "list": "listing.list_",
+    "log": "operators.log",
+    "metrics": "operators.metrics_",
     "pin": "store.pin",
     "purge": "store.purge",
     "rm": "store.rm",
     "run": "build.run",
+    "stats": "operators.stats",
     "unpin": "store.unpin",
+    "verify": "verify.verify_",
     "why": "store.why",
 }
 

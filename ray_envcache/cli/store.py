@@ -22,7 +22,7 @@ from ray_envcache.gc.policy import Limits
 from ray_envcache.sessions import directories, run_directory
 from ray_envcache.sessions.collector import collect_sessions
 from ray_envcache.sessions.short_path import sweep_links
-from ray_envcache.store import pins, readonly
+from ray_envcache.store import journal, pins, readonly
 from ray_envcache.store.layout import Entry
 from ray_envcache.survey import inventory
 from ray_envcache.system.texts import format_size, is_off, parse_duration, parse_space, printable
@@ -96,11 +96,13 @@ def rm(*, keys: tuple[str, ...]) -> None:
 @click.command(epilog="Example: ray-envcache purge --yes")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def purge(*, yes: bool) -> None:
-    """Remove all environments except those in use or pinned."""
+    """Remove all environments except those in use or pinned, and the journal."""
     store = Store.open()
     if not yes:
         _confirm(f"Remove all environments in {store.layout.root}?")
-    _finish_collection(collect(store.layout, Limits(everything=True)), as_json=False, dry_run=False)
+    report = collect(store.layout, Limits(everything=True))
+    journal.remove(store.layout)
+    _finish_collection(report, as_json=False, dry_run=False)
     for layout in store.readonly:
         click.echo(f"The read-only store at {layout.root} stays as it is", err=True)
 

@@ -91,14 +91,18 @@ def print_users(status: Status) -> None:
     reasons = _count(len(status.users), "user") + (", pinned" if status.pinned else "")
     _say(f"{status.key[:SHOWN_DIGITS]} of {status.project or '-'}: {status.state}, {reasons}")
     if status.users:
-        columns = ("PID", "KIND", "COMMAND", "CLUSTER", "JOB", "SINCE")
-        print_table(columns, map(_user, status.users), numeric={"PID"})
+        print_users_of(status.users)
     elif status.in_use:
         _say("in use by a process that cannot be named from here, such as one of another container")
     elif status.readonly:
         _say("no process of this host uses it; a read-only store is never collected from here")
     elif not status.pinned:
         _say("nothing keeps it: the next `ray-envcache gc` removes it when it is old enough")
+
+
+def print_users_of(users: Iterable[User]) -> None:
+    """Print a table of users."""
+    print_table(("PID", "KIND", "COMMAND", "CLUSTER", "JOB", "SINCE"), map(_user, users), numeric={"PID"})
 
 
 def _user(user: User) -> Sequence[str]:

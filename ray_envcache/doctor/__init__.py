@@ -1,1 +1,1 @@
-"""Is it set up? This host, and every node of a cluster."""
+"""Is it set up? This host, and every node of a cluster. And what mends a damaged entry."""

@@ -19,6 +19,7 @@ from ray_envcache.errors import InUseError, UnknownKeyError
 from ray_envcache.gc import choosing, companion, rubbish
 from ray_envcache.gc.evict import evict_idle
 from ray_envcache.gc.policy import Limits, Victim
+from ray_envcache.store import journal
 from ray_envcache.store.layout import Layout
 from ray_envcache.survey import shared_bytecode, uv_cache
 from ray_envcache.survey.inventory import Status, going_too, last_used
@@ -107,6 +108,8 @@ def _collect(layout: Layout, limits: Limits) -> Collected:
         uv_cache.retire(layout, collected.add_failure, since=began - 1)
     rubbish.sweep_records(layout)
     _sweep(layout, collected)
+    counts = {"removed": len(collected.removed), "failed": len(collected.failed), "swept_bytes": collected.swept_bytes}
+    journal.note(layout, "collection", seconds=round(time.time() - began, 3), **counts)
     return collected
 
 
@@ -150,7 +153,7 @@ def _remove(layout: Layout, victim: Victim, status: Status, collected: Collected
         return status.state != "ready" or last_used(entry) == status.last_used
 
     try:
-        gone = evict_idle(layout, entry, still_due=unused_since)
+        gone = evict_idle(layout, entry, still_due=unused_since, reason=victim.reason)
     except InUseError:
         # A user came since the choice: as it should be.
         collected.in_use += 1

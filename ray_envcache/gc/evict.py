@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ray_envcache.errors import InUseError, ReadOnlyError, UnknownKeyError
-from ray_envcache.store import leases, pins
+from ray_envcache.store import journal, leases, pins
 from ray_envcache.store.layout import Entry, Layout, layout_of
 from ray_envcache.survey import shared_bytecode
 from ray_envcache.system import disk, files, flock, processes, testpoints
@@ -38,10 +38,12 @@ def evict(layout: Layout, entry: Entry) -> DiskUse:
     return evict_idle(layout, entry)
 
 
-def evict_idle(layout: Layout, entry: Entry, *, still_due: Callable[[], bool] = lambda: True) -> DiskUse:
+def evict_idle(
+    layout: Layout, entry: Entry, *, still_due: Callable[[], bool] = lambda: True, reason: str = "by hand"
+) -> DiskUse:
     """Remove an entry of this store from which no process was seen to run. Raises as `evict`.
 
-    `still_due` is asked under the flocks, when no process can begin to use the entry any more.
+    `still_due` is asked under the flocks, when no process can begin to use the entry any more. `reason` is for people.
     """
     testpoints.reach("evict-chosen")
     try:
@@ -57,6 +59,7 @@ def evict_idle(layout: Layout, entry: Entry, *, still_due: Callable[[], bool] = 
     use = disk.measure(moved)
     files.remove_tree(moved)
     leases.sweep_dead(layout, entry.key)
+    journal.note(layout, "removal", key=entry.key, reason=reason, freed_bytes=use.reclaimable, bytes=use.size)
     return use
 
 
@@ -64,7 +67,7 @@ def _take_away(layout: Layout, entry: Entry, still_due: Callable[[], bool]) -> P
     """Take the entry out of sight, and return where it is now."""
     with ExitStack() as flocks:
         _take_flocks(flocks, layout, entry)
-        if entry.key in pins.pinned_keys(layout):
+        if entry.key in pins.pinned_keys(layout) and not entry.retired.exists():
             raise refusal(entry, "it is pinned", "ray-envcache unpin, if it is not needed any more")
         if not still_due():
             raise refusal(entry, "it was used a moment ago")

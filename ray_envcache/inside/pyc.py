@@ -22,6 +22,7 @@ from importlib.util import MAGIC_NUMBER, cache_from_source, source_hash
 
 _UNKNOWN = 255  # the exit code of a helper that stopped for another reason than an OSError
 _UNCHECKED = (1).to_bytes(4, "little")  # flags of PEP 552: hash-based, never checked
+_DIGEST = hashlib.sha256().digest_size
 # No more links to this file; not this file system; no links there, or not to files like this one.
 _NO_LINK = frozenset({errno.EMLINK, errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP})
 
@@ -45,13 +46,28 @@ def tag() -> str:
     # Optimized or not, with columns for tracebacks or without: a sample shows it.
     sample = compile("assert a.b", "", "exec", dont_inherit=True)
     made = [sample.co_code, sample.co_linetable, sys.flags.optimize]
-    identity = [sys.implementation.name, sys.version, MAGIC_NUMBER, *made]
+    identity = [sys.implementation.name, sys.version, MAGIC_NUMBER, *made, "with proof"]
     return f"{sys.implementation.cache_tag}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
 
 
 def name_of(text: bytes) -> str:
     """The file name of the bytecode of a module with this text."""
     return f"{hashlib.sha256(text).hexdigest()}.pyc"
+
+
+def with_proof(bytecode: bytes, text: bytes) -> bytes:
+    """The bytecode of a module with this text, and what proves it: the digests of the text, and of all before.
+
+    An import reads the code to its end and no further.
+    """
+    noted = bytecode + hashlib.sha256(text).digest()
+    return noted + hashlib.sha256(noted).digest()
+
+
+def proven_source(bytecode: bytes) -> str:
+    """The hexadecimal digest of the text that this bytecode was made of; "" where it is damaged, or has no proof."""
+    noted, digest = bytecode[:-_DIGEST], bytecode[-_DIGEST:]
+    return noted[-_DIGEST:].hex() if hashlib.sha256(noted).digest() == digest else ""
 
 
 @cache
@@ -114,7 +130,7 @@ def _keep(path: str, text: bytes, code: bytes, places: Places) -> None:
     staged = f"{places.staged}/{name_of(text)}"
     # The environment never changes, so its bytecode is never checked against the source (PEP 552, unchecked hashes):
     # an import then costs one `stat` less.
-    _write_whole(staged, MAGIC_NUMBER + _UNCHECKED + source_hash(text) + code)
+    _write_whole(staged, with_proof(MAGIC_NUMBER + _UNCHECKED + source_hash(text) + code, text))
     _put(staged, _place_of(path))
 
 

@@ -64,6 +64,16 @@ class Entry:
         return self.path / "ready.json"
 
     @property
+    def retired(self) -> Path:
+        """The ready record of an entry that is handed out no more: it was found damaged, and there is a sound one."""
+        return self.path / "retired.json"
+
+    @property
+    def sealed(self) -> Path:
+        """What should be in the venv beside the files that have a hash in the RECORD of a package."""
+        return self.path / "sealed.csv"
+
+    @property
     def building(self) -> Path:
         return self.path / "building.json"
 
@@ -138,6 +148,11 @@ class Layout:
     def bytecode(self) -> Path:
         """Bytecode that entries share, a folder for each Python; made when there is some."""
         return self.top / "bytecode"
+
+    @property
+    def journal(self) -> Path:
+        """What happened here, in numbered files; made with the first line."""
+        return self.top / "journal"
 
     @property
     def flocks(self) -> Path:

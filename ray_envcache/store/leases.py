@@ -66,9 +66,12 @@ class Lease:
     Use it as a context manager, or call `release()`. A lease that is collected unreleased warns and releases.
     """
 
-    def __init__(self, entry: Entry, in_use: int) -> None:
+    def __init__(self, entry: Entry, in_use: int, *, counts: bool = True) -> None:
         self.entry = entry
+        self.project = ""
+        self.how = "found"  # or "built", or "waited" for another builder
         self._in_use: int | None = in_use
+        self._counts = counts and not entry.readonly
         self._below: Lease | None = None
         self._file: Path | None = None
         self._file_flock: int | None = None
@@ -93,7 +96,7 @@ class Lease:
         """Give the entry back. A second call does nothing."""
         if self._in_use is None:
             return
-        if not self.entry.readonly:
+        if self._counts:
             touch(self._in_use)
         # The claim goes before its file: a collector that finds no file may rely on finding no flock either.
         os.close(self._in_use)
@@ -134,18 +137,19 @@ class Lease:
             self.release()
 
 
-def hold(entry: Entry, *, ready: bool = False) -> Lease | None:
+def hold(entry: Entry, *, ready: bool = False, counts: bool = True) -> Lease | None:
     """Keep an entry, finished or not, without a word to people; None where it is gone, or not `ready` as it must be.
 
-    Raises BusyError where a process keeps the entry to itself for CLAIM_SECONDS, and StoreError where the entry is one
-    of a read-only store that cannot be trusted or read.
+    Unless it `counts` as a use, collectors do not wait any longer for it. Raises BusyError where a process keeps the
+    entry to itself for CLAIM_SECONDS, and StoreError where the entry is one of a read-only store that cannot be trusted
+    or read.
     """
     in_use = _shared_flock(entry, ready=ready)
     if in_use is None:
         return None
-    if not entry.readonly:
+    if counts and not entry.readonly:
         touch(in_use)
-    return Lease(entry, in_use)
+    return Lease(entry, in_use, counts=counts)
 
 
 def claim(entry: Entry, layout: Layout, holder: Holder) -> Lease | None:
@@ -162,6 +166,7 @@ def claim(entry: Entry, layout: Layout, holder: Holder) -> Lease | None:
         record = ReadyRecord.read(entry)
         if record is None or not _claim_base(lease, record, layout, holder):
             return None
+        lease.project = record.project
         lease.announce(layout, holder)
         undo.pop_all()
         return lease

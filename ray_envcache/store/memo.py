@@ -27,7 +27,7 @@ class Memo:
     `local` are the packages that a layer on top of it has: name, folder (from that of the project), editable.
     `files` are artifacts on this host whose hashes the lockfile does not have, with their `file_identity`: with any,
     the memo speaks for the project in `folder` alone, and only while none of them is replaced. `build_settings` are
-    those of the project, which are in the key of a layer.
+    those of the project, which are in the key of a layer. `field` is the field value that led here.
     """
 
     entry: str
@@ -35,6 +35,7 @@ class Memo:
     local: list[tuple[str, str, bool]]
     files: dict[str, tuple[int, int]]
     build_settings: str
+    field: dict[str, Any]
 
     def holds(self, folder: str) -> bool:
         """Whether the memo is true of the project in this folder ("" where that is not known)."""
@@ -59,6 +60,12 @@ def recall(name: str, folder: str, own: Layout, readonly: Sequence[Layout]) -> t
     return None
 
 
+def leading_to(key: str, layout: Layout) -> list[Memo]:
+    """The memos that lead to an environment of this key."""
+    found = [memo for path in layout.memo.glob("*.json") if (memo := _read(layout, path.stem))]
+    return [memo for memo in found if (entry := layout.entry(memo.entry)) and entry.key == key]
+
+
 def remember(name: str, layout: Layout, memo: Memo) -> None:
     """Write a memo. On a full or read-only disk there is none, and the next lookup takes a second longer."""
     with suppress(OSError):
@@ -70,6 +77,7 @@ def _read(layout: Layout, name: str) -> Memo | None:
     try:
         local = [(str(name), str(path), bool(editable)) for name, path, editable in data["local"]]
         known = {path: (int(size), int(changed)) for path, (size, changed) in data["files"].items()}
-        return Memo(str(data["entry"]), str(data["folder"]), local, known, str(data["build_settings"]))
+        asked = dict(data.get("field") or {})  # memos of earlier versions have none
+        return Memo(str(data["entry"]), str(data["folder"]), local, known, str(data["build_settings"]), asked)
     except (KeyError, TypeError, ValueError, AttributeError):
         return None

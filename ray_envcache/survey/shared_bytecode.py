@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
@@ -58,6 +59,18 @@ def let_go(layout: Layout, tree: Path) -> None:
                 testpoints.reach("bytecode-let-go")
                 with suppress(OSError):
                     os.unlink(known[inode])
+
+
+def forget(layout: Layout, damaged: Iterable[Path]) -> int:
+    """Offer the files that entries have at these places no more, without writing into them; how many were offered."""
+    known, forgotten = _by_inode(layout), 0
+    for path in damaged:
+        with suppress(OSError):
+            found = os.lstat(path)
+            if shared := known.pop((found.st_dev, found.st_ino), None):
+                os.unlink(shared)
+                forgotten += 1
+    return forgotten
 
 
 def sweep(layout: Layout) -> int:

@@ -45,6 +45,26 @@ def write_json(path: Path, data: dict[str, Any], *, durable: bool = True) -> Non
             os.fsync(folder)
 
 
+def write_whole(path: Path, data: bytes, *, mode: int, replace: bool) -> None:
+    """Write a file that readers see whole or not at all. Unless it may `replace` one, raises FileExistsError.
+
+    Killed in between, a process leaves what `write_json` does.
+    """
+    temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), mode)
+            if replace:
+                temporary.replace(path)
+            else:
+                os.link(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 def is_temporary(path: Path) -> bool:
     """Whether `path` is a file of `write_json` that does not have its final name yet."""
     return path.name.startswith(_TEMPORARY)

@@ -25,9 +25,11 @@ from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.collector import collect
 from ray_envcache.gc.policy import Limits
 from ray_envcache.resolve.interpreter import installed_ray
+from ray_envcache.store import journal
 from ray_envcache.store.layout import Layout
 from ray_envcache.store.leases import Holder
 from ray_envcache.store.record import ReadyRecord
+from ray_envcache.survey.verification import verify
 from ray_envcache.system import flock
 from tests import support
 from tests.attacks.test_full_disk import wait_for_background
@@ -40,7 +42,10 @@ from pathlib import Path
 # Imported before the counting begins: bytecode of the package itself is none of its business.
 from ray_envcache import acquire
 from ray_envcache.build import bytecode
+from ray_envcache.build.builder import Observer
+from ray_envcache.doctor import repair
 from ray_envcache.inside import pyc
+from ray_envcache.survey import verification
 from ray_envcache.gc import collector, evict
 from ray_envcache.store import pins
 from ray_envcache.build.builder import Builder
@@ -85,6 +90,13 @@ OPERATIONS = {
     "finish with links": COMPILE_HERE + "[bytecode.finish(layout, entry) for entry in layout.all_entries()]",
     "pin": "[(pins.pin(layout, entry), pins.unpin(layout, entry.key)) for entry in layout.all_entries()]",
     "gc": "collector.collect(layout, Limits(everything=True))",
+    "repair": COMPILE_HERE
+    + """
+for entry in [one for one in layout.all_entries() if one.ready.exists()]:
+    found = verification.verify(entry)
+    if found.differences:
+        repair.repair(Store(layout), found, installed_ray(), Observer())
+""",
     "evict": "[evict.evict(layout, entry) for entry in list(layout.all_entries())]",
 }
 
@@ -119,15 +131,22 @@ def prepare(operation: str, root: Path, project: Path, template: Path) -> None:
         # An entry is handed out where it was built only; nobody runs from this one.
         entry.ready.write_text(entry.ready.read_text().replace(str(template), str(root)))
     if operation.startswith("finish"):
-        for entry in Layout(root).all_entries():
-            entry.compiled.unlink()
-            entry.measured.unlink()
-            for folder, _, _ in os.walk(entry.site_packages):
-                os.chmod(folder, 0o755)
-            for path in entry.site_packages.rglob("*.pyc"):
-                path.unlink()
+        forget_bytecode(root)
     if operation == "finish":
         shutil.rmtree(Layout(root).bytecode)
+    if operation == "repair":
+        for entry in Layout(root).all_entries():
+            (entry.site_packages / "wanted" / "deep" / "__init__.py").write_text("Y = 1\n")
+
+
+def forget_bytecode(root: Path) -> None:
+    for entry in Layout(root).all_entries():
+        entry.compiled.unlink()
+        entry.measured.unlink()
+        for folder, _, _ in os.walk(entry.site_packages):
+            os.chmod(folder, 0o755)
+        for path in entry.site_packages.rglob("*.pyc"):
+            path.unlink()
 
 
 def examine(root: Path, project: Path, operation: str) -> None:
@@ -146,6 +165,11 @@ def examine(root: Path, project: Path, operation: str) -> None:
     with Store.open(root).acquire(EnvSpec.parse(project), installed_ray(), Holder("test")) as lease:
         assert lease.python.exists()
         entry = lease.entry
+    if operation == "repair":
+        # Once the damaged one is out of use there is a sound one, and that is handed out.
+        ready = [one for one in layout.all_entries() if one.ready.exists()]
+        sound = [one for one in ready if verify(one).state == "sound"]
+        assert entry in sound or not any(one.retired.exists() for one in layout.all_entries())
     # Not for its sizes: those of an entry whose compiler died between the two records are noted by `list`.
     support.wait_until(entry.compiled.exists, "compiled")
     wait_for_background(root)
@@ -153,8 +177,10 @@ def examine(root: Path, project: Path, operation: str) -> None:
         path.unlink()
     report = collect(layout, Limits(everything=True))
     assert report.failed == []
+    assert journal.read(layout).broken == 0
+    journal.remove(layout)
     left = sorted(str(path.relative_to(layout.top)) for path in layout.top.rglob("*") if not path.is_dir())
-    assert [name for name in left if not name.startswith("flocks/") and name != "CACHEDIR.TAG"] == []
+    assert [name for name in left if not name.startswith(("flocks/", "journal/")) and name != "CACHEDIR.TAG"] == []
     assert list(layout.entries.iterdir()) == list(layout.trash.iterdir()) == list(layout.leases.iterdir()) == []
 
 
@@ -175,7 +201,16 @@ def attack(operation: str, project: Path, folder: Path, step: int) -> int:
 
 @pytest.mark.parametrize(
     ("operation", "step"),
-    [("acquire", 1), ("pin", 1), ("finish", 5), ("finish with links", 7), ("build", 7), ("evict", 9), ("gc", 13)],
+    [
+        ("acquire", 1),
+        ("pin", 1),
+        ("finish", 5),
+        ("finish with links", 7),
+        ("build", 7),
+        ("evict", 9),
+        ("gc", 13),
+        ("repair", 11),
+    ],
 )
 def test_killed_at_many_steps(operation: str, step: int, project: Path, tmp_path: Path) -> None:
     """A SIGKILL between any two steps harms nobody; the slow test takes every single step of the long operations."""
