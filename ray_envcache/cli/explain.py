@@ -1,0 +1,61 @@
+"""The command `explain`: would it be a new environment, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ray_envcache.cli import tables
+from ray_envcache.cli.build import field_options, spec_of
+from ray_envcache.doctor.explain import Explanation, Part, explain
+from ray_envcache.resolve.interpreter import installed_ray
+from ray_envcache.store import readonly
+from ray_envcache.store.layout import SHOWN_DIGITS
+from ray_envcache.survey.nearest import Nearest
+
+
+@click.command("explain", epilog="Example: ray-envcache explain .")
+@field_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def explain_(*, as_json: bool, **options: Any) -> None:
+    """Show whether `build` would make a new environment, and why.
+
+    PATH and the options are those of `build`. Of a new environment it names the nearest one in the store, and what
+    differs: packages, Python, ray, options, settings of uv; of a new layer the local packages whose content changed.
+    Builds nothing; the exit code is 0 in both cases.
+    """
+    own, below = readonly.opened()
+    found = explain(spec_of(options), installed_ray(), (own, *below))
+    if as_json:
+        parts = {"environment": found.environment, "layer": found.layer}
+        shown = {name: _part_as_json(part, found.project) if part else None for name, part in parts.items()}
+        tables.print_json({"project": found.project, "new": found.new is not None, **shown})
+    else:
+        _print(found)
+
+
+def _print(found: Explanation) -> None:
+    new = found.new
+    if new is None:
+        layer = f"layer {found.layer.key[:SHOWN_DIGITS]} on " if found.layer else ""
+        tables.say(f"{found.project} is there: {layer}{found.environment.key[:SHOWN_DIGITS]}")
+        return
+    tables.say(f"{found.project} would be {_reason(new.nearest, found.project)}")
+    if new.nearest:
+        near = new.nearest
+        tables.say(f"Compared with {near.key[:SHOWN_DIGITS]} of {near.project}:")
+        rows = [[one.kind, one.name, one.was or "-", one.now or "-"] for one in near.differences]
+        tables.print_table(("KIND", "NAME", "THERE", "WANTED"), rows, numeric=())
+
+
+def _reason(near: Nearest | None, project: str) -> str:
+    return near.reason(project) if near else "new: the store has nothing to compare it with"
+
+
+def _part_as_json(part: Part, project: str) -> dict[str, Any]:
+    near = part.nearest
+    data = {"key": part.key, "exists": part.path is not None, "path": part.path}
+    reason = None if part.path else _reason(near, project)
+    shown = near and {**near._asdict(), "differences": [one._asdict() for one in near.differences]}
+    return {**data, "reason": reason, "nearest": shown}
