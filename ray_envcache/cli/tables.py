@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ray_envcache.sessions.collector import SessionReport
     from ray_envcache.sessions.directories import Session
     from ray_envcache.survey.inventory import Status, User
+    from ray_envcache.survey.uv_cache import UvCache
 
 JSON_SCHEMA = 1
 """The version of what `--json` prints: another number where a field goes or changes its meaning."""
@@ -48,10 +49,13 @@ def session_as_json(one: Session) -> dict[str, Any]:
     return {**data, **times}
 
 
-def print_environments(found: list[Status]) -> None:
-    """Print the environments of a store, and a line of totals."""
+def print_environments(found: list[Status], *, of: int, grouped: bool) -> None:
+    """Print environments of a store that has so many (`of`), and a line of their totals.
+
+    With `grouped` layers follow what they lie on.
+    """
     columns = ("KEY", "PROJECT", "PYTHON", "RAY", "STATE", "USERS", "SIZE", "RECLAIMABLE", "CREATED", "LAST USED")
-    rows = [_environment(one) for one in _layers_below_their_environments(found)]
+    rows = [_environment(one) for one in (_layers_below_their_environments(found) if grouped else found)]
     print_table(columns, rows, numeric={"SIZE", "RECLAIMABLE", "USERS"})
     ours, lower = [one for one in found if not one.readonly], [one for one in found if one.readonly]
     total, reclaimable = sum(one.size_bytes for one in ours), sum(one.reclaimable_bytes for one in ours)
@@ -59,7 +63,16 @@ def print_environments(found: list[Status]) -> None:
     shared, least = (" (shared files counted in each)", "at least ") if len(ours) > 1 else ("", "")
     count = _count(len(ours), "environment")
     below = f"; in read-only stores {len(lower)}, {format_size(sum(one.size_bytes for one in lower))}" if lower else ""
-    say(f"{count}, {format_size(total)}{shared}, {least}{format_size(reclaimable)} reclaimable{below}")
+    shown = f"{len(found)} of {of} shown: " if len(found) < of else ""
+    say(f"{shown}{count}, {format_size(total)}{shared}, {least}{format_size(reclaimable)} reclaimable{below}")
+
+
+def print_uv_caches(found: Iterable[UvCache]) -> None:
+    """Print a line for each cache of uv."""
+    for one in found:
+        whose = "of the store" if one.own else "of yours"
+        size, shared = format_size(one.size_bytes), format_size(one.shared_bytes)
+        say(f"uv's cache {whose} at {one.path}: {size}, {shared} of it hard links in environments")
 
 
 def _environment(one: Status) -> Sequence[str]:

@@ -6,7 +6,6 @@ import operator
 import re
 import time
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import TypeAlias
 
 from ray_envcache.errors import FieldValueError
@@ -27,21 +26,12 @@ POSSIBLE = (
 _COMPARISONS = {">": operator.gt, "<": operator.lt, ">=": operator.ge, "<=": operator.le}
 _FORM = re.compile(r"\s*([a-z-]+)\s*(?:(>=|<=|>|<|:)\s*(.*?))?\s*", re.DOTALL)
 
-ORDERS: Mapping[str, Callable[[Status], float]] = MappingProxyType(
-    {
-        "size": lambda one: -one.size_bytes,
-        "used": lambda one: _idle(one),
-        "created": lambda one: _age(one),
-    }
-)
-"""The largest, the last used, the newest first."""
-
 
 def parse_filter(text: str) -> Filter:
     """The filter that is written so. Raises FieldValueError, which names it and what may be written."""
     parts = _FORM.fullmatch(text)
-    name, sign, value = parts.groups() if parts else (text, None, None)
-    if name in {"in-use", "pinned"} and sign is None:
+    name, sign, value = parts.groups("") if parts else (text, "", "")
+    if name in {"in-use", "pinned"} and not sign:
         return lambda _, one: one.pinned if name == "pinned" else one.in_use
     if sign == ":" and value and name in _NAMED:
         return _NAMED[name](value)
@@ -60,14 +50,14 @@ def _age(one: Status) -> float:
     return max(time.time() - from_utc(one.created_at), 0.0) if one.created_at else 0.0
 
 
-_MEASURED: Mapping[str, tuple[Callable[[Status], float], Callable[[str], float]]] = MappingProxyType(
-    {
-        "size": (lambda one: one.size_bytes, parse_size),
-        "unused": (_idle, parse_duration),
-        "used": (_idle, parse_duration),
-        "created": (_age, parse_duration),
-    }
-)
+_MEASURED: Mapping[str, tuple[Callable[[Status], float], Callable[[str], float]]] = {
+    "size": (lambda one: one.size_bytes, parse_size),
+    "unused": (_idle, parse_duration),
+    "used": (_idle, parse_duration),
+    "created": (_age, parse_duration),
+}
+ORDERS: Mapping[str, Callable[[Status], float]] = {"size": lambda one: -one.size_bytes, "used": _idle, "created": _age}
+"""The largest, the last used, the newest first."""
 
 
 def _has(text: str) -> Filter:
@@ -100,4 +90,4 @@ def _state(state: str) -> Filter:
     return lambda _, one: one.state == state
 
 
-_NAMED: Mapping[str, Callable[[str], Filter]] = MappingProxyType({"has": _has, "project": _project, "state": _state})
+_NAMED: Mapping[str, Callable[[str], Filter]] = {"has": _has, "project": _project, "state": _state}
