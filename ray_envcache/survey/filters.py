@@ -47,7 +47,8 @@ def _idle(one: Status) -> float:
 
 
 def _age(one: Status) -> float:
-    return max(time.time() - from_utc(one.created_at), 0.0) if one.created_at else 0.0
+    # An entry without a record was used last when its build began.
+    return max(time.time() - (from_utc(one.created_at) if one.created_at else one.last_used), 0.0)
 
 
 _MEASURED: Mapping[str, tuple[Callable[[Status], float], Callable[[str], float]]] = {
