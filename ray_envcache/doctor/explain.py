@@ -53,7 +53,7 @@ def explain(spec: EnvSpec, ray: AnyRay, stores: Iterable[Layout]) -> Explanation
     environment = _part(plan, found, stores)
     layer = None
     if plan.resolved.local and spec.install_project:
-        on = layers.layer_plan(spec, plan, found or stores[0].first_entry(plan.key))
+        on = layers.layer_plan(spec, plan, found or stores[0].first_entry(plan.key), editable=False)
         layer = _part(on, _ready(on.key, stores), stores if found else ())
     return Explanation(plan.project, environment, layer)
 

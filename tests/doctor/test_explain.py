@@ -171,7 +171,7 @@ def test_layers(store: Store, acquire: Acquire, tmp_path: Path, wheels: Path) ->
 
 def test_the_reason_is_in_the_progress_of_a_build(acquire: Acquire, project: Path) -> None:
     """`build` says in one line why it builds; nothing in a store that has nothing to compare with."""
-    command = [sys.executable, "-m", "ray_envcache", "build", project]
+    command = [sys.executable, "-m", "ray_envcache", "build", os.fspath(project)]
 
     def told() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
@@ -185,8 +185,8 @@ def test_command(store: Store, project: Path) -> None:
     """What `explain` prints; the exit code is 0 whether or not it would be new, and the JSON has a version."""
 
     def run(*arguments: str | Path, code: int = 0) -> str:
-        said: str = support.run(sys.executable, "-m", "ray_envcache", *map(str, arguments), code=code)
-        return said
+        command = [sys.executable, "-m", "ray_envcache", *map(str, arguments)]
+        return support.run(*command, code=code)
 
     assert run("explain", project) == "study would be new: the store has nothing to compare it with\n"
     key = support.build_finished(store, project).key
