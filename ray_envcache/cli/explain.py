@@ -12,7 +12,6 @@ from ray_envcache.doctor.explain import Explanation, Part, explain
 from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store import readonly
 from ray_envcache.store.layout import SHOWN_DIGITS
-from ray_envcache.survey.nearest import Nearest
 
 
 @click.command("explain", epilog="Example: ray-envcache explain .")
@@ -27,35 +26,24 @@ def explain_(*, as_json: bool, **options: Any) -> None:
     """
     own, below = readonly.opened()
     found = explain(spec_of(options), installed_ray(), (own, *below))
-    if as_json:
-        parts = {"environment": found.environment, "layer": found.layer}
-        shown = {name: _part_as_json(part, found.project) if part else None for name, part in parts.items()}
-        tables.print_json({"project": found.project, "new": found.new is not None, **shown})
-    else:
-        _print(found)
-
-
-def _print(found: Explanation) -> None:
     new = found.new
-    if new is None:
+    if as_json:
+        parts = {"environment": _as_json(found, found.environment), "layer": _as_json(found, found.layer)}
+        tables.print_json({"project": found.project, "new": new is not None, **parts})
+    elif new is None:
         layer = f"layer {found.layer.key[:SHOWN_DIGITS]} on " if found.layer else ""
         tables.say(f"{found.project} is there: {layer}{found.environment.key[:SHOWN_DIGITS]}")
-        return
-    tables.say(f"{found.project} would be {_reason(new.nearest, found.project)}")
-    if new.nearest:
-        near = new.nearest
-        tables.say(f"Compared with {near.key[:SHOWN_DIGITS]} of {near.project}:")
-        rows = [[one.kind, one.name, one.was or "-", one.now or "-"] for one in near.differences]
-        tables.print_table(("KIND", "NAME", "THERE", "WANTED"), rows, numeric=())
+    else:
+        tables.say(f"{found.project} would be {found.reason(new)}")
+        if near := new.nearest:
+            tables.say(f"Compared with {near.key[:SHOWN_DIGITS]} of {near.project}:")
+            rows = [[one.kind, one.name, one.was or "-", one.now or "-"] for one in near.differences]
+            tables.print_table(("KIND", "NAME", "THERE", "WANTED"), rows, numeric=())
 
 
-def _reason(near: Nearest | None, project: str) -> str:
-    return near.reason(project) if near else "new: the store has nothing to compare it with"
-
-
-def _part_as_json(part: Part, project: str) -> dict[str, Any]:
-    near = part.nearest
-    data = {"key": part.key, "exists": part.path is not None, "path": part.path}
-    reason = None if part.path else _reason(near, project)
+def _as_json(found: Explanation, part: Part | None) -> dict[str, Any] | None:
+    if part is None:
+        return None
+    near, reason = part.nearest, None if part.path else found.reason(part)
     shown = near and {**near._asdict(), "differences": [one._asdict() for one in near.differences]}
-    return {**data, "reason": reason, "nearest": shown}
+    return {"key": part.key, "path": part.path, "reason": reason, "nearest": shown}

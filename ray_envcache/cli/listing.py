@@ -45,13 +45,9 @@ def usage(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 @click.command("list", epilog="Example: ray-envcache list --filter 'unused>7d' --sort size")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with sizes in bytes and times in UTC.")
 @click.option(
-    "--filter",
-    "chosen",
-    multiple=True,
-    type=usage(filters.parse_filter),
-    metavar="FILTER",
+    "--filter", "chosen", multiple=True, type=usage(filters.parse_filter), metavar="FILTER",
     help=f"Show only these; may be repeated, all must hold: {filters.POSSIBLE}.",
-)
+)  # fmt: skip
 @click.option("--sort", type=click.Choice([*filters.ORDERS]), help="The largest, last used or newest first.")
 @click.option("--limit", type=click.IntRange(min=0), metavar="N", help="Show the first N of them.")
 @click.option("-q", "--quiet", is_flag=True, help="Print keys only, for other commands.")

@@ -38,8 +38,12 @@ class Explanation(NamedTuple):
 
     @property
     def new(self) -> Part | None:
-        """What would be built, and for which reason; None where all is there. A new environment has a new layer."""
+        """What would be built first; None where all is there. A new environment has a new layer."""
         return next((one for one in (self.environment, self.layer) if one and one.path is None), None)
+
+    def reason(self, part: Part) -> str:
+        """Why this part would be built, in one line."""
+        return part.nearest.reason(self.project) if part.nearest else "new: the store has nothing to compare it with"
 
 
 def explain(spec: EnvSpec, ray: AnyRay, stores: Iterable[Layout]) -> Explanation:

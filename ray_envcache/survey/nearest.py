@@ -84,7 +84,7 @@ class Nearest(NamedTuple):
         if self.fault and not self.differences:
             return f"new: of the earlier one {self.fault}"
         if not self.differences:
-            return "new: an earlier version of ray-envcache built the one before"
+            return "new: another version of ray-envcache built the one before"
         if self.project == project:
             return f"new: {_summary(self.differences)}"
         count = len(self.differences)
@@ -98,7 +98,8 @@ def nearest(layouts: Iterable[Layout], wanted: Wanted) -> Nearest | None:
     """
     entries = sorted((one for layout in layouts for one in layout.all_entries()), key=last_used, reverse=True)
     recorded = [(entry, record) for entry in entries[:RECENT] if (record := ReadyRecord.read_any(entry))]
-    alike = [one for one in recorded if bool(one[1].base) == bool(wanted.base)]
+    # What earlier versions recorded does not tell enough.
+    alike = [one for one in recorded if one[1].inputs and bool(one[1].base) == bool(wanted.base)]
     own = [one for one in alike if one[1].project == wanted.project]
     facts = _wanted_facts(wanted)
     found = [_compared(entry, record, facts) for entry, record in (own or alike)[:CANDIDATES]]
@@ -112,10 +113,8 @@ def why_new(layout: Layout, wanted: Wanted) -> str:
 
 
 def _compared(entry: Entry, record: ReadyRecord, facts: _Facts) -> Nearest:
-    was = _entry_facts(entry, record)
-    if any(one.inputs is None for _, one in _with_base(entry, record)):
-        facts = {name: fact for name, fact in facts.items() if name in was or _is_installed(fact)}
-    return Nearest(entry.key, record.project, os.fspath(entry.path), record.fault(entry), _differences(was, facts))
+    differences = _differences(_entry_facts(entry, record), facts)
+    return Nearest(entry.key, record.project, os.fspath(entry.path), record.fault(entry), differences)
 
 
 def _wanted_facts(wanted: Wanted) -> _Facts:
@@ -126,31 +125,19 @@ def _wanted_facts(wanted: Wanted) -> _Facts:
 
 
 def _entry_facts(entry: Entry, record: ReadyRecord) -> _Facts:
-    found: _Facts = {}
-    for one, its in _with_base(entry, record):
-        # Records of earlier versions have these two alone.
-        known = {"interpreter": {"version": its.python, "executable": its.base_python}}
-        found |= _facts({} if its.base else packages.of_entry(one, its), its.inputs or known)
-    return found
-
-
-def _with_base(entry: Entry, record: ReadyRecord) -> list[tuple[Entry, ReadyRecord]]:
     base = entry.base(record.base) if record.base else None
     below = ReadyRecord.read_any(base) if base else None
-    return [(entry, record), *([(base, below)] if base and below else [])]
+    if base and below:
+        return _entry_facts(base, below) | _facts({}, record.inputs or {})
+    return _facts(packages.of_entry(entry, record), record.inputs or {})
 
 
 def _facts(found: Mapping[str, Package], inputs: Mapping[str, Any]) -> _Facts:
-    """Facts by kind and name."""
     facts: _Facts = {("ray" if name == "ray" else "package", name): one for name, one in found.items()}
     facts |= {("python", name): value for name, value in inputs.get("interpreter", {}).items()}
     facts |= {("option", str(one)): "on" for one in inputs.get("outside", ()) if isinstance(one, str)}
     facts |= {("setting", name): value for name, value in json.loads(inputs.get("build_settings") or "{}").items()}
     return facts | {("content", name): digest for name, digest in inputs.get("contents", {}).items()}
-
-
-def _is_installed(fact: Any) -> bool:
-    return isinstance(fact, Package) and not fact.inherited
 
 
 def _differences(was: _Facts, now: _Facts) -> tuple[Difference, ...]:
