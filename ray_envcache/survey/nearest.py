@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
+from ray_envcache.store.key import digest_of
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.record import ReadyRecord
 from ray_envcache.survey import packages
@@ -136,7 +137,9 @@ def _facts(found: Mapping[str, Package], inputs: Mapping[str, Any]) -> _Facts:
     facts: _Facts = {("ray" if name == "ray" else "package", name): one for name, one in found.items()}
     facts |= {("python", name): value for name, value in inputs.get("interpreter", {}).items()}
     facts |= {("option", str(one)): "on" for one in inputs.get("outside", ()) if isinstance(one, str)}
-    facts |= {("setting", name): value for name, value in json.loads(inputs.get("build_settings") or "{}").items()}
+    settings = json.loads(inputs.get("build_settings") or "{}")
+    # Their values may hold secrets.
+    facts |= {("setting", name): digest_of(value) for name, value in settings.items()}
     return facts | {("content", name): digest for name, digest in inputs.get("contents", {}).items()}
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ray_envcache.checkout import toml
 from ray_envcache.errors import LockfileError
+from ray_envcache.store.key import digest_of
 from ray_envcache.store.layout import Entry
 from ray_envcache.store.record import ReadyRecord
 
@@ -55,4 +56,6 @@ def _artifact(table: Mapping[str, Any]) -> str:
     found = table[kind][0] if kind == "wheels" else table.get(kind, {})
     hashes = found.get("hashes") or {}
     sha = hashes.get("sha256") or json.dumps(hashes, sort_keys=True) if hashes else found.get("commit-id")
-    return f"{sha or json.dumps(table, sort_keys=True, default=str)} {found.get('subdirectory', '')}".strip()
+    # As a digest: a URL may hold a token.
+    sha = sha or digest_of(json.dumps(table, sort_keys=True, default=str))
+    return f"{sha} {found.get('subdirectory', '')}".strip()
