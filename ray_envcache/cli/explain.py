@@ -13,6 +13,8 @@ from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store import readonly
 from ray_envcache.store.layout import SHOWN_DIGITS
 
+DIGEST = 64
+
 
 @click.command("explain", epilog="Example: ray-envcache explain .")
 @field_options
@@ -37,8 +39,13 @@ def explain_(*, as_json: bool, **options: Any) -> None:
         tables.say(f"{found.project} would be {found.reason(new)}")
         if near := new.nearest:
             tables.say(f"Compared with {near.key[:SHOWN_DIGITS]} of {near.project}:")
-            rows = [[one.kind, one.name, one.was or "-", one.now or "-"] for one in near.differences]
+            rows = [[one.kind, one.name, _shown(one.was), _shown(one.now)] for one in near.differences]
             tables.print_table(("KIND", "NAME", "THERE", "WANTED"), rows, numeric=())
+
+
+def _shown(value: str | None) -> str:
+    # Digests are long, and their beginning tells them apart.
+    return "-" if value is None else value if len(value) < DIGEST else f"{value[:SHOWN_DIGITS]}…"
 
 
 def _as_json(found: Explanation, part: Part | None) -> dict[str, Any] | None:

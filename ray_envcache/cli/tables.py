@@ -72,7 +72,7 @@ def print_uv_caches(found: Iterable[UvCache]) -> None:
     for one in found:
         whose = "of the store" if one.own else "of yours"
         size, shared = format_size(one.size_bytes), format_size(one.shared_bytes)
-        say(f"uv's cache {whose} at {one.path}: {size}, {shared} of it hard links in environments")
+        say(f"uv's cache {whose} at {one.path}: {size}, {shared} of it in environments too")
 
 
 def _environment(one: Status) -> Sequence[str]:

@@ -46,9 +46,11 @@ def of_store(layout: Layout, max_age: float) -> UvCache | None:
     """
     if not layout.uv_cache.is_dir():
         return None
-    data = files.read_json(layout.uv_cache_size)
-    if data and data.keys() == {*UvCache._fields} and 0 <= time.time() - layout.uv_cache_size.stat().st_mtime < max_age:
-        return UvCache(**data)
+    with suppress(FileNotFoundError):  # not measured yet, or collected since
+        is_fresh = 0 <= time.time() - layout.uv_cache_size.stat().st_mtime < max_age
+        noted = files.read_json(layout.uv_cache_size) or {}
+        if is_fresh and noted.keys() == {*UvCache._fields}:
+            return UvCache(**noted)
     use = disk.measure(layout.uv_cache)
     found = UvCache(os.fspath(layout.uv_cache), True, use.size, use.size - use.reclaimable)
     with suppress(OSError):  # on a full disk it is measured again next time
@@ -75,6 +77,7 @@ def retire(layout: Layout, on_error: OnError, *, since: float = 0.0, before: flo
         left = [path for path in left if _is_left(path, since, before)] if alone else []
         for path in [*_leading_to(left, layout), *left]:
             _retire(path, layout, on_error)
+    layout.uv_cache_size.unlink(missing_ok=True)
 
 
 def retire_all(layout: Layout, on_error: OnError) -> None:
@@ -85,6 +88,7 @@ def retire_all(layout: Layout, on_error: OnError) -> None:
         for path in layout.uv_cache.iterdir() if alone else []:
             if path.name != _FLOCK:
                 _retire(path, layout, on_error)
+    layout.uv_cache_size.unlink(missing_ok=True)
 
 
 def _archives(layout: Layout) -> list[Path]:
