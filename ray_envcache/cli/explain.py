@@ -12,8 +12,7 @@ from ray_envcache.doctor.explain import Explanation, Part, explain
 from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store import readonly
 from ray_envcache.store.layout import SHOWN_DIGITS
-
-DIGEST = 64
+from ray_envcache.survey.nearest import Difference
 
 
 @click.command("explain", epilog="Example: ray-envcache explain .")
@@ -39,13 +38,14 @@ def explain_(*, as_json: bool, **options: Any) -> None:
         tables.say(f"{found.project} would be {found.reason(new)}")
         if near := new.nearest:
             tables.say(f"Compared with {near.key[:SHOWN_DIGITS]} of {near.project}:")
-            rows = [[one.kind, one.name, _shown(one.was), _shown(one.now)] for one in near.differences]
+            rows = [[one.kind, one.name, _shown(one, one.was), _shown(one, one.now)] for one in near.differences]
             tables.print_table(("KIND", "NAME", "THERE", "WANTED"), rows, numeric=())
 
 
-def _shown(value: str | None) -> str:
-    # Digests are long, and their beginning tells them apart.
-    return "-" if value is None else value if len(value) < DIGEST else f"{value[:SHOWN_DIGITS]}…"
+def _shown(one: Difference, value: str | None) -> str:
+    # The beginnings of digests tell them apart.
+    is_digest = value and one.kind in {"artifact", "content", "setting"}
+    return "-" if value is None else f"{value[:SHOWN_DIGITS]}…" if is_digest else value
 
 
 def _as_json(found: Explanation, part: Part | None) -> dict[str, Any] | None:
