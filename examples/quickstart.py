@@ -30,15 +30,15 @@ def throw(dice: int) -> tuple[str, str]:
 def run_cluster(number: int, pyproject: Path) -> None:
     """Start a cluster, run one task in the environment, stop the cluster; say what it cost."""
     store = ray_envcache.Store.open()
-    before = {entry.path.name for entry in store.layout.all_entries()}
-    free, began = shutil.disk_usage(store.layout.root).free, time.monotonic()
+    before = {one.path for one in store.environments()}
+    free, began = shutil.disk_usage(store.root).free, time.monotonic()
     # "local": a cluster of our own, also where another one runs on this host, or its remains are found.
     env = {"envcache": str(pyproject)}
     ray.init("local", runtime_env=env, num_cpus=1, include_dashboard=False, log_to_driver=False)
     python, total = ray.get(throw.remote(1_000_000))
-    seconds, used = time.monotonic() - began, free - shutil.disk_usage(store.layout.root).free
+    seconds, used = time.monotonic() - began, free - shutil.disk_usage(store.root).free
     ray.shutdown()
-    built = {entry.path.name for entry in store.layout.all_entries()} - before
+    built = {one.path for one in store.environments()} - before
     print(f"\ncluster {number}: environment {'built' if built else 'reused'}; start to first result {seconds:.1f} s")
     print(f"  a million dice:  {total}")
     print(f"  disk used:       {used / 1e6:,.0f} MB, logs of the cluster included")

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ray_envcache.build import venv_files
@@ -27,6 +27,7 @@ from ray_envcache.store import journal
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, Lease, claim, hold
 from ray_envcache.store.record import ReadyRecord
+from ray_envcache.survey.nearest import why_new
 from ray_envcache.system import children, disk, files
 from ray_envcache.system.files import file_identity
 from ray_envcache.system.flock import exclusive_flock, is_free
@@ -126,7 +127,7 @@ class Builder:
         entry, began = self.layout.next_entry(self.plan.key), time.monotonic()
         try:
             with self._start(entry):
-                self.observer.started(self.plan)
+                self.observer.started(replace(self.plan, reason=why_new(self.layout, self.plan.wanted())))
                 self._fill(entry, flock)
                 self._publish(entry, time.monotonic() - began)
                 lease = self._claim(entry)
@@ -233,6 +234,7 @@ class Builder:
             build_seconds=round(seconds, 3),
             uv=uv.version_in(self.plan.folder),
             boot_id=boot_id(),
+            inputs={**self.plan.wanted().inputs},
             **self.plan.facts(entry),
         )
         entry.building.unlink()

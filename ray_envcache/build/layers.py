@@ -26,6 +26,7 @@ from ray_envcache.resolve.lockfile import LocalPackage
 from ray_envcache.store import key
 from ray_envcache.store.layout import Entry, layout_of
 from ray_envcache.store.record import LocalBuild
+from ray_envcache.survey.nearest import Wanted
 from ray_envcache.system import files
 
 _logger = logging.getLogger(__name__)
@@ -111,6 +112,12 @@ class LayerPlan(Plan):
             "content": self.digest,
             "local": tuple(LocalBuild(*one.identity(), one.record(entry)) for one in self.sources),
         }
+
+    def wanted(self) -> Wanted:
+        # Of one that is imported from its folder that folder counts too.
+        local = {name: digest + folder * self.editable for name, folder, digest in map(Source.identity, self.sources)}
+        inputs = {"contents": local, "build_settings": self.build_settings}
+        return Wanted(self.key, self.project, inputs, base=self.base)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from ray_envcache.resolve import export, from_cluster, interpreter, lockfile, uv
 from ray_envcache.resolve.from_cluster import Inherited, additions, located
 from ray_envcache.resolve.interpreter import AnyRay, Interpreter
 from ray_envcache.resolve.lockfile import ResolvedSet
-from ray_envcache.store.key import compute_key
+from ray_envcache.store.key import compute_key, inputs_of
 from ray_envcache.store.layout import Entry
+from ray_envcache.survey.nearest import Wanted
 from ray_envcache.system.texts import format_size
 
 
@@ -26,7 +28,8 @@ class Plan:
     """What every build needs. Subclasses say what is installed into the fresh venv.
 
     `holds` is the number of entries that an interpreter of the result holds: its own, and those below it. With
-    `import_ray` the result is handed out only after ray was imported in it.
+    `import_ray` the result is handed out only after ray was imported in it. `reason` says why it is built,
+    where the store has something to compare with.
     """
 
     key: str
@@ -34,6 +37,7 @@ class Plan:
     folder: Path
     project: str
     ray: str
+    reason: str = field(default="", kw_only=True)
 
     holds = 1
     import_ray = True
@@ -63,6 +67,10 @@ class Plan:
 
     def facts(self, entry: Entry) -> dict[str, Any]:
         """The fields of `ReadyRecord` that this kind of plan knows, for the `entry` that it has filled."""
+        raise NotImplementedError
+
+    def wanted(self) -> Wanted:
+        """What the key is made of, to compare it with what is there."""
         raise NotImplementedError
 
 
@@ -159,6 +167,10 @@ class EnvironmentPlan(Plan):
             "added": tuple(f"{name}=={version}" for name, version in sorted(self.added.items())),
         }
 
+    def wanted(self) -> Wanted:
+        inputs = inputs_of(self.resolved, self.interpreter, _outside(self.inherited, self.system_site_packages))
+        return Wanted(self.key, self.project, inputs, [one.artifact for one in self.resolved.packages])
+
     def _hashes(self) -> str:
         """Of how many packages the lockfile has the hash. It has none of what the cluster's ray brings."""
         pinned = {package.is_pinned for package in self.resolved.packages}
@@ -187,7 +199,7 @@ def plan_of(spec: EnvSpec, project: Project, executable: str, ray: AnyRay, *, ch
     resolved, added, inherited = from_cluster.split(resolved, added, spec)
     resolved = resolved.with_packages(located(added, python))
     return EnvironmentPlan(
-        key=compute_key(resolved, python, _outside(spec, inherited)),
+        key=compute_key(resolved, python, _outside(inherited, spec.system_site_packages)),
         resolved=resolved,
         added=added,
         interpreter=python,
@@ -221,7 +233,7 @@ def _resolve(
     return python, resolved
 
 
-def _outside(spec: EnvSpec, inherited: list[Inherited]) -> list[Any]:
+def _outside(inherited: Iterable[Inherited], system_site_packages: bool) -> list[Any]:  # noqa: FBT001  # an option
     """What an environment uses from outside of the store; nothing, mostly."""
-    visible = ["system site-packages"] if spec.system_site_packages else []
+    visible = ["system site-packages"] if system_site_packages else []
     return [*visible, *(one.identity() for one in inherited)]

@@ -51,6 +51,8 @@ class _Shown(Observer):
 
     def started(self, plan: Plan) -> None:
         self._headline(plan.headline)
+        if plan.reason:
+            self._say(f"  {printable(plan.reason)}")
 
     def line(self, text: str) -> None:
         # uv lists every package at the end, which is no news.

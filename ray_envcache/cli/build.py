@@ -82,23 +82,37 @@ def _spec(
     return EnvSpec.parse({"path": path, **named, **options})
 
 
+def field_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The argument and the options that are those of the field."""
+    for option in (
+        click.option("--system-site-packages", is_flag=True, help="Show all packages of the base Python inside."),
+        click.option(
+            "--inherit", multiple=True, metavar="NAME", help="Take this package from the base Python; may be repeated."
+        ),
+        click.option("--no-install-project", is_flag=True, help="Leave out the project's own packages."),
+        click.option("--python", metavar="VERSION|PATH", help="Use this Python."),
+        click.option("--no-build", is_flag=True, help="Refuse packages without a wheel."),
+        _selection({}),
+        click.argument("path", type=click.Path()),
+    ):
+        command = option(command)
+    return command
+
+
+def spec_of(*, path: str, no_install_project: bool, **options: Any) -> EnvSpec:
+    """The spec that the values of `field_options` mean. Raises FieldValueError."""
+    return _spec(absolute(path), install_project=not no_install_project, by_default=False, **options)
+
+
 @click.command(epilog="Example: ray-envcache build .")
-@click.argument("path", type=click.Path())
-@_selection({})
-@click.option("--no-build", is_flag=True, help="Refuse packages without a wheel.")
-@click.option("--python", metavar="VERSION|PATH", help="Use this Python.")
-@click.option("--no-install-project", is_flag=True, help="Leave out the project's own packages.")
-@click.option(
-    "--inherit", multiple=True, metavar="NAME", help="Take this package from the base Python; may be repeated."
-)
-@click.option("--system-site-packages", is_flag=True, help="Show all packages of the base Python inside.")
-def build(*, path: str, no_install_project: bool, **options: Any) -> None:
+@field_options
+def build(**options: Any) -> None:
     """Build or find an environment, and print its interpreter.
 
     PATH is a project's folder, its pyproject.toml or uv.lock, a pylock.toml, a requirements file or a script. When the
     command returns the bytecode is compiled too: made for images and CI. The options are those of the field.
     """
-    spec = _spec(absolute(path), install_project=not no_install_project, by_default=False, **options)
+    spec = spec_of(**options)
     store = Store.open()
     with observer(sys.stderr) as shown:
         lease = store.acquire(spec, installed_ray(), Holder("cli"), shown, finish=False)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import click
 
 from ray_envcache.cli import tables
+from ray_envcache.errors import FieldValueError
 from ray_envcache.sessions import directories
 from ray_envcache.sessions.liveness import judge_sessions
 from ray_envcache.store import readonly
-from ray_envcache.survey import inventory
+from ray_envcache.store.layout import Layout
+from ray_envcache.survey import filters, inventory, uv_cache
+from ray_envcache.survey.inventory import Status
+from ray_envcache.survey.uv_cache import UvCache
 from ray_envcache.system.texts import printable
 
 tmpdir_option = click.option(
@@ -24,25 +30,80 @@ def refuse_without_sessions(*given: object) -> None:
         raise click.UsageError("--tmpdir and --older-than are about session directories: add --sessions")
 
 
-@click.command("list", epilog="Example: ray-envcache list --json")
+def usage(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The function `parse` as the type of an option: its FieldValueError becomes an error of usage."""
+
+    def parsed(value: str) -> Any:
+        try:
+            return parse(value)
+        except FieldValueError as error:
+            raise click.BadParameter(f"{error.message}; {error.hint}") from error
+
+    return parsed
+
+
+@click.command("list", epilog="Example: ray-envcache list --filter 'unused>7d' --sort size")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with sizes in bytes and times in UTC.")
+@click.option(
+    "--filter", "chosen", multiple=True, type=usage(filters.parse_filter), metavar="FILTER",
+    help=f"Show only these; may be repeated, all must hold: {filters.POSSIBLE}.",
+)  # fmt: skip
+@click.option("--sort", type=click.Choice([*filters.ORDERS]), help="The largest, last used or newest first.")
+@click.option("--limit", type=click.IntRange(min=0), metavar="N", help="Show the first N of them.")
+@click.option("-q", "--quiet", is_flag=True, help="Print keys only, for other commands.")
+@click.option("--uv-cache", is_flag=True, help="Measure uv's cache too; takes seconds where it is large.")
 @click.option("--sessions", is_flag=True, help="Show Ray's session directories instead: alive or dead, size, age.")
 @tmpdir_option
-def list_(*, as_json: bool, sessions: bool, tmpdir: str | None) -> None:
-    """Show the environments, their users and their size."""
+def list_(*, as_json: bool, sessions: bool, tmpdir: str | None, quiet: bool, **options: Any) -> None:
+    """Show the environments, their users and their size.
+
+    The least recently used ones come first, unless --sort says otherwise. Totals are those of what is shown.
+    """
+    if quiet and as_json:
+        raise click.UsageError("--quiet prints keys, --json all there is: leave out one")
     if sessions:
+        given = [f"--{'filter' if name == 'chosen' else name.replace('_', '-')}" for name in options if options[name]]
+        if given or quiet:
+            raise click.UsageError(f"--sessions is about session directories: leave out {(given or ['--quiet'])[0]}")
         _show_sessions(tmpdir, as_json=as_json)
         return
     refuse_without_sessions(tmpdir)
     layout, below = readonly.opened()
-    found = inventory.survey(layout, below)
+    everything = inventory.survey(layout, below)
+    found = _chosen(layout, everything, options)
+    if quiet:
+        for key in dict.fromkeys(one.key for one in found):
+            click.echo(key)
+        return
+    caches = _uv_caches(layout, users=options["uv_cache"])
     if as_json:
         roots = {"root": os.fspath(layout.root), "readonly_roots": [os.fspath(one.root) for one in below]}
-        tables.print_json({**roots, "envs": [tables.status_as_json(status) for status in found]})
+        envs = [tables.status_as_json(status) for status in found]
+        tables.print_json({**roots, "envs": envs, "uv_caches": [one._asdict() for one in caches]})
     else:
-        tables.print_environments(found)
+        tables.print_environments(found, of=len(everything), grouped=options["sort"] is None)
+        tables.print_uv_caches(caches)
     for root in readonly.missing_stores(layout, os.environ):
         click.echo(f"note: {readonly.VARIABLE} names `{root}`, where there is no store", err=True)
+
+
+def _chosen(layout: Layout, found: list[Status], options: dict[str, Any]) -> list[Status]:
+    """Those that pass all filters, in the order that was asked for, and of these the first."""
+    chosen = [one for one in found if all(passes(layout, one) for passes in options["chosen"])]
+    if options["sort"]:
+        chosen.sort(key=filters.ORDERS[options["sort"]])
+    return chosen[: options["limit"]]
+
+
+def _uv_caches(layout: Layout, *, users: bool) -> list[UvCache]:
+    """The cache in the store, whose size is at most an hour old, and, if asked for, the user's as they are now."""
+    own = uv_cache.of_store(layout, 0 if users else inventory.FRESH_SECONDS)
+    theirs = None
+    if users:
+        from ray_envcache.doctor.users_cache import users_cache  # asks uv: not where people only look
+
+        theirs = users_cache(layout)
+    return [one for one in (own, theirs) if one]
 
 
 def _show_sessions(tmpdir: str | None, *, as_json: bool) -> None:

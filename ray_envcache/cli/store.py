@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,23 +12,19 @@ import click
 
 from ray_envcache.acquire import Store
 from ray_envcache.cli import tables
-from ray_envcache.cli.listing import refuse_without_sessions, tmpdir_option
+from ray_envcache.cli.listing import refuse_without_sessions, tmpdir_option, usage
 from ray_envcache.cli.timer import timer
 from ray_envcache.doctor.unheld import users_without_hold
-from ray_envcache.errors import FieldValueError
 from ray_envcache.gc.collector import Collected, collect
 from ray_envcache.gc.evict import evict
-from ray_envcache.gc.policy import Limits
+from ray_envcache.gc.policy import Limits, parse_limit
 from ray_envcache.sessions import directories, run_directory
 from ray_envcache.sessions.collector import collect_sessions
 from ray_envcache.sessions.short_path import sweep_links
 from ray_envcache.store import journal, pins, readonly
 from ray_envcache.store.layout import Entry
 from ray_envcache.survey import inventory
-from ray_envcache.system.texts import format_size, is_off, parse_duration, parse_space, printable
-
-SWITCHED_OFF = object()
-"""The value of a limit that was given as "off"."""
+from ray_envcache.system.texts import format_size, parse_duration, printable
 
 
 @click.command(epilog="Example: ray-envcache why 125a8")
@@ -107,35 +103,22 @@ def purge(*, yes: bool) -> None:
         click.echo(f"The read-only store at {layout.root} stays as it is", err=True)
 
 
-def _parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:
-    """A click callback that parses a value with `parse`; its FieldValueError becomes an error of usage."""
-
-    def callback(_context: click.Context, _parameter: click.Parameter, value: str | None) -> Any:
-        try:
-            return None if value is None else parse(value)
-        except FieldValueError as error:
-            raise click.BadParameter(f"{error.message}; {error.hint}") from error
-
-    return callback
-
-
-def _limit(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parameter, str | None], Any]:
-    """A click callback for a limit that "off" switches off."""
-    return _parsed(lambda text: SWITCHED_OFF if is_off(text) else parse(text))
+def _limit(_context: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, Any]:
+    """The limit by its name, as it may be "off"; nothing where it is not given."""
+    name = str(parameter.name)
+    return {} if value is None else {name: usage(lambda text: parse_limit(name, text))(value)}
 
 
 @click.command(epilog="Example: ray-envcache gc --dry-run --unused-for 2d")
 @click.option("-n", "--dry-run", is_flag=True, help="Only show what would be removed.")
-@click.option("--unused-for", callback=_limit(parse_duration), metavar="14d", help="Remove what was unused this long.")
-@click.option("--max-used-space", callback=_limit(parse_space), metavar="50GB|30%", help="Shrink the store to this.")
-@click.option("--min-free-space", callback=_limit(parse_space), metavar="10%", help="Free the disk up to this.")
-@click.option(
-    "--reserved-space", callback=_limit(parse_space), metavar="20GB", help="Never shrink the store below this."
-)
+@click.option("--unused-for", callback=_limit, metavar="14d", help="Remove what was unused this long.")
+@click.option("--max-used-space", callback=_limit, metavar="50GB|30%", help="Shrink the store to this.")
+@click.option("--min-free-space", callback=_limit, metavar="10%", help="Free the disk up to this.")
+@click.option("--reserved-space", callback=_limit, metavar="20GB", help="Never shrink the store below this.")
 @click.option("--all", "everything", is_flag=True, help="Remove everything that is neither in use nor pinned.")
 @click.option("--sessions", is_flag=True, help="Remove Ray's session directories of dead clusters instead.")
 @click.option(
-    "--older-than", callback=_parsed(parse_duration), metavar="1d", help="With --sessions: not written to this long."
+    "--older-than", type=usage(parse_duration), metavar="1d", help="With --sessions: not written to this long."
 )
 @tmpdir_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -154,7 +137,7 @@ def gc(*, dry_run: bool, everything: bool, as_json: bool, print_timer: bool, ses
         click.echo(timer(os.environ))
         return
     older_than, tmpdir = limits.pop("older_than"), limits.pop("tmpdir")
-    given = {name: value for name, value in limits.items() if value is not None}
+    given = {name: value for one in limits.values() for name, value in one.items()}
     if sessions:
         others = [f"--{name.replace('_', '-')}" for name in given] + ["--all"] * everything
         if others:
@@ -162,8 +145,7 @@ def gc(*, dry_run: bool, everything: bool, as_json: bool, print_timer: bool, ses
         _collect_sessions(tmpdir, older_than or 0.0, dry_run=dry_run, as_json=as_json)
         return
     refuse_without_sessions(older_than, tmpdir)
-    limited = {name: None if value is SWITCHED_OFF else value for name, value in given.items()}
-    chosen = replace(Limits.from_environ(os.environ), everything=everything, **limited)
+    chosen = replace(Limits.from_environ(os.environ), everything=everything, **given)
     report = collect(readonly.opened()[0], chosen, dry_run=dry_run)
     _finish_collection(report, as_json=as_json, dry_run=dry_run)
 

@@ -8,19 +8,19 @@ import sys
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ray_envcache.store.layout import SHOWN_DIGITS
-from ray_envcache.system.texts import format_duration, format_size, printable, utc
+from ray_envcache.system.texts import format_duration, format_size, from_utc, printable, utc
 
 if TYPE_CHECKING:
     from ray_envcache.gc.collector import Collected
     from ray_envcache.sessions.collector import SessionReport
     from ray_envcache.sessions.directories import Session
     from ray_envcache.survey.inventory import Status, User
+    from ray_envcache.survey.uv_cache import UvCache
 
 JSON_SCHEMA = 1
 """The version of what `--json` prints: another number where a field goes or changes its meaning."""
@@ -49,10 +49,13 @@ def session_as_json(one: Session) -> dict[str, Any]:
     return {**data, **times}
 
 
-def print_environments(found: list[Status]) -> None:
-    """Print the environments of a store, and a line of totals."""
+def print_environments(found: list[Status], *, of: int, grouped: bool) -> None:
+    """Print environments of a store that has so many (`of`), and a line of their totals.
+
+    With `grouped` layers follow what they lie on.
+    """
     columns = ("KEY", "PROJECT", "PYTHON", "RAY", "STATE", "USERS", "SIZE", "RECLAIMABLE", "CREATED", "LAST USED")
-    rows = [_environment(one) for one in _layers_below_their_environments(found)]
+    rows = [_environment(one) for one in (_layers_below_their_environments(found) if grouped else found)]
     print_table(columns, rows, numeric={"SIZE", "RECLAIMABLE", "USERS"})
     ours, lower = [one for one in found if not one.readonly], [one for one in found if one.readonly]
     total, reclaimable = sum(one.size_bytes for one in ours), sum(one.reclaimable_bytes for one in ours)
@@ -60,7 +63,16 @@ def print_environments(found: list[Status]) -> None:
     shared, least = (" (shared files counted in each)", "at least ") if len(ours) > 1 else ("", "")
     count = _count(len(ours), "environment")
     below = f"; in read-only stores {len(lower)}, {format_size(sum(one.size_bytes for one in lower))}" if lower else ""
-    _say(f"{count}, {format_size(total)}{shared}, {least}{format_size(reclaimable)} reclaimable{below}")
+    shown = f"{len(found)} of {of} shown: " if len(found) < of else ""
+    say(f"{shown}{count}, {format_size(total)}{shared}, {least}{format_size(reclaimable)} reclaimable{below}")
+
+
+def print_uv_caches(found: Iterable[UvCache]) -> None:
+    """Print a line for each cache of uv."""
+    for one in found:
+        whose = "of the store" if one.own else "of yours"
+        size, shared = format_size(one.size_bytes), format_size(one.shared_bytes)
+        say(f"uv's cache {whose} at {one.path}: {size}, {shared} of it in environments too")
 
 
 def _environment(one: Status) -> Sequence[str]:
@@ -89,15 +101,15 @@ def _layers_below_their_environments(found: list[Status]) -> list[Status]:
 def print_users(status: Status) -> None:
     """Print what keeps one environment."""
     reasons = _count(len(status.users), "user") + (", pinned" if status.pinned else "")
-    _say(f"{status.key[:SHOWN_DIGITS]} of {status.project or '-'}: {status.state}, {reasons}")
+    say(f"{status.key[:SHOWN_DIGITS]} of {status.project or '-'}: {status.state}, {reasons}")
     if status.users:
         print_users_of(status.users)
     elif status.in_use:
-        _say("in use by a process that cannot be named from here, such as one of another container")
+        say("in use by a process that cannot be named from here, such as one of another container")
     elif status.readonly:
-        _say("no process of this host uses it; a read-only store is never collected from here")
+        say("no process of this host uses it; a read-only store is never collected from here")
     elif not status.pinned:
-        _say("nothing keeps it: the next `ray-envcache gc` removes it when it is old enough")
+        say("nothing keeps it: the next `ray-envcache gc` removes it when it is old enough")
 
 
 def print_users_of(users: Iterable[User]) -> None:
@@ -113,17 +125,17 @@ def _user(user: User) -> Sequence[str]:
 def print_report(report: Collected, *, dry_run: bool) -> None:
     """Print what a collection did, or would do: a line for each environment, and a line of totals."""
     if report.skipped:
-        _say(f"Nothing done: {report.skipped}")
+        say(f"Nothing done: {report.skipped}")
         return
     verb = "Would remove" if dry_run else "Removed"
     for one in report.removed:
         what = f"{one.key[:SHOWN_DIGITS]} of {one.project}, {format_size(one.freed_bytes)}"
-        _say(f"{verb} {what}: {one.reason}")
+        say(f"{verb} {what}: {one.reason}")
     least = "" if all(one.exact for one in report.removed) else "at least "
     freed = f"{'free' if dry_run else 'freed'} {least}{format_size(report.freed_bytes)}"
     stays = f"{report.in_use} in use, {report.pinned} pinned, {len(report.failed)} failed"
     logical = format_size(report.logical_bytes)
-    _say(f"{verb} {_count(len(report.removed), 'environment')}, {freed} ({logical} logical); {stays}")
+    say(f"{verb} {_count(len(report.removed), 'environment')}, {freed} ({logical} logical); {stays}")
 
 
 def print_sessions(found: list[Session]) -> None:
@@ -134,7 +146,7 @@ def print_sessions(found: list[Session]) -> None:
     print_table(columns, (_session(one, by_path=by_path) for one in found), numeric={"SIZE"})
     dead = [one for one in found if one.state == "dead"]
     total, freed = sum(one.size_bytes for one in found), sum(one.reclaimable_bytes for one in dead)
-    _say(f"{_count(len(found), 'session')}, {format_size(total)}; {len(dead)} dead, {format_size(freed)}")
+    say(f"{_count(len(found), 'session')}, {format_size(total)}; {len(dead)} dead, {format_size(freed)}")
 
 
 def _session(one: Session, *, by_path: bool) -> Sequence[str]:
@@ -152,15 +164,15 @@ def print_session_report(report: SessionReport, *, dry_run: bool) -> None:
     """Print what a collection of sessions did, or would do: a line for each that goes or is in doubt, then totals."""
     verb = "Would remove" if dry_run else "Removed"
     for one in report.removed:
-        _say(f"{verb} {one.path}, {format_size(one.reclaimable_bytes)}: {one.why}")
+        say(f"{verb} {one.path}, {format_size(one.reclaimable_bytes)}: {one.why}")
     for one in report.in_doubt:
-        _say(f"Kept {one.path}, in doubt: {one.why}")
+        say(f"Kept {one.path}, in doubt: {one.why}")
     least = "" if all(one.exact for one in report.removed) else "at least "
     freed = f"{'free' if dry_run else 'freed'} {least}{format_size(report.freed_bytes)}"
     stays = f"{len(report.alive)} alive, {len(report.in_doubt)} in doubt"
     kept = f", {len(report.kept)} dead but younger" if report.kept else ""
     counted = _count(len(report.removed), "session")
-    _say(f"{verb} {counted}, {freed}; {stays}{kept}, {len(report.failed)} failed")
+    say(f"{verb} {counted}, {freed}; {stays}{kept}, {len(report.failed)} failed")
 
 
 def _count(number: int, noun: str) -> str:
@@ -186,7 +198,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], numeric: 
     click.echo("\n".join(map(line, cells)), file=sys.stdout)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print a line."""
     # Names and paths in it come from other people's files.
     click.echo(shown(text), file=sys.stdout)
 
@@ -205,7 +218,7 @@ def shown(text: str) -> str:
 
 
 def _seconds(moment: str | None) -> float:
-    return datetime.fromisoformat(moment.replace("Z", "+00:00")).timestamp() if moment else 0.0
+    return from_utc(moment) if moment else 0.0
 
 
 def _ago(moment: float) -> str:

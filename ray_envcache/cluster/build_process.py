@@ -30,7 +30,7 @@ class _Reporter(Observer):
         _say({"log": f"Waiting for the environment: {builder} builds it"})
 
     def started(self, plan: Any) -> None:
-        _say({"log": plan.headline})
+        _say({"log": f"{plan.headline}{plan.reason and f' ({plan.reason})'}"})
 
     def line(self, text: str) -> None:
         _say({"log": text})

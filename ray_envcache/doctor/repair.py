@@ -21,7 +21,7 @@ from ray_envcache.build.plan import Plan, plan_of
 from ray_envcache.checkout.project import Project
 from ray_envcache.errors import BuildError, EnvCacheError, ReadOnlyError, UnknownKeyError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve import interpreter, uv
+from ray_envcache.resolve import interpreter, uv, uv_errors
 from ray_envcache.resolve.interpreter import AnyRay
 from ray_envcache.store import journal, memo
 from ray_envcache.store.layout import Entry, Layout, layout_of
@@ -135,7 +135,7 @@ def _clean_uv_cache(layout: Layout, found: Verified, observer: Observer) -> tupl
         return ()
     cache = uv.cache_directory(found.entry.path) or layout.uv_cache
     done = uv.run(["cache", "clean", *before], cwd=found.entry.path, cache=cache, on_line=observer.line)
-    uv.expect_success(done, BuildError, f"uv cannot remove {', '.join(before)} from its cache", "try again")
+    uv_errors.expect_success(done, BuildError, f"uv cannot remove {', '.join(before)} from its cache", "try again")
     return tuple(name for name, links in before.items() if _links(linked[name]) < links)
 
 

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 from ray_envcache.errors import FieldValueError
 from ray_envcache.system.texts import Space, format_duration, format_size, is_off, parse_duration, parse_space
 
-T = TypeVar("T")
 DAY = 86_400.0
-VARIABLES = tuple(
-    f"RAY_ENVCACHE_{name}" for name in ("UNUSED_FOR", "MIN_FREE_SPACE", "MAX_USED_SPACE", "RESERVED_SPACE")
-)
-"""What sets the limits."""
-
 WORTH = 0.05
 """For free space entries go only while all that are left would free this share of their size: else it is in vain."""
 
@@ -93,12 +87,34 @@ class Limits:
 
         "off" switches one off. Raises FieldValueError, which names the variable.
         """
-        return cls(
-            unused_for=_variable(environ, "UNUSED_FOR", parse_duration, cls.unused_for),
-            max_used_space=_variable(environ, "MAX_USED_SPACE", parse_space, cls.max_used_space),
-            min_free_space=_variable(environ, "MIN_FREE_SPACE", parse_space, cls.min_free_space),
-            reserved_space=_variable(environ, "RESERVED_SPACE", parse_space, cls.reserved_space),
-        )
+        found = {}
+        for name, variable in zip(_PARSERS, VARIABLES, strict=True):
+            if text := environ.get(variable, "").strip():
+                try:
+                    found[name] = parse_limit(name, text)
+                except FieldValueError as error:
+                    raise FieldValueError(f"{variable}: {error.message}", error.hint) from error
+        return cls(**found)
+
+
+_PARSERS: Mapping[str, Callable[[Any], Any]] = {
+    "unused_for": parse_duration,
+    "min_free_space": parse_space,
+    "max_used_space": parse_space,
+    "reserved_space": parse_space,
+}
+VARIABLES = tuple(f"RAY_ENVCACHE_{name.upper()}" for name in _PARSERS)
+"""What sets the limits."""
+
+
+def parse_limit(name: str, value: str | float | None) -> Any:
+    """The value of the field `name` of `Limits`, as people write it: None and "off" switch it off.
+
+    Raises FieldValueError.
+    """
+    if name not in _PARSERS:
+        raise FieldValueError(f"Unknown limit: `{name}`", f"the limits are {', '.join(_PARSERS)}")
+    return None if value is None or is_off(str(value)) else _PARSERS[name](value)
 
 
 def in_turn(candidates: Iterable[Candidate]) -> list[Candidate]:
@@ -150,16 +166,3 @@ def frees_something(candidates: Iterable[Candidate]) -> bool:
     """Whether removing all of them is worth it: not where uv's cache has nearly all of their files too."""
     found = [*candidates]
     return sum(one.reclaimable for one in found) >= WORTH * sum(one.size for one in found)
-
-
-def _variable(environ: Mapping[str, str], name: str, parse: Callable[[str], T], default: T | None) -> T | None:
-    variable = f"RAY_ENVCACHE_{name}"
-    text = environ.get(variable, "").strip()
-    if not text:
-        return default
-    if is_off(text):
-        return None
-    try:
-        return parse(text)
-    except FieldValueError as error:
-        raise FieldValueError(f"{variable}: {error.message}", error.hint) from error

@@ -27,16 +27,22 @@ def compute_key(resolved: ResolvedSet, interpreter: Interpreter, outside: Sequen
     Everything that changes what is installed changes the key, and nothing else does: not comments, not the order of a
     file, not artifacts for other platforms, not the project's name or place. `outside` is what it uses from elsewhere.
     """
-    built_here = any(package.is_built_here for package in resolved.packages)
     packages = [[package.name, package.version, package.kind, _content(package)] for package in resolved.packages]
     identity = {
         "schema": SCHEMA,
         "packages": sorted(packages),
-        "interpreter": interpreter.identity(),
-        "build_settings": resolved.build_settings if built_here else "",
-        "outside": list(outside),
+        **inputs_of(resolved, interpreter, outside),
     }
     return digest_of(identity)[:KEY_LENGTH]
+
+
+def inputs_of(resolved: ResolvedSet, interpreter: Interpreter, outside: Sequence[Any]) -> dict[str, Any]:
+    """What the key of an environment is made of besides its packages. The ready record keeps it, for `explain`."""
+    return {
+        "interpreter": interpreter.identity(),
+        "build_settings": resolved.build_settings if resolved.is_built_here else "",
+        "outside": list(outside),
+    }
 
 
 def layer_key(base: str, content: str, build_settings: str) -> str:

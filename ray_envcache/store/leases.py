@@ -46,7 +46,7 @@ def _command() -> str:
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease. `kind` is agent, driver, build, bytecode, run or cli; `since` is UTC ISO 8601.
+    """Who holds a lease. `kind` is agent, driver, build, bytecode, run, cli or program; `since` is UTC ISO 8601.
 
     `pid` means something only in the pid namespace `pids`: a container has numbers of its own.
     """
@@ -80,6 +80,11 @@ class Lease:
     def python(self) -> Path:
         """The interpreter of the environment."""
         return self.entry.python
+
+    @property
+    def key(self) -> str:
+        """The key of the environment."""
+        return self.entry.key
 
     @property
     def entries(self) -> list[Entry]:

@@ -35,7 +35,8 @@ class ReadyRecord(NamedTuple):
     (its path, where that is in a read-only store), and `content` the digest of its packages; both are "" for an
     environment. `inherited` are files of packages used from elsewhere: path, size, mtime in ns. `hashes` says of how
     many packages the lockfile has the hash, which uv then insists on: "all", "some" or "none"; with `no_build` nothing
-    was built from source. `local` are the local packages of a layer, see `LocalBuild`.
+    was built from source. `local` are the local packages of a layer, see `LocalBuild`. `inputs` are what the key was
+    made of besides the packages; None in earlier records.
     """
 
     key: str
@@ -59,6 +60,7 @@ class ReadyRecord(NamedTuple):
     no_build: bool
     inherited: tuple[tuple[str, int, int], ...]
     local: tuple[tuple[str, str, str, str], ...] = ()
+    inputs: dict[str, Any] | None = None
 
     def write(self, entry: Entry) -> None:
         """Publish the entry: from now on it is handed out."""
@@ -70,22 +72,28 @@ class ReadyRecord(NamedTuple):
 
         Unknown fields are ignored: a newer version of this package may share the store.
         """
-        values = _recorded(entry.ready, cls._fields, cls._field_defaults)
-        record = None if values is None else cls._make(values)
-        return record if record and record.holds(entry) else None
+        record = cls.read_any(entry)
+        return None if record is None or record.fault(entry) else record
 
-    def holds(self, entry: Entry) -> bool:
-        """Whether it is still true of the entry: neither the place nor anything used from elsewhere has changed."""
+    @classmethod
+    def read_any(cls, entry: Entry) -> ReadyRecord | None:
+        """The record as it was written, whether or not it still holds; None where there is none, or a damaged one."""
+        values = _recorded(entry.ready, cls._fields, cls._field_defaults)
+        return None if values is None else cls._make(values)
+
+    def fault(self, entry: Entry) -> str:
+        """Why the entry is not handed out any more: its place, or what it uses from elsewhere, changed. "": it is."""
         if self.key != entry.key or not _is_same_place(self.path, os.fspath(entry.path)):
-            return False
+            return "it was moved"
         if not is_unchanged(entry.python, self.base_python_file):
-            return False
+            return "its base Python was changed"
         if not all(is_unchanged(path, (size, changed)) for path, size, changed in self.inherited):
-            return False
+            return "a package that it inherits was changed"
         if self.base and not ((base := entry.base(self.base)) and base.ready.exists()):
-            return False
+            return "the environment below it is gone"
         # Written before a crash of the machine and perhaps never brought to the disk: only what was synced counts.
-        return self.boot_id == boot_id() or entry.compiled.exists()
+        is_whole = self.boot_id == boot_id() or entry.compiled.exists()
+        return "" if is_whole else "the machine went down before all of it was on the disk"
 
 
 class MeasuredRecord(NamedTuple):

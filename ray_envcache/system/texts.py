@@ -130,6 +130,11 @@ def utc_now() -> str:
     return utc(datetime.now(timezone.utc).timestamp())
 
 
+def from_utc(moment: str) -> float:
+    """Read what `utc` writes."""
+    return datetime.fromisoformat(moment.replace("Z", "+00:00")).timestamp()
+
+
 def utc(seconds: float) -> str:
     """Write a Unix time as ISO 8601 in UTC, with seconds."""
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")

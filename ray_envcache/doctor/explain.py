@@ -1,0 +1,73 @@
+"""Would it be a new environment, and why? Asks uv and the interpreter as a build does, and changes nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from ray_envcache.build import layers
+from ray_envcache.build.plan import Plan, plan_of
+from ray_envcache.checkout.project import Project
+from ray_envcache.field.spec import EnvSpec
+from ray_envcache.resolve import interpreter
+from ray_envcache.resolve.interpreter import AnyRay
+from ray_envcache.store.layout import Entry, Layout
+from ray_envcache.store.record import ReadyRecord
+from ray_envcache.survey.nearest import Nearest, nearest
+
+
+class Part(NamedTuple):
+    """The environment, or the layer with the local packages on it: its key, and where it is; None: it would be new.
+
+    Of a new one `nearest` is what the store has instead, None where it has nothing of the kind.
+    """
+
+    key: str
+    path: str | None
+    nearest: Nearest | None = None
+
+
+class Explanation(NamedTuple):
+    """What a build of `project` would find. `layer` is None where no local packages are to be installed."""
+
+    project: str
+    environment: Part
+    layer: Part | None
+
+    @property
+    def new(self) -> Part | None:
+        """What would be built first; None where all is there. A new environment has a new layer."""
+        return next((one for one in (self.environment, self.layer) if one and one.path is None), None)
+
+    def reason(self, part: Part) -> str:
+        """Why this part would be built, in one line."""
+        return part.nearest.reason(self.project) if part.nearest else "new: the store has nothing to compare it with"
+
+
+def explain(spec: EnvSpec, ray: AnyRay, stores: Iterable[Layout]) -> Explanation:
+    """What `Store.acquire` would find in these stores. `spec.path` is absolute. Raises as `plan_of`, and LockfileError.
+
+    A layer on a new environment has nothing to be compared with: it is new for the same reason.
+    """
+    stores, executable = tuple(stores), interpreter.base_executable(spec.python)
+    plan = plan_of(spec, Project.locate(Path(spec.path), spec.package), executable, ray, check_current=True)
+    found = _ready(plan.key, stores)
+    environment = _part(plan, found, stores)
+    layer = None
+    if plan.resolved.local and spec.install_project:
+        on = layers.layer_plan(spec, plan, found or stores[0].first_entry(plan.key), editable=False)
+        layer = _part(on, _ready(on.key, stores), stores if found else ())
+    return Explanation(plan.project, environment, layer)
+
+
+def _part(plan: Plan, found: Entry | None, stores: Iterable[Layout]) -> Part:
+    if found:
+        return Part(plan.key, os.fspath(found.path))
+    return Part(plan.key, None, nearest(stores, plan.wanted()))
+
+
+def _ready(key: str, stores: Iterable[Layout]) -> Entry | None:
+    """The entry of this key that would be handed out."""
+    return next((one for store in stores for one in store.entries_of(key) if ReadyRecord.read(one)), None)
