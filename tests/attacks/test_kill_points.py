@@ -277,7 +277,7 @@ def attack_with_strace(operation: str, project: Path, folder: Path, step: int) -
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    ("operation", "step"), [("build", 1), ("build, uv venv", 1), ("build, uv pip", 1), ("gc", 1), ("pin", 1)]
+    ("operation", "step"), [("build", 1), ("build, uv venv", 1), ("build, uv sync", 1), ("gc", 1), ("pin", 1)]
 )
 def test_every_process_killed_at_its_system_calls(operation: str, step: int, project: Path, tmp_path: Path) -> None:
     """Whichever process of an operation dies, and wherever: the builder, uv in all its threads, the check, the compiler."""
