@@ -62,20 +62,11 @@ def _read(path: Path) -> str:
 
 def wait_for_idle(patience: float) -> None:
     """Return when a processor of this machine had little to do for half a second, or after `patience` seconds."""
-    deadline, before = time.monotonic() + patience, _idle_seconds()
-    while before is not None and time.monotonic() < deadline:
+    deadline, before = time.monotonic() + patience, psutil.cpu_times().idle
+    while time.monotonic() < deadline:
         began = time.monotonic()
         time.sleep(0.5)
-        now = _idle_seconds()
-        if now is None or now - before > 0.7 * (time.monotonic() - began):
+        now = psutil.cpu_times().idle
+        if now - before > 0.7 * (time.monotonic() - began):
             return
         before = now
-
-
-def _idle_seconds() -> float | None:
-    """How long the processors had nothing to do since the start of the machine, in all; None where that is unknown."""
-    try:
-        with open("/proc/uptime", encoding="ascii") as file:
-            return float(file.read().split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
