@@ -11,9 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from ray_envcache.errors import EnvCacheError
 
@@ -39,12 +37,6 @@ class Completed:
         return f"killed by signal {number} ({signal.strsignal(number)})" if number > 0 else ""
 
 
-class Finish(Protocol):
-    """Waits for the end of a child; meanwhile `on_line` gets each line of its stderr as it comes."""
-
-    def __call__(self, on_line: OnLine | None = None) -> Completed: ...
-
-
 def _as_text(output: bytes) -> str:
     return output.decode(errors="replace")
 
@@ -59,28 +51,13 @@ def run(
     decode: Callable[[bytes], str] = _as_text,
     seconds: float | None = None,
 ) -> Completed:
-    """Run a child to its end, as `running` does. `on_line` as for `Finish`."""
-    with running(argv, environ=environ, cwd=cwd, pass_fds=pass_fds, decode=decode, seconds=seconds) as finish:
-        return finish(on_line)
-
-
-@contextmanager
-def running(
-    argv: Sequence[str | os.PathLike[str]],
-    *,
-    environ: Mapping[str, str],
-    cwd: Path | None = None,
-    pass_fds: Sequence[int] = (),
-    decode: Callable[[bytes], str] = _as_text,
-    seconds: float | None = None,
-) -> Iterator[Finish]:
-    """Run a child beside us, in a process group of its own; what the context gets waits for its end.
+    """Run a child to its end, in a process group of its own. `on_line` gets each line of its stderr as it comes.
 
     Its stdout is read by `decode`, by default as UTF-8 text with a mark in place of every byte that is none. If its end
     comes not within `seconds`, its group is killed and TimeoutError raised.
 
-    An end of the context by Ctrl-C, cancellation or an error in `on_line` ends the whole group first; what a child
-    started that a signal killed ends too. If *we* are killed, the child goes on and keeps what `pass_fds` gave it: a
+    Ctrl-C, cancellation or an error in `on_line` ends the whole group first; what a child started that a signal killed
+    ends too. If *we* are killed, the child goes on and keeps what `pass_fds` gave it: a
     builder's flock thus outlives the builder until uv has written its last file. Raises EnvCacheError where the exit
     status of children cannot be had.
     """
@@ -99,7 +76,7 @@ def running(
             )
         )
         try:
-            yield partial(_communicate, child, decode, seconds)
+            return _communicate(child, decode, seconds, on_line)
         except BaseException:
             # Once it was waited for, its number may be another process's.
             if child.returncode is None:
@@ -198,7 +175,7 @@ def _communicate(
     child: subprocess.Popen[bytes],
     decode: Callable[[bytes], str],
     seconds: float | None,
-    on_line: OnLine | None = None,
+    on_line: OnLine | None,
 ) -> Completed:
     assert child.stdout is not None  # for mypy: both are pipes
     assert child.stderr is not None
