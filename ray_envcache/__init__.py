@@ -18,12 +18,12 @@ from ray_envcache.field.spec import EnvSpec
 from ray_envcache.version import __version__ as __version__  # re-exported
 
 if TYPE_CHECKING:
-    from ray_envcache.api import Collected, Environment, Lease, Store
+    from ray_envcache.api import Collected, Environment, Lease, Store, Verified
     from ray_envcache.sessions.run_directory import clean_sessions
     from ray_envcache.sessions.short_path import short_tmpdir
 
 __all__ = [
-    "Collected", "EnvCacheError", "EnvSpec", "Environment", "Lease", "Store", "clean_sessions", "runtime_env",
+    "Collected", "EnvCacheError", "EnvSpec", "Environment", "Lease", "Store", "Verified", "clean_sessions", "runtime_env",
     "short_tmpdir",
 ]  # fmt: skip
 
@@ -47,7 +47,7 @@ def runtime_env(path: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
 
 
 _LAZY = {
-    **dict.fromkeys(("Collected", "Environment", "Lease", "Store"), "ray_envcache.api"),
+    **dict.fromkeys(("Collected", "Environment", "Lease", "Store", "Verified"), "ray_envcache.api"),
     "clean_sessions": "ray_envcache.sessions.run_directory",
     "short_tmpdir": "ray_envcache.sessions.short_path",
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_envcache import acquire
+from ray_envcache.doctor.repair import chosen
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.collector import Collected, collect
 from ray_envcache.gc.policy import Limits, parse_limit
@@ -15,8 +16,9 @@ from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store.leases import Holder, Lease
 from ray_envcache.survey.inventory import Status as Environment
 from ray_envcache.survey.inventory import survey
+from ray_envcache.survey.verification import Verified, verify
 
-__all__ = ["Collected", "Environment", "Lease", "Store"]
+__all__ = ["Collected", "Environment", "Lease", "Store", "Verified"]
 
 
 class Store:
@@ -64,3 +66,11 @@ class Store:
         given = {name: parse_limit(name, value) for name, value in limits.items()}
         chosen = replace(Limits.from_environ(os.environ), everything=everything, **given)
         return collect(self._store.layout, chosen, dry_run=dry_run)
+
+    def verify(self, *keys: str, quick: bool = False) -> list[Verified]:
+        """Compare environments with what was installed, as `ray-envcache verify` does; nothing is changed.
+
+        `keys` are starts of keys; without one all are compared. A `quick` look is at sizes and times only. Raises
+        UnknownKeyError.
+        """
+        return [verify(entry, quick=quick) for entry in chosen(self._store, keys)]

@@ -25,13 +25,16 @@ def test_the_examples_of_the_readme(store: Store, tmp_path: Path, wheels: Path) 
     support.make_wheel(wheels, "numpy", "2.4.1", modules={"numpy.py": "__version__ = '2.4.1'\n"})
     project = support.make_project(tmp_path / "project", wheels, ["ray", "numpy"])
     blocks = re.findall(r"^```python\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     program = textwrap.dedent("".join(blocks))
     assert "training/pyproject.toml" in program
     said = support.run_python(program.replace("training/pyproject.toml", os.fspath(project)))
     assert "2.4.1" in said.splitlines()
     assert f"ready project {store.layout.root}" in said
     assert "0 would go" in said
+    assert "sound 0 differences" in said
+    (found,) = ray_envcache.Store.open(store.layout.root).verify()
+    assert isinstance(found, ray_envcache.Verified)
 
 
 def test_environments_and_collect(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ import click
 from ray_envcache.acquire import Store
 from ray_envcache.build.progress import observer
 from ray_envcache.cli import tables
-from ray_envcache.doctor.repair import Repaired, repair
+from ray_envcache.doctor.repair import Repaired, chosen, repair
 from ray_envcache.errors import EnvCacheError
 from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store import journal
 from ray_envcache.store.layout import Entry
-from ray_envcache.survey.verification import OnProgress, Verified, verify, with_bases
+from ray_envcache.survey.verification import OnProgress, Verified, verify
 from ray_envcache.system.texts import format_size
 
 SHOWN = 10
@@ -40,7 +40,7 @@ def verify_(*, keys: tuple[str, ...], quick: bool, repairs: bool, as_json: bool)
     damaged one are shown, and keep it until they end. Then `gc` removes it.
     """
     store, answers, damaged = Store.open(), [], False
-    for entry in _chosen(store, keys):
+    for entry in chosen(store, keys):
         with _progress(entry) as on_progress:
             found = verify(entry, on_progress, quick=quick)
         count, seconds = len(found.differences), round(found.seconds, 3)
@@ -66,13 +66,6 @@ def _repaired(store: Store, found: Verified) -> Repaired | None:
     except EnvCacheError as error:
         click.echo(f"error: {error}", err=True)
         return None
-
-
-def _chosen(store: Store, keys: tuple[str, ...]) -> list[Entry]:
-    """The entries of these keys, or all that are ready, and what they lie on; an environment before its layers."""
-    named = [entry for key in keys for entry in store.find(key)]
-    ready = [one for layout in (store.layout, *store.readonly) for one in layout.all_entries() if one.ready.exists()]
-    return with_bases(named if keys else ready)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +30,7 @@ from ray_envcache.store.record import ReadyRecord
 from ray_envcache.survey import inventory, shared_bytecode
 from ray_envcache.survey.inventory import User
 from ray_envcache.survey.listing import is_bytecode
-from ray_envcache.survey.verification import Verified, verify
+from ray_envcache.survey.verification import Verified, verify, with_bases
 from ray_envcache.system import testpoints
 
 
@@ -46,6 +46,16 @@ class Repaired(NamedTuple):
     users: tuple[User, ...]
     unpacked: tuple[str, ...]
     bytecode: int
+
+
+def chosen(store: Store, keys: Sequence[str]) -> list[Entry]:
+    """The entries of these keys, or all that are ready, and what they lie on; an environment before its layers.
+
+    Raises UnknownKeyError.
+    """
+    named = [entry for key in keys for entry in store.find(key)]
+    ready = [one for layout in (store.layout, *store.readonly) for one in layout.all_entries() if one.ready.exists()]
+    return with_bases(named if keys else ready)
 
 
 def repair(store: Store, found: Verified, ray: AnyRay, observer: Observer) -> Repaired:
