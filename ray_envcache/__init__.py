@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from ray_envcache.sessions.short_path import short_tmpdir
 
 __all__ = [
-    "Collected", "EnvCacheError", "EnvSpec", "Environment", "Lease", "Store", "Verified", "clean_sessions", "runtime_env",
-    "short_tmpdir",
+    "Collected", "EnvCacheError", "EnvSpec", "Environment", "Lease", "Store", "Verified", "clean_sessions",
+    "runtime_env", "short_tmpdir",
 ]  # fmt: skip
 
 
