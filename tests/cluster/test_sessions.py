@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import pytest
 
 from tests import support
@@ -68,10 +69,13 @@ def age(session: Path) -> None:
 
 
 def processes_of(session: Path) -> list[int]:
-    """The processes that have files of a session open, found in another way than the package does."""
+    """The processes that have files of a session open, or name it, found in another way than the package does."""
     done = subprocess.run(["find", "/proc", "-maxdepth", "3", "-path", "/proc/[0-9]*/fd/*", "-lname", f"*{session.name}*"],
                           capture_output=True, text=True, check=False)  # fmt: skip
-    return [int(line.split("/")[2]) for line in done.stdout.splitlines()]
+    opened = {int(line.split("/")[2]) for line in done.stdout.splitlines()}
+    # One that was killed in the middle of its start, or has not ended quite, has no such file.
+    named = {one.pid for one in psutil.process_iter(["cmdline"]) if session.name in str(one.info["cmdline"])}
+    return sorted(opened | named)
 
 
 def test_alive_stays_and_dead_goes(host: Host) -> None:
