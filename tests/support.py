@@ -275,6 +275,41 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
 """
 
 
+EDITABLE_BACKEND = """
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+    info = "{name}-1.0.dist-info"
+    with zipfile.ZipFile(pathlib.Path(wheel_directory) / "{name}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("{name}.pth", str(pathlib.Path("src").resolve()))
+        wheel.writestr(info + "/METADATA", "Metadata-Version: 2.2\\nName: {name}\\nVersion: 1.0\\n")
+        wheel.writestr(info + "/WHEEL", "Wheel-Version: 1.0\\nGenerator: tests\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr(info + "/RECORD", "")
+    return "{name}-1.0-py3-none-any.whl"
+"""
+"""What SRC_BACKEND needs beside to install its package editable."""
+
+GROUPS = """
+[project.optional-dependencies]
+gpu = ["cuda"]
+[dependency-groups]
+dev = ["devtool"]
+test = ["checker"]
+cu12 = ["split==1.0"]
+cu13 = ["split==2.0"]
+"""
+"""An extra, and groups of which two conflict; `make_grouped_project` has them."""
+
+
+def make_grouped_project(folder: Path, wheels: Path) -> Path:
+    """A project with GROUPS, of which one that conflicts with another is a default; returns its pyproject.toml."""
+    for name, version in (("cuda", "1.0"), ("devtool", "1.0"), ("checker", "1.0"), ("split", "1.0"), ("split", "2.0")):
+        make_wheel(wheels, name, version)
+    pyproject = make_project(folder, wheels, ["ray"], extra=GROUPS, lock=False)
+    conflict = 'default-groups = ["dev", "cu12"]\nconflicts = [[{group = "cu12"}, {group = "cu13"}]]\n'
+    pyproject.write_text(pyproject.read_text() + conflict)
+    run_uv("lock", cwd=folder)
+    return pyproject
+
+
 def make_sdist(
     folder: Path, name: str, version: str = "1.0", *, code: str = "pass", requires: Sequence[str] = ()
 ) -> Path:

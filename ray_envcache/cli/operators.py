@@ -52,17 +52,17 @@ def stats(*, since: str | None, project: str, as_json: bool) -> None:
 
 def _print_statistics(found: Statistics) -> None:
     if not found.begins_at:
-        _say("The journal is empty")
+        tables.say("The journal is empty")
         return
     results = ", ".join(f"{count} {result}" for result, count in found.setups.items())
     rate = "-" if found.hit_rate is None else f"{found.hit_rate:.0%}"
-    _say(f"Since {found.begins_at}")
-    _say(f"Set-ups: {results}; hit rate {rate}")
+    tables.say(f"Since {found.begins_at}")
+    tables.say(f"Set-ups: {results}; hit rate {rate}")
     waits = f"waits: {found.setups['waited']}, {format_duration(found.wait_seconds)}"
-    _say(f"Builds:  {found.builds}, {format_duration(found.build_seconds)}; {waits}")
+    tables.say(f"Builds:  {found.builds}, {format_duration(found.build_seconds)}; {waits}")
     saved = f"{format_size(found.saved_bytes)} and {format_duration(found.saved_seconds)}"
-    _say(f"Saved:   at most {saved}; copies not made: {found.saved_copies}")
-    _say(f"Removed: {found.removed}, freed {format_size(found.freed_bytes)}; collections: {found.collections}")
+    tables.say(f"Saved:   at most {saved}; copies not made: {found.saved_copies}")
+    tables.say(f"Removed: {found.removed}, freed {format_size(found.freed_bytes)}; collections: {found.collections}")
     slowest = [(one.key[:SHOWN_DIGITS], one.project or "-", f"{one.seconds:.1f}", one.at) for one in found.slowest]
     tables.print_table(("SLOWEST BUILDS", "PROJECT", "SECONDS", "AT"), slowest, {"SECONDS"})
     often = [(one.project or "-", str(one.builds), str(one.keys), f"{one.seconds:.1f}") for one in found.most_often]
@@ -138,11 +138,11 @@ def log(*, key: str, lines: int, as_json: bool) -> None:
     else:
         columns = ("AT", "EVENT", "RESULT", "KIND", "PROJECT", "SECONDS", "SIZE", "CLUSTER", "REASON")
         tables.print_table(columns, map(_row, events), {"SECONDS", "SIZE"})
-        _say(f"{len(events)} events of {full[:SHOWN_DIGITS]}")
+        tables.say(f"{len(events)} events of {full[:SHOWN_DIGITS]}")
         if tail:
-            _say(f"{entries[0].build_log} ends with:")
+            tables.say(f"{entries[0].build_log} ends with:")
         for line in tail:
-            _say(line)
+            tables.say(line)
     _tell_passed_over(noted)
 
 
@@ -187,7 +187,3 @@ def _tell_passed_over(noted: Journal) -> None:
     if noted.broken or noted.newer:
         lines = f"broken ones ({noted.broken}), and those of a newer version of ray-envcache ({noted.newer})"
         click.echo(f"note: passed over lines of the journal: {lines}", err=True)
-
-
-def _say(text: str) -> None:
-    click.echo(tables.shown(text))

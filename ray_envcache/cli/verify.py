@@ -86,27 +86,27 @@ def _progress(entry: Entry) -> Iterator[OnProgress]:
 def _print(found: Verified) -> None:
     what = f"{found.entry.short} of {found.project}" if found.project else found.entry.short
     if found.state == "skipped":
-        _say(f"{what}: not verified, {found.reason}")
+        tables.say(f"{what}: not verified, {found.reason}")
         return
     count = len(found.differences)
     result = f"damaged, {count:,} {'difference' if count == 1 else 'differences'}" if count else "sound"
     least = "" if found.complete else "; its bytecode is not compiled yet, only files with a hash in a RECORD count"
     size = format_size(found.bytes)
-    _say(f"{what}: {result}; {found.files:,} files and folders, {size} in {found.seconds:.1f} s{least}")
+    tables.say(f"{what}: {result}; {found.files:,} files and folders, {size} in {found.seconds:.1f} s{least}")
     rows = [(one.kind, one.path, one.package or "-", one.detail or "-") for one in found.differences[:SHOWN]]
     tables.print_table(("KIND", "PATH", "PACKAGE", "WHAT"), rows, ())
     if count > SHOWN:
-        _say(f"and {count - SHOWN:,} more: `ray-envcache verify --json {found.entry.short}` shows all")
+        tables.say(f"and {count - SHOWN:,} more: `ray-envcache verify --json {found.entry.short}` shows all")
 
 
 def _print_repaired(done: Repaired) -> None:
-    _say(f"{done.damaged.short}: repaired, new users get {done.sound.name}")
+    tables.say(f"{done.damaged.short}: repaired, new users get {done.sound.name}")
     if done.unpacked:
-        _say(f"uv's cache had the damaged files too: unpacked anew {', '.join(done.unpacked)}")
+        tables.say(f"uv's cache had the damaged files too: unpacked anew {', '.join(done.unpacked)}")
     if done.bytecode:
-        _say(f"the store's shared bytecode had {done.bytecode} of the damaged files: compiled anew")
+        tables.say(f"the store's shared bytecode had {done.bytecode} of the damaged files: compiled anew")
     if done.users:
-        _say("still run from the damaged one, and keep it until they end:")
+        tables.say("still run from the damaged one, and keep it until they end:")
         tables.print_users_of(done.users)
 
 
@@ -116,7 +116,3 @@ def _as_json(found: Verified, done: Repaired | None) -> dict[str, Any]:
     users = [user._asdict() for user in done.users] if done else []
     repaired = done and {**done._asdict(), "damaged": entry.name, "sound": done.sound.name, "users": users}
     return {"key": entry.key, **data, "repaired": repaired}
-
-
-def _say(text: str) -> None:
-    click.echo(tables.shown(text))

@@ -19,43 +19,14 @@ from tests import support
 
 pytestmark = pytest.mark.host
 
-GROUPS = """
-[project.optional-dependencies]
-gpu = ["cuda"]
-[dependency-groups]
-dev = ["devtool"]
-test = ["checker"]
-cu12 = ["split==1.0"]
-cu13 = ["split==2.0"]
-"""
-DEFAULT = 'default-groups = ["dev", "cu12"]\nconflicts = [[{group = "cu12"}, {group = "cu13"}]]\n'
 SHOW = "from importlib.metadata import distributions as d; print(*sorted(f'{x.name}=={x.version}' for x in d()))"
-
-
-EDITABLE = """
-def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
-    info = "project-1.0.dist-info"
-    with zipfile.ZipFile(pathlib.Path(wheel_directory) / "project-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("project.pth", str(pathlib.Path("src").resolve()))
-        wheel.writestr(info + "/METADATA", "Metadata-Version: 2.2\\nName: project\\nVersion: 1.0\\n")
-        wheel.writestr(info + "/WHEEL", "Wheel-Version: 1.0\\nGenerator: tests\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
-        wheel.writestr(info + "/RECORD", "")
-    return "project-1.0-py3-none-any.whl"
-"""
 
 
 @pytest.fixture
 def project(tmp_path: Path, wheels: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a project with extras and groups, where the test works; uv is on PATH."""
-    for name in ("cuda", "devtool", "checker", "extra-one"):
-        support.make_wheel(wheels, name)
-    for version in ("1.0", "2.0"):
-        support.make_wheel(wheels, "split", version)
-    folder = tmp_path / "project"
-    support.make_project(folder, wheels, ["ray"], extra=GROUPS, lock=False)
-    pyproject = folder / "pyproject.toml"
-    pyproject.write_text(pyproject.read_text() + DEFAULT)
-    support.run_uv("lock", cwd=folder)
+    support.make_wheel(wheels, "extra-one")
+    folder = support.make_grouped_project(tmp_path / "project", wheels).parent
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/uv").symlink_to(uv.find_uv_bin())
     # By PATH, never by UV_PYTHON: with that a `uv pip install` would go into this machine's own Python.
@@ -210,7 +181,7 @@ def test_local_packages(project: Path, wheels: Path) -> None:
     """With the project itself in the environment `uv sync` passes too, after an edit as well."""
     (project / "src/project").mkdir(parents=True)
     (project / "src/project/__init__.py").write_text("WORD = 1\n")
-    (project / "backend.py").write_text(support.SRC_BACKEND.format(name="project") + EDITABLE)
+    (project / "backend.py").write_text((support.SRC_BACKEND + support.EDITABLE_BACKEND).format(name="project"))
     text = (project / "pyproject.toml").read_text().replace("package = false\n", "")
     backend = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
     (project / "pyproject.toml").write_text(f"{text.replace('0.1', '1.0', 1)}\n{backend}")

@@ -59,7 +59,7 @@ def program(host: Host) -> Path:
     (folder / "src" / "framework" / "__init__.py").write_text(FRAMEWORK)
     (folder / "src" / "framework" / "words.py").write_text("WORD = 'x'\n")
     (folder / "main.py").write_text("import framework, sys\nframework.main(sys.argv[1:])\n")
-    (folder / "backend.py").write_text(support.SRC_BACKEND.format(name="framework") + EDITABLE)
+    (folder / "backend.py").write_text((support.SRC_BACKEND + support.EDITABLE_BACKEND).format(name="framework"))
     version = support.run_python("import ray; print(ray.__version__)", python=host.python).strip()
     (folder / "pyproject.toml").write_text(
         '[project]\nname = "framework"\nversion = "1.0"\nrequires-python = ">=3.10"\n'
@@ -68,18 +68,6 @@ def program(host: Host) -> Path:
     )
     support.run_uv("lock", cwd=folder)
     return folder
-
-
-EDITABLE = """
-def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
-    info = "framework-1.0.dist-info"
-    with zipfile.ZipFile(pathlib.Path(wheel_directory) / "framework-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("framework.pth", str(pathlib.Path("src").resolve()))
-        wheel.writestr(info + "/METADATA", "Metadata-Version: 2.2\\nName: framework\\nVersion: 1.0\\n")
-        wheel.writestr(info + "/WHEEL", "Wheel-Version: 1.0\\nGenerator: tests\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
-        wheel.writestr(info + "/RECORD", "")
-    return "framework-1.0-py3-none-any.whl"
-"""
 
 
 def start(host: Host, program: Path, *arguments: str, options: tuple[str | Path, ...] = ()) -> subprocess.Popen[str]:

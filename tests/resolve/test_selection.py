@@ -16,27 +16,11 @@ from tests import support
 
 pytestmark = pytest.mark.host
 
-GROUPS = """
-[project.optional-dependencies]
-gpu = ["cuda"]
-[dependency-groups]
-dev = ["devtool"]
-test = ["checker"]
-cu12 = ["split==1.0"]
-cu13 = ["split==2.0"]
-"""
-
 
 @pytest.fixture
 def project(tmp_path: Path, wheels: Path) -> Path:
     """A project with an extra, and groups of which one is a default that conflicts with another."""
-    for name, version in (("cuda", "1"), ("devtool", "1"), ("checker", "1"), ("split", "1.0"), ("split", "2.0")):
-        support.make_wheel(wheels, name, version)
-    pyproject = support.make_project(tmp_path / "project", wheels, ["ray"], extra=GROUPS, lock=False)
-    conflict = 'default-groups = ["dev", "cu12"]\nconflicts = [[{group = "cu12"}, {group = "cu13"}]]\n'
-    pyproject.write_text(pyproject.read_text() + conflict)
-    support.run_uv("lock", cwd=pyproject.parent)
-    return pyproject
+    return support.make_grouped_project(tmp_path / "project", wheels)
 
 
 def selected(path: Path, **options: Any) -> set[str]:
