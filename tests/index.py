@@ -7,7 +7,7 @@ import hashlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,11 +16,15 @@ USER, PASSWORD = "somebody", "s3cr3t-passw0rd"
 
 @dataclass
 class Index:
-    """Serves the wheels and source packages of a folder; asks for a password while `locked`."""
+    """Serves the wheels and source packages of a folder, without headers for caches.
+
+    It asks for a password while `locked`. `sent` are the names of the files that it sent.
+    """
 
     folder: Path
     url: str = ""
     locked: bool = False
+    sent: list[str] = field(default_factory=list)
 
     def page(self, path: str) -> bytes | None:
         parts = [part for part in path.split("/") if part]
@@ -55,6 +59,7 @@ def serve(folder: Path) -> Iterator[Index]:
             self.send_header("Content-Length", str(len(body or b"")))
             self.end_headers()
             if self.command == "GET":
+                index.sent += [self.path.rpartition("/")[2]] if self.path.startswith("/files/") else []
                 self.wfile.write(body or b"")
 
         def log_message(self, *_: object) -> None:

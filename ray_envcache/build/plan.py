@@ -139,12 +139,15 @@ class EnvironmentPlan(Plan):
         again = [f"--reinstall-package={package.name}" for package in self.resolved.loose]
         run_uv("sync", *sync_options(entry), *selection, "--no-editable", *absent, *again)
         if self.added:
-            added = tuple(package for package in self.resolved.packages if package.name in self.added)
-            lines = entry.path / "pylock.added.toml"
-            lines.write_text(venv_files.pylock_text(replace(self.resolved, packages=added)), encoding="utf-8")
+            # By name and hash. By its URL uv takes a file from its cache only where the index sends headers for that:
+            # behind a mirror that sends none, each environment would download ray again, and have a copy of its own.
+            hashes = {one.name: one.digest.replace(",", " --hash=") for one in self.resolved.packages}
+            lines = (f"{name}=={version} --hash={hashes[name]}\n" for name, version in self.added.items())
+            listed = entry.path / "added.txt"
+            listed.write_text("".join(lines), encoding="utf-8")
             apart = replace(run_uv, folder=Path("/"))
-            apart("pip", "install", "--no-deps", "--preview-features=pylock", *pip_options(entry), "-r", lines)
-            lines.unlink()
+            apart("pip", "install", "--no-deps", "--require-hashes", *pip_options(entry), "-r", listed)
+            listed.unlink()
 
     def _sync_list(self, entry: Entry, run_uv: UvCalls) -> None:
         if "no-build-isolation" in self.resolved.build_settings and self.resolved.is_built_here:

@@ -14,7 +14,7 @@ from ray_envcache.resolve import from_cluster, interpreter
 from ray_envcache.resolve.from_cluster import located
 from ray_envcache.resolve.interpreter import ClusterRay, Interpreter
 from ray_envcache.store.leases import Holder, Lease
-from tests import support
+from tests import index, support
 
 RAY = ClusterRay(support.RAY_VERSION)
 
@@ -93,6 +93,22 @@ def test_another_ray_on_the_index_is_another_environment(tmp_path: Path, store: 
     with acquire(store, pyproject) as after:
         said = support.run_python("import ray; print(ray.ORIGIN)", python=after.python)
     assert (before.entry.key != after.entry.key, said.strip()) == (True, "of the node, built again")
+
+
+def test_ray_is_downloaded_once(tmp_path: Path, store: Store, node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the index sends no headers for caches, as many mirrors do: two environments have the same files."""
+    (tmp_path / "config/uv/uv.toml").unlink()
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
+    with index.serve(node) as served:
+        monkeypatch.setenv("UV_DEFAULT_INDEX", served.url)
+        one, other = (project_of(tmp_path / name) for name in ("one", "other"))
+        support.make_wheel(other.parent / "wheels", "more")
+        support.run_uv("add", "more", "--no-sync", cwd=other.parent)
+        with acquire(store, one) as first, acquire(store, other) as second:
+            files = [lease.entry.site_packages / "ray/__init__.py" for lease in (first, second)]
+    assert first.key != second.key
+    assert served.sent.count(f"ray-{support.RAY_VERSION}-py3-none-any.whl") == 1
+    assert files[0].samefile(files[1])
 
 
 def test_ray_that_no_index_has(node: Path) -> None:
