@@ -90,9 +90,8 @@ def _print(found: Verified) -> None:
         return
     count = len(found.differences)
     result = f"damaged, {count:,} {'difference' if count == 1 else 'differences'}" if count else "sound"
-    least = "" if found.complete else "; its bytecode is not compiled yet, only files with a hash in a RECORD count"
     size = format_size(found.bytes)
-    tables.say(f"{what}: {result}; {found.files:,} files and folders, {size} in {found.seconds:.1f} s{least}")
+    tables.say(f"{what}: {result}; {found.files:,} files and folders, {size} in {found.seconds:.1f} s")
     rows = [(one.kind, one.path, one.package or "-", one.detail or "-") for one in found.differences[:SHOWN]]
     tables.print_table(("KIND", "PATH", "PACKAGE", "WHAT"), rows, ())
     if count > SHOWN:

@@ -29,8 +29,8 @@ from ray_envcache.store.leases import Holder, claim
 from ray_envcache.store.record import ReadyRecord
 from ray_envcache.survey import inventory, shared_bytecode
 from ray_envcache.survey.inventory import User
-from ray_envcache.survey.listing import is_bytecode
-from ray_envcache.survey.verification import Verified, verify, with_bases
+from ray_envcache.survey.listing import module_of
+from ray_envcache.survey.verification import Verified, verify
 from ray_envcache.system import testpoints
 
 
@@ -53,9 +53,11 @@ def chosen(store: Store, keys: Sequence[str]) -> list[Entry]:
 
     Raises UnknownKeyError.
     """
-    named = [entry for key in keys for entry in store.find(key)]
-    ready = [one for layout in (store.layout, *store.readonly) for one in layout.all_entries() if one.ready.exists()]
-    return with_bases(named if keys else ready)
+    everything = [
+        one for layout in (store.layout, *store.readonly) for one in layout.all_entries() if one.ready.exists()
+    ]
+    named = [entry for key in keys for entry in store.find(key)] if keys else everything
+    return [*dict.fromkeys(one for entry in named for one in (_base_of(entry), entry) if one)]
 
 
 def repair(store: Store, found: Verified, ray: AnyRay, observer: Observer) -> Repaired:
@@ -71,7 +73,7 @@ def repair(store: Store, found: Verified, ray: AnyRay, observer: Observer) -> Re
             f"The environment {entry.name} cannot be repaired: `{root}` is read-only here",
             f"its owner can: RAY_ENVCACHE_DIR={root} ray-envcache verify --repair {entry.short}",
         )
-    changed = [entry.venv / one.path for one in found.differences if is_bytecode(one.path)]
+    changed = [entry.venv / one.path for one in found.differences if module_of(one.path)]
     with ExitStack() as held:
         plan = _planned_again(layout, entry, ray, held)
         forgotten = shared_bytecode.forget(layout, changed)
@@ -93,6 +95,11 @@ def retire(entry: Entry) -> None:
     """Hand an entry out no more, by one rename; a collector removes it when its last user is gone."""
     with suppress(FileNotFoundError):  # a collector was faster
         os.replace(entry.ready, entry.retired)
+
+
+def _base_of(entry: Entry) -> Entry | None:
+    record = ReadyRecord.read(entry)
+    return entry.base(record.base) if record else None
 
 
 def _planned_again(layout: Layout, entry: Entry, ray: AnyRay, held: ExitStack) -> Plan:
@@ -138,7 +145,7 @@ def _clean_uv_cache(layout: Layout, found: Verified, observer: Observer) -> tupl
     A file has a hard link for each environment that it is in, and one in the cache. uv takes what is in its cache for
     whole; `--reinstall` and `--refresh` leave a wheel from a folder as it is there (uv 0.13).
     """
-    brought = [one for one in found.differences if one.package and not is_bytecode(one.path)]
+    brought = [one for one in found.differences if one.package and not module_of(one.path)]
     linked = {one.package: path for one in brought if _links(path := found.entry.venv / one.path) > 1}
     before = {name: _links(path) for name, path in linked.items()}
     if not before:

@@ -70,7 +70,7 @@ class Entry:
 
     @property
     def sealed(self) -> Path:
-        """What should be in the venv beside the files that have a hash in the RECORD of a package."""
+        """The list of all that should be in the venv, bytecode apart."""
         return self.path / "sealed.csv"
 
     @property
