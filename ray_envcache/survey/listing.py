@@ -57,11 +57,11 @@ def seal(entry: Entry) -> None:
     recorded, lines = _recorded(entry, tree), csv.writer(text)
     for path, found in tree.items():
         if stat.S_ISLNK(found.st_mode) or (stat.S_ISREG(found.st_mode) and not module_of(path)):
-            content, package = recorded.pop(path, ("", ""))
+            content, size, package = recorded.pop(path, ("", "", ""))
             content = content or content_of(entry.venv / path, found)
-            lines.writerow((path, content, found.st_size, f"{found.st_mode:o}", package))
-    # What should be there and was gone before we came.
-    lines.writerows((path, content, 0, "0", package) for path, (content, package) in recorded.items())
+            lines.writerow((path, content, size or found.st_size, f"{found.st_mode:o}", package))
+    # What should be there, and was gone before we came.
+    lines.writerows((path, content, size or 0, 0, package) for path, (content, size, package) in recorded.items())
     files.write_whole(entry.sealed, text.getvalue().encode(errors="surrogateescape"), mode=0o600, replace=True)
 
 
@@ -71,21 +71,22 @@ def listed_in(entry: Entry) -> dict[str, Listed]:
     return {path: Listed(content, int(size), int(mode, 8), package) for path, content, size, mode, package in rows}
 
 
-def _recorded(entry: Entry, tree: Tree) -> dict[str, tuple[str, str]]:
-    """Digest and package of all that RECORDs list, by path below the venv.
+def _recorded(entry: Entry, tree: Tree) -> dict[str, tuple[str, str, str]]:
+    """Digest, size and package of all that RECORDs list, by path below the venv.
 
-    The digest is "" where it has to be asked of the file: where a RECORD has none, or not one of sha256, where several
-    packages bring the file, and of scripts, some of which we replace.
+    Digest and size are "" where they have to be asked of the file: where a RECORD has none, or not those of sha256,
+    where several packages bring the file, and of scripts, some of which we replace.
     """
-    recorded: dict[str, tuple[str, str]] = {}
+    recorded: dict[str, tuple[str, str, str]] = {}
     for record, found in tree.items():
         if (parts := _RECORD.fullmatch(record)) and stat.S_ISREG(found.st_mode):
             with suppress(ValueError, csv.Error):  # no list of files from here on: they are as those without a RECORD
-                for name, digest, _ in _rows(entry.venv / record):
+                for name, digest, size in _rows(entry.venv / record):
                     path = os.path.normpath(os.path.join(parts[1], name))
-                    known = digest.startswith("sha256=") and path not in recorded and not path.startswith("bin/")
+                    is_known = digest.startswith("sha256=") and size.isdecimal() and path not in recorded
+                    noted = (digest.rstrip("="), size) if is_known and not path.startswith("bin/") else ("", "")
                     if not module_of(path) and not path.startswith((".", "/")):
-                        recorded[path] = (digest.rstrip("=") if known else "", parts[2].partition("-")[0])
+                        recorded[path] = (*noted, parts[2].partition("-")[0])
     return recorded
 
 

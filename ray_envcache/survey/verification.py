@@ -64,9 +64,8 @@ class Verified(NamedTuple):
 def verify(entry: Entry, on_progress: OnProgress = lambda _done, _all: None, *, quick: bool = False) -> Verified:
     """Compare an entry with its seal, and keep it meanwhile, which does not count as a use.
 
-    A `quick` look believes the size and the time of a file; what is newer than the seal it reads all the same. An entry
-    that is built, finished, removed or not handed out at this moment is skipped. Raises OSError where it cannot be
-    read, and as `leases.hold`.
+    A `quick` look reads only what is newer than the finished entry. One that is built, finished, removed or not handed
+    out at this moment is skipped. Raises OSError where a folder cannot be read, and as `leases.hold`.
     """
     began = time.monotonic()
     with ExitStack() as held:
@@ -107,72 +106,67 @@ def _why_not(entry: Entry, record: ReadyRecord | None) -> str:
 def _differences(entry: Entry, tree: Tree, on_progress: OnProgress, *, quick: bool) -> Iterator[Difference]:
     """What is wrong with an entry, in no order."""
     try:
-        check = _Check(entry, quick=quick)
+        listed = listing.listed_in(entry)
     except (OSError, ValueError, csv.Error) as error:
         yield Difference("record", f"../{entry.sealed.name}", f"the list of the entry's files is damaged: {error}")
         return
-    yield from (Difference("missing", path, "", check.listed[path].package) for path in check.listed.keys() - tree)
+    yield from (Difference("missing", path, "", listed[path].package) for path in listed.keys() - tree)
+    check = _Check(os.fspath(entry.venv), listed, entry.compiled.stat().st_mtime if quick else -math.inf)
     items = [*tree.items()]
     tasks = [items[first : first + _AT_ONCE] for first in range(0, len(items), _AT_ONCE)]
     # In threads: hashing and reading leave the interpreter to others meanwhile.
     with ThreadPoolExecutor(min(32, capacity.processors())) as pool:
-        for task, found in zip(tasks, pool.map(check.look_at, tasks), strict=True):
+        for task, found in zip(tasks, pool.map(check.differences, tasks), strict=True):
             on_progress(len(task), len(items))
             yield from found
 
 
-class _Check:
-    """The comparison of one entry with its seal. Raises OSError, ValueError or csv.Error where that is damaged."""
+class _Check(NamedTuple):
+    """The comparison of a venv with its list. Files with times up to `believed` are not read."""
 
-    def __init__(self, entry: Entry, *, quick: bool) -> None:
-        self.top, self.listed = os.fspath(entry.venv), listing.listed_in(entry)
-        # A quick look believes a file that is as old as the list, and bytecode, which comes after it.
-        self.sealed, self.compiled = [
-            path.stat().st_mtime if quick else -math.inf for path in (entry.sealed, entry.compiled)
-        ]
+    venv: str
+    listed: dict[str, Listed]
+    believed: float
 
-    def look_at(self, items: Iterable[tuple[str, os.stat_result]]) -> list[Difference]:
+    def differences(self, items: Iterable[tuple[str, os.stat_result]]) -> list[Difference]:
         """What is wrong with these files, links and folders."""
-        return [one for path, found in items for one in self._look_at(path, found)]
+        return [one for path, found in items for one in self._differences(path, found)]
 
-    def _look_at(self, path: str, found: os.stat_result) -> Iterator[Difference]:
+    def _differences(self, path: str, found: os.stat_result) -> Iterator[Difference]:
         module = listing.module_of(path) if stat.S_ISREG(found.st_mode) else ""
         listed = self.listed.get(module or path)
-        if listed is None:
-            if not stat.S_ISDIR(found.st_mode):
-                yield Difference("foreign", path, "no package brought it")
-            elif found.st_mode & _WRITE:
-                yield Difference("mode", path, f"has the mode {stat.S_IMODE(found.st_mode):04o}")
-            return
-        try:
-            what = self._of_bytecode(path, found, listed) if module else self._of_content(path, found, listed)
-        except OSError as error:
-            what = f"cannot be read: {error}"
-        if what:
-            is_link = stat.S_ISLNK(found.st_mode & listed.mode)
+        # Folders and bytecode are not in the list: others may not write to them.
+        mode = listed.mode if listed and not module else found.st_mode & ~_WRITE
+        if listed is None and not stat.S_ISDIR(found.st_mode):
+            yield Difference("foreign", path, "no package brought it")
+        elif listed and (what := self._change(path, found, listed, module)):
+            is_link = stat.S_ISLNK(found.st_mode) and stat.S_ISLNK(listed.mode)
             yield Difference("link" if is_link else "changed", path, what, listed.package)
-        elif not module and (listed.mode & ~found.st_mode or found.st_mode & ~listed.mode & ~_READ):
-            modes = f"{stat.S_IMODE(found.st_mode):04o} instead of {stat.S_IMODE(listed.mode):04o}"
-            yield Difference("mode", path, f"has the mode {modes}", listed.package)
+        elif mode & ~found.st_mode or found.st_mode & ~mode & ~_READ:
+            modes = f"{stat.S_IMODE(found.st_mode):04o} instead of {stat.S_IMODE(mode):04o}"
+            yield Difference("mode", path, f"has the mode {modes}", listed.package if listed else "")
 
-    def _of_content(self, path: str, found: os.stat_result, listed: Listed) -> str:
-        """In which way the content of a file or a link is not as listed, "" where it is."""
-        if stat.S_IFMT(found.st_mode) != stat.S_IFMT(listed.mode):
+    def _change(self, path: str, found: os.stat_result, listed: Listed, module: str) -> str:
+        """In which way a file or a link, or the bytecode of a module, is not as listed, "" where it is."""
+        if not module and stat.S_IFMT(found.st_mode) != stat.S_IFMT(listed.mode):
             return f"is {stat.filemode(found.st_mode)} instead of {stat.filemode(listed.mode)}"
-        if stat.S_ISREG(found.st_mode) and found.st_size != listed.size:
+        if not module and found.st_size != listed.size and stat.S_ISREG(found.st_mode):
             return f"has {found.st_size} bytes instead of {listed.size}"
-        if stat.S_ISREG(found.st_mode) and found.st_mtime <= self.sealed:
+        if found.st_mtime <= self.believed and stat.S_ISREG(found.st_mode):
             return ""
-        content = listing.content_of(f"{self.top}/{path}", found)
+        try:
+            return self._change_of_bytecode(path, listed) if module else self._change_of_content(path, found, listed)
+        except OSError as error:
+            return f"cannot be read: {error}"
+
+    def _change_of_content(self, path: str, found: os.stat_result, listed: Listed) -> str:
+        content = listing.content_of(f"{self.venv}/{path}", found)
         if content == listed.content:
             return ""
-        return f"leads to `{content[len(LINK) :]}`" if stat.S_ISLNK(found.st_mode) else "has other content"
+        return f"leads to `{content[len(LINK) :]}`" if content.startswith(LINK) else "has other content"
 
-    def _of_bytecode(self, path: str, found: os.stat_result, module: Listed) -> str:
-        """In which way bytecode is not whole, or not made of the text of its module, "" where it is."""
-        if found.st_mtime <= self.compiled:
-            return ""
-        text = pyc.proven_source(b"".join(listing.chunks_of(f"{self.top}/{path}")))
+    def _change_of_bytecode(self, path: str, module: Listed) -> str:
+        text = pyc.proven_source(b"".join(listing.chunks_of(f"{self.venv}/{path}")))
         # Behind a link is a module of the environment below, whose digest is in the seal of that.
-        known = bool(text) if module.content.startswith(LINK) else module.content == listing.as_recorded(text)
-        return "" if known else "is not what our compiler made of its module"
+        is_proven = text if module.content.startswith(LINK) else module.content == listing.as_recorded(text)
+        return "" if is_proven else "is not what our compiler made of its module"

@@ -42,22 +42,26 @@ def test_what_a_record_notes(entry: Entry) -> None:
     """A digest of a RECORD counts, whatever the file is by now, and whether it is there at all."""
     write_record(entry, f'one.py,{OTHER}=,5\n"a,b.py",{DIGEST},0\n{"x" * 100}.py,,\n')
     assert sealed(entry) == {
-        f"{SITE}/one.py": Listed(OTHER, 0, 0o100644, "one"),
+        f"{SITE}/one.py": Listed(OTHER, 5, 0o100644, "one"),
         f"{SITE}/a,b.py": Listed(DIGEST, 0, 0, "one"),
         f"{SITE}/{'x' * 100}.py": Listed("", 0, 0, "one"),
     }
 
 
 def test_what_is_asked_of_the_files(entry: Entry) -> None:
-    """Scripts, some of which we replace, are hashed; so is a file of two packages, or with another kind of digest."""
+    """Scripts, some of which we replace, are hashed; so is a file of two packages, or with a note that is none."""
     (entry.venv / "bin").mkdir()
-    for path in ("bin/tool", f"{SITE}/two.py", "pyvenv.cfg"):
+    for path in ("bin/tool", f"{SITE}/two.py", f"{SITE}/many.py", "pyvenv.cfg"):
         (entry.venv / path).write_text("hello")
-    write_record(entry, f"one.py,{OTHER},5\none.py,{OTHER},5\n../../../bin/tool,{DIGEST},0\ntwo.py,md5=x,5\n")
+    write_record(
+        entry,
+        f"one.py,{OTHER},5\none.py,{OTHER},5\nmany.py,{OTHER},many\n../../../bin/tool,{DIGEST},0\ntwo.py,md5=x,5\n",
+    )
     found = sealed(entry)
     assert {path: (one.content, one.package) for path, one in found.items()} == {
         f"{SITE}/one.py": (DIGEST, "one"),
         f"{SITE}/two.py": (OTHER, "one"),
+        f"{SITE}/many.py": (OTHER, "one"),
         "bin/tool": (OTHER, "one"),
         "pyvenv.cfg": (OTHER, ""),
     }

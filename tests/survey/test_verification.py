@@ -138,9 +138,14 @@ def test_damage_before_the_seal(store: Store, entry: Entry) -> None:
     data = entry.site_packages / "tool" / "data"
     data.unlink()
     data.write_text("y\n")
+    (entry.bin / "tool").write_text("right from now on")
+    (entry.site_packages / "tool" / "same.py").unlink()
+    (entry.site_packages / "tool" / "same.py").write_text("longer than it was\n")
     (entry.venv / "share" / "tool" / "data").unlink()
     bytecode.finish_now(store.layout, entry)
-    assert kinds(look(entry)) == {("changed", "tool/data"), ("missing", "share/tool/data")}
+    by_size = {("changed", "tool/same.py"), ("missing", "share/tool/data")}
+    assert kinds(look(entry, quick=True)) == by_size
+    assert by_size | {("changed", "tool/data")} == {one for one in kinds(look(entry)) if "__pycache__" not in one[1]}
 
 
 def test_modes(entry: Entry) -> None:
