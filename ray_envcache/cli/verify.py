@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from io import StringIO
 from typing import Any
 
 import click
@@ -17,7 +16,7 @@ from ray_envcache.errors import EnvCacheError
 from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store import journal
 from ray_envcache.store.layout import Entry
-from ray_envcache.survey.verification import OnProgress, Verified, verify
+from ray_envcache.survey.verification import Verified, verify
 from ray_envcache.system.texts import format_size
 
 SHOWN = 10
@@ -41,8 +40,7 @@ def verify_(*, keys: tuple[str, ...], quick: bool, repairs: bool, as_json: bool)
     """
     store, answers, damaged = Store.open(), [], False
     for entry in chosen(store, keys):
-        with _progress(entry) as on_progress:
-            found = verify(entry, on_progress, quick=quick)
+        found = _verified(entry, quick=quick)
         count, seconds = len(found.differences), round(found.seconds, 3)
         about = {"key": entry.key, "project": found.project, "result": found.state}
         journal.note(store.layout, "verification", **about, differences=count, files=found.files, seconds=seconds)
@@ -58,6 +56,18 @@ def verify_(*, keys: tuple[str, ...], quick: bool, repairs: bool, as_json: bool)
     sys.exit(1 if damaged else 0)
 
 
+def _verified(entry: Entry, *, quick: bool) -> Verified:
+    """What a comparison of the entry finds; with a progress bar, where stderr is a terminal."""
+    shown = sys.stderr if sys.stderr.isatty() else StringIO()
+    with click.progressbar(length=1, label=f"Verifying {entry.short}", file=shown) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done)
+
+        return verify(entry, advance, quick=quick)
+
+
 def _repaired(store: Store, found: Verified) -> Repaired | None:
     """What the repair of an entry did; None where it failed, and stderr says why: others are still to be repaired."""
     try:
@@ -66,21 +76,6 @@ def _repaired(store: Store, found: Verified) -> Repaired | None:
     except EnvCacheError as error:
         click.echo(f"error: {error}", err=True)
         return None
-
-
-@contextmanager
-def _progress(entry: Entry) -> Iterator[OnProgress]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda _done, _all: None
-        return
-    with click.progressbar(length=1, label=f"Verifying {entry.short}", file=sys.stderr) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.length = total
-            bar.update(done)
-
-        yield advance
 
 
 def _print(found: Verified) -> None:

@@ -53,11 +53,13 @@ def chosen(store: Store, keys: Sequence[str]) -> list[Entry]:
 
     Raises UnknownKeyError.
     """
-    everything = [
-        one for layout in (store.layout, *store.readonly) for one in layout.all_entries() if one.ready.exists()
-    ]
-    named = [entry for key in keys for entry in store.find(key)] if keys else everything
-    return [*dict.fromkeys(one for entry in named for one in (_base_of(entry), entry) if one)]
+    ready = (one for layout in (store.layout, *store.readonly) for one in layout.all_entries() if one.ready.exists())
+    found: dict[Entry, None] = {}  # a set that keeps the order
+    for entry in [one for key in keys for one in store.find(key)] if keys else ready:
+        record = ReadyRecord.read(entry)
+        base = entry.base(record.base) if record else None
+        found |= dict.fromkeys([base, entry] if base else [entry])
+    return [*found]
 
 
 def repair(store: Store, found: Verified, ray: AnyRay, observer: Observer) -> Repaired:
@@ -95,11 +97,6 @@ def retire(entry: Entry) -> None:
     """Hand an entry out no more, by one rename; a collector removes it when its last user is gone."""
     with suppress(FileNotFoundError):  # a collector was faster
         os.replace(entry.ready, entry.retired)
-
-
-def _base_of(entry: Entry) -> Entry | None:
-    record = ReadyRecord.read(entry)
-    return entry.base(record.base) if record else None
 
 
 def _planned_again(layout: Layout, entry: Entry, ray: AnyRay, held: ExitStack) -> Plan:
@@ -145,15 +142,17 @@ def _clean_uv_cache(layout: Layout, found: Verified, observer: Observer) -> tupl
     A file has a hard link for each environment that it is in, and one in the cache. uv takes what is in its cache for
     whole; `--reinstall` and `--refresh` leave a wheel from a folder as it is there (uv 0.13).
     """
-    brought = [one for one in found.differences if one.package and not module_of(one.path)]
-    linked = {one.package: path for one in brought if _links(path := found.entry.venv / one.path) > 1}
-    before = {name: _links(path) for name, path in linked.items()}
-    if not before:
+    linked: dict[str, tuple[Path, int]] = {}
+    for one in found.differences:
+        path = found.entry.venv / one.path
+        if one.package and not module_of(one.path) and (links := _links(path)) > 1:
+            linked[one.package] = path, links
+    if not linked:
         return ()
     cache = uv.cache_directory(found.entry.path) or layout.uv_cache
-    done = uv.run(["cache", "clean", *before], cwd=found.entry.path, cache=cache, on_line=observer.line)
-    uv_errors.expect_success(done, BuildError, f"uv cannot remove {', '.join(before)} from its cache", "try again")
-    return tuple(name for name, links in before.items() if _links(linked[name]) < links)
+    done = uv.run(["cache", "clean", *linked], cwd=found.entry.path, cache=cache, on_line=observer.line)
+    uv_errors.expect_success(done, BuildError, f"uv cannot remove {', '.join(linked)} from its cache", "try again")
+    return tuple(name for name, (path, links) in linked.items() if _links(path) < links)
 
 
 def _links(path: Path) -> int:
