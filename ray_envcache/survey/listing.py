@@ -80,14 +80,23 @@ def _recorded(entry: Entry, tree: Tree) -> dict[str, tuple[str, str, str]]:
     recorded: dict[str, tuple[str, str, str]] = {}
     for record, found in tree.items():
         if (parts := _RECORD.fullmatch(record)) and stat.S_ISREG(found.st_mode):
-            with suppress(ValueError, csv.Error):  # no list of files from here on: they are as those without a RECORD
-                for name, digest, size in _rows(entry.venv / record):
-                    path = os.path.normpath(os.path.join(parts[1], name))
+            with suppress(ValueError, csv.Error):  # no list of files from here on: those are hashed
+                for path, digest, size in rows_of(entry.venv / record, parts[1]):
                     is_known = digest.startswith("sha256=") and size.isdecimal() and path not in recorded
-                    noted = (digest.rstrip("="), size) if is_known and not path.startswith("bin/") else ("", "")
-                    if not module_of(path) and not path.startswith((".", "/")):
-                        recorded[path] = (*noted, parts[2].partition("-")[0])
-    return recorded
+                    noted = (digest, size) if is_known and not path.startswith("bin/") else ("", "")
+                    recorded[path] = (*noted, parts[2].partition("-")[0])
+    return {path: noted for path, noted in recorded.items() if not module_of(path)}
+
+
+def rows_of(record: Path, folder: str) -> Iterator[tuple[str, str, str]]:
+    """The files that a RECORD lists, by path below the venv, with digest and size; the RECORD lies below `folder`.
+
+    What is not in the venv is passed over. Raises OSError, ValueError or csv.Error where the RECORD is damaged.
+    """
+    for name, digest, size in _rows(record):
+        path = os.path.normpath(os.path.join(folder, name))
+        if not path.startswith((".", "/")):
+            yield path, digest.rstrip("="), size
 
 
 def _rows(path: Path) -> Iterator[list[str]]:
