@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -142,24 +143,24 @@ def _clean_uv_cache(layout: Layout, found: Verified, observer: Observer) -> tupl
     A file has a hard link for each environment that it is in, and one in the cache. uv takes what is in its cache for
     whole; `--reinstall` and `--refresh` leave a wheel from a folder as it is there (uv 0.13).
     """
-    linked: dict[str, tuple[Path, int]] = {}
-    for one in found.differences:
-        path = found.entry.venv / one.path
-        if one.package and not module_of(one.path) and (links := _links(path)) > 1:
-            linked[one.package] = path, links
-    if not linked:
+    before = _links(found)
+    if not before:
         return ()
     cache = uv.cache_directory(found.entry.path) or layout.uv_cache
-    done = uv.run(["cache", "clean", *linked], cwd=found.entry.path, cache=cache, on_line=observer.line)
-    uv_errors.expect_success(done, BuildError, f"uv cannot remove {', '.join(linked)} from its cache", "try again")
-    return tuple(name for name, (path, links) in linked.items() if _links(path) < links)
+    done = uv.run(["cache", "clean", *before], cwd=found.entry.path, cache=cache, on_line=observer.line)
+    uv_errors.expect_success(done, BuildError, f"uv cannot remove {', '.join(before)} from its cache", "try again")
+    after = _links(found)
+    return tuple(name for name in before if after[name] < before[name])
 
 
-def _links(path: Path) -> int:
-    try:
-        return os.lstat(path).st_nlink
-    except OSError:
-        return 0
+def _links(found: Verified) -> Counter[str]:
+    """How many other links the damaged files of each package have, where they have any."""
+    links = Counter[str]()
+    for one in found.differences:
+        if one.package and not module_of(one.path):
+            with suppress(OSError):
+                links[one.package] += os.lstat(found.entry.venv / one.path).st_nlink - 1
+    return +links
 
 
 def _require_sound(entry: Entry) -> None:
