@@ -87,17 +87,11 @@ def repair(store: Store, found: Verified, ray: AnyRay, observer: Observer) -> Re
         bytecode.finish_now(layout, lease.entry)
         _require_sound(lease.entry)
         testpoints.reach("repair-checked")
-        retire(entry)
+        entry.ready.unlink(missing_ok=True)  # it may be gone altogether: a collector was faster
     testpoints.reach("repair-retired")
     seconds = round(time.monotonic() - began, 3)
     journal.note(layout, "repair", key=entry.key, project=found.project, seconds=seconds)
     return Repaired(entry, lease.entry, inventory.status(layout, entry).users, unpacked, forgotten)
-
-
-def retire(entry: Entry) -> None:
-    """Hand an entry out no more, by one rename; a collector removes it when its last user is gone."""
-    with suppress(FileNotFoundError):  # a collector was faster
-        os.replace(entry.ready, entry.retired)
 
 
 def _planned_again(layout: Layout, entry: Entry, ray: AnyRay, held: ExitStack) -> Plan:
@@ -167,7 +161,7 @@ def _require_sound(entry: Entry) -> None:
     """Raise BuildError where a new entry differs from what its packages say; then it is not handed out."""
     found = verify(entry)
     if found.state == "damaged":
-        retire(entry)
+        entry.ready.unlink(missing_ok=True)
         first = found.differences[0]
         raise BuildError(
             f"The new environment is damaged too: `{first.path}` {first.detail}",

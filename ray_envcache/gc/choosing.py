@@ -49,7 +49,7 @@ def choose(layout: Layout, limits: Limits, found: dict[str, Status]) -> list[tup
 def _candidate(name: str, status: Status) -> Candidate:
     protected = "pinned" if status.pinned else "in use" if status.in_use else ""
     protected = "building" if status.state == "building" else protected
-    broken = status.state in {"broken", "retired"}
+    broken = status.state == "broken"
     return Candidate(name, status.last_used, status.size_bytes, status.reclaimable_bytes, protected, broken)
 
 

@@ -67,7 +67,7 @@ def _take_away(layout: Layout, entry: Entry, still_due: Callable[[], bool]) -> P
     """Take the entry out of sight, and return where it is now."""
     with ExitStack() as flocks:
         _take_flocks(flocks, layout, entry)
-        if entry.key in pins.pinned_keys(layout) and not entry.retired.exists():
+        if entry.key in pins.pinned_keys(layout) and entry.ready.exists():
             raise refusal(entry, "it is pinned", "ray-envcache unpin, if it is not needed any more")
         if not still_due():
             raise refusal(entry, "it was used a moment ago")

@@ -64,11 +64,6 @@ class Entry:
         return self.path / "ready.json"
 
     @property
-    def retired(self) -> Path:
-        """The ready record of an entry that is handed out no more: it was found damaged, and there is a sound one."""
-        return self.path / "retired.json"
-
-    @property
     def sealed(self) -> Path:
         """The list of all that should be in the venv, bytecode apart."""
         return self.path / "sealed.csv"

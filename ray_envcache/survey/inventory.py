@@ -122,7 +122,7 @@ def _statuses(layout: Layout, store: Layout, entries: list[Entry], max_age: floa
         in_use = bool(users) or (name in held and not entry.readonly and not flock.is_free(entry.in_use))
         size, used = sizes.of(entry), _mtime(seen.get(name))
         # A pin keeps the sound entry of a key.
-        is_pinned = entry.key in pinned and not entry.retired.exists()
+        is_pinned = entry.key in pinned and entry.ready.exists()
         statuses.append(_status(layout, entry, users, size, used, in_use=in_use, pinned=is_pinned))
     return statuses
 
@@ -184,8 +184,6 @@ def _users(layout: Layout, entry: Entry, others: list[Process], live: Iterable[M
 def _state(layout: Layout, entry: Entry, record: ReadyRecord | None) -> str:
     if record is not None:
         return "ready"
-    if entry.retired.exists():
-        return "retired"
     if entry.readonly:
         return "building" if entry.building.exists() else "broken"
     return "building" if flock.is_held(layout.builder_flock(entry.key)) else "broken"

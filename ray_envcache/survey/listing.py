@@ -27,7 +27,7 @@ Tree: TypeAlias = dict[str, os.stat_result]  # by path below the venv
 LINK = "link="
 _RECORD = re.compile(r"(lib/[^/]+/site-packages)/([^/]+)\.dist-info/RECORD")
 _BYTECODE = re.compile(r"(.*/)__pycache__/([^/]+?)\.[^/.]+(?:\.opt-\w+)?\.pyc")
-_CHUNK = 1 << 16
+_CHUNK = 1 << 18
 
 
 class Listed(NamedTuple):

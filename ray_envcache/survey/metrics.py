@@ -11,7 +11,7 @@ from ray_envcache.survey.inventory import Status
 from ray_envcache.survey.statistics import RESULTS
 from ray_envcache.system import disk
 
-STATES = ("ready", "building", "broken", "retired")
+STATES = ("ready", "building", "broken")
 _RESULT = "How: found, lower (in a read-only store), fetched, built, waited (for another builder), refused, failed."
 
 

@@ -93,14 +93,12 @@ def _keep(entry: Entry, held: ExitStack) -> ReadyRecord | None:
 
 def _why_not(entry: Entry, record: ReadyRecord | None) -> str:
     if record:
-        return "its files are listed when its bytecode is compiled, which its next use starts: use it, and try again"
+        return "it is not finished: its bytecode is being compiled, or will be from its next use on; try again then"
     if not entry.path.exists():
         return "it was removed"
     if entry.building.exists() and (entry.readonly or flock.is_held(layout_of(entry).builder_flock(entry.key))):
         return "it is being built"
-    if entry.retired.exists():
-        return "it was found damaged and is used no more; `ray-envcache gc` removes it when its users are gone"
-    return "it is handed out no more: it was not built to its end, or what it lies on has changed"
+    return "it is handed out no more: it was repaired, or not built to its end, or what it lies on has changed"
 
 
 def _differences(entry: Entry, tree: Tree, on_progress: OnProgress, *, quick: bool) -> Iterator[Difference]:

@@ -85,7 +85,7 @@ def test_damaged_and_repaired(store: Store, entry: Entry) -> None:
     assert (old["state"], new["state"]) == ("skipped", "sound")
     assert [one.text("key") for one in journal.read(store.layout).events if one.name == "repair"] == [entry.key]
     listed = json.loads(support.run(sys.executable, "-m", "ray_envcache", "list", "--json"))["envs"]
-    assert {one["state"] for one in listed} == {"ready", "retired"}
+    assert {one["state"] for one in listed} == {"ready", "broken"}
 
 
 def test_a_repair_that_fails(entry: Entry, project: Path) -> None:

@@ -81,7 +81,7 @@ def test_uv_cache_has_the_damaged_file(store: Store, entry: Entry, project: Path
     assert (done.sound.site_packages / "tool" / "data").read_text() == "x\n"
     assert look(done.sound).state == "sound"
     assert handed_out(store, project) == done.sound
-    assert status(store.layout, entry).state == "retired"
+    assert status(store.layout, entry).state == "broken"
 
 
 def test_uv_cache_is_sound(store: Store, entry: Entry) -> None:
