@@ -12,7 +12,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import NamedTuple, TypeAlias
 
 from ray_envcache.inside import pyc
@@ -68,8 +68,8 @@ def verify(entry: Entry, on_progress: OnProgress = lambda _done, _all: None, *, 
     out at this moment is skipped. Raises OSError where a folder cannot be read, and as `leases.hold`.
     """
     began = time.monotonic()
-    with ExitStack() as held:
-        record = _keep(entry, held)
+    with leases.hold(entry, ready=True, counts=False) or nullcontext() as lease:
+        record = ReadyRecord.read(entry) if lease else None
         if record is None or not entry.compiled.exists():
             return Verified(entry, record.project if record else "", "skipped", _why_not(entry, record))
         tree = listing.tree_of(entry)
@@ -78,17 +78,6 @@ def verify(entry: Entry, on_progress: OnProgress = lambda _done, _all: None, *, 
     size = sum(one.st_size for one in tree.values() if stat.S_ISREG(one.st_mode))
     state, seconds = "damaged" if found else "sound", time.monotonic() - began
     return Verified(entry, record.project, state, "", tuple(found), len(tree), size, seconds)
-
-
-def _keep(entry: Entry, held: ExitStack) -> ReadyRecord | None:
-    """Hold an entry, and what it lies on; its record, None where it is not handed out."""
-    lease = leases.hold(entry, ready=True, counts=False)
-    if lease is None:
-        return None
-    held.enter_context(lease)
-    record = ReadyRecord.read(entry)
-    base = entry.base(record.base) if record else None
-    return None if base and _keep(base, held) is None else record
 
 
 def _why_not(entry: Entry, record: ReadyRecord | None) -> str:
