@@ -25,7 +25,7 @@ def project(tmp_path: Path) -> Path:
     folder = shutil.copytree(EXAMPLES / "project", tmp_path / "app")
     pyproject = folder / "pyproject.toml"
     pyproject.write_text(
-        re.sub(r"^dependencies = .*", 'dependencies = ["humanize>=4"]', pyproject.read_text(), flags=re.M)
+        re.sub(r"^dependencies = .*", 'dependencies = ["humanize>=4"]', pyproject.read_text(), flags=re.MULTILINE)
     )
     support.run_uv("lock", "--python", sys.executable, cwd=folder)
     return folder
