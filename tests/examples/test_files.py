@@ -123,7 +123,7 @@ def test_compose() -> None:
         assert mount["source"] == mount["target"] == service["environment"][STORE]
         assert mount["bind"] == {"create_host_path": False}
         assert [service["environment"]["RAY_AUTH_TOKEN_PATH"]] == [f"/run/secrets/{one}" for one in compose["secrets"]]
-        assert service["build"] == {"context": "../project", "dockerfile": "../docker/Dockerfile"}
+        assert service["build"] == {"context": "../project", "dockerfile": "../docker/Dockerfile", "target": "base"}
     assert [head["user"], head["image"], head["secrets"]] == [worker["user"], worker["image"], worker["secrets"]]
 
 
