@@ -60,6 +60,9 @@ class Observer:
     def finished(self, lease: Lease, seconds: float) -> None:
         """The environment is ready."""
 
+    def compiling(self, staged: Path) -> None:
+        """Its bytecode is compiled, into this folder until all of it is there."""
+
 
 @dataclass
 class Builder:

@@ -8,11 +8,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
 from ray_envcache.build.builder import Observer
 from ray_envcache.build.plan import Plan
 from ray_envcache.store.leases import Lease
+from ray_envcache.system import files
 from ray_envcache.system.texts import printable
 
 LOG_SECONDS = 10.0
@@ -43,6 +45,7 @@ class _Shown(Observer):
         self._moves = stream.isatty() and os.environ.get("TERM") != "dumb"
         self._began = time.monotonic()
         self._head = self._now = ""
+        self._staged: Path | None = None
         self._over = threading.Event()
         self._ticker = threading.Thread(target=self._tick, daemon=True)
 
@@ -65,6 +68,10 @@ class _Shown(Observer):
         self.close()
         self._say(f"Built in {seconds:.1f} s: {lease.entry.venv}")
 
+    def compiling(self, staged: Path) -> None:
+        self._staged = staged
+        self._headline("Compiling bytecode")
+
     def close(self) -> None:
         self._over.set()
         if self._ticker.ident is not None:
@@ -80,6 +87,8 @@ class _Shown(Observer):
 
     def _tick(self) -> None:
         while not self._over.wait(0.1 if self._moves else LOG_SECONDS):
+            if self._staged and (done := sum(len(files.names_in(folder)) for folder in self._staged.glob("*"))):
+                self._now = f"{done:,} modules compiled"
             status = f"{time.monotonic() - self._began:.0f} s  {self._now}".rstrip()
             if self._moves:
                 turn = _SPINNER[int(time.monotonic() * 10) % len(_SPINNER)]

@@ -131,11 +131,11 @@ def _finish(store: Store, entries: list[Entry]) -> None:
 
     Raises BuildError where that fails: containers are not handed an entry without bytecode.
     """
-    if entries:
-        click.echo("Compiling bytecode", err=True)
     try:
-        for entry in entries:
-            bytecode.finish_now(store.layout, entry)
+        with observer(sys.stderr) as shown:
+            for entry in entries:
+                shown.compiling(entry.staged_bytecode)
+                bytecode.finish_now(store.layout, entry)
     except OSError as error:
         raise BuildError(
             f"The bytecode of {entry.path.name} could not be compiled: {error}",

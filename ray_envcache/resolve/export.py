@@ -75,7 +75,7 @@ def _refuse_selection(spec: EnvSpec, project: Project) -> None:
 def _exported(project: Project, interpreter: Interpreter, selection: list[str]) -> dict[str, Any]:
     arguments = ["export", "--frozen", "--no-header", "--format=pylock.toml", f"--python={interpreter.executable}"]
     done = uv.run([*arguments, *selection], cwd=project.folder)
-    what = f"Cannot read the lockfile in `{project.folder}`"
+    what = f"Cannot resolve the project in `{project.folder}`"
     uv_errors.expect_success(done, LockfileError, what, "see what `uv export --frozen` says in that folder")
     return toml.parse(done.stdout)
 

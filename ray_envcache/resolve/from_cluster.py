@@ -88,7 +88,7 @@ def located(added: dict[str, str], interpreter: Interpreter) -> tuple[ResolvedPa
         "lock ray with the project (uv add ray), set an index that has them (UV_INDEX, uv.toml), or use the cluster's "
         f'own: {{"inherit": {json.dumps(sorted(added))}}}'
     )
-    uv_errors.expect_success(done, RayVersionError, "This node does not get the cluster's ray and what it needs", hint)
+    uv_errors.expect_success(done, RayVersionError, "Cannot find the cluster's ray and what it needs", hint)
     selected = lockfile.select(Pylock.from_dict(toml.parse(done.stdout)), interpreter)
     return tuple(lockfile.resolved_package(package, artifact, Path("/"), "") for package, artifact in selected)
 

@@ -121,6 +121,12 @@ def _is_there(layout: Layout) -> bool:
             _require_trusted(layout, directory)
         # Both to read and to enter.
         os.close(os.open(f"{layout.entries}/.", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        # Some container runtimes mount image volumes so. Workers that cannot load ray are started again for ever.
+        if os.statvfs(layout.root).f_flag & getattr(os, "ST_NOEXEC", 0):
+            raise StoreError(
+                f"The read-only store at `{layout.root}` is mounted noexec: no library can be loaded from there",
+                f"mount it without noexec, or take it out of {VARIABLE}",
+            )
     except _GONE:
         return False
     except OSError as error:

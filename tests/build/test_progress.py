@@ -160,3 +160,18 @@ def test_dumb_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     with observer(stream) as shown:
         shown.started(plan())
     assert stream.getvalue() == "Building the environment of demo: 1 packages\n"
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
+def test_compiling(stream: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modules that are compiled so far are counted while one waits; two entries are one headline."""
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.01)
+    folder = tmp_path / "cpython-312-0"
+    folder.mkdir()
+    for number in range(1234):
+        (folder / f"{number}.pyc").touch()
+    with observer(stream) as shown:
+        for _ in range(2):
+            shown.compiling(tmp_path)
+        support.wait_until(lambda: "s  1,234 modules compiled" in stream.getvalue(), "it was said")
+    assert stream.getvalue().count("Compiling bytecode") == 1

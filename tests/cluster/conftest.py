@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
@@ -152,6 +153,37 @@ def host(python: Path, bytecode: Path, tmp_path: Path) -> Iterator[Host]:
     with run_host(python, tmp_path, bytecode) as one:
         one.store("store")
         yield one
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+        return port
+
+
+def start_node(command: str, environ: dict[str, str]) -> subprocess.Popen[str]:
+    """The process of a shell command that ends in `ray start --block`, when its node is up."""
+    child = subprocess.Popen(
+        ["bash", "-c", command], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert child.stdout is not None
+    said: list[str] = []
+    while not any("block forever" in line for line in said[-1:]):
+        said.append(child.stdout.readline())
+        if not said[-1]:
+            end_nodes([child])
+            pytest.fail("".join(said))
+    return child
+
+
+def end_nodes(started: list[subprocess.Popen[str]]) -> None:
+    """End what is left of nodes, all their processes."""
+    for child in started:
+        if child.poll() is None:
+            support.kill_tree(child.pid)
+        child.wait()
+        assert child.stdout is not None
+        child.stdout.close()
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 
@@ -11,7 +10,7 @@ import psutil
 import pytest
 
 from tests import support
-from tests.cluster.conftest import NEWEST, WITH_TOKEN, Host
+from tests.cluster.conftest import NEWEST, WITH_TOKEN, Host, end_nodes, free_port, start_node
 
 pytestmark = [pytest.mark.cluster, pytest.mark.parametrize("python", [NEWEST], indirect=True)]
 
@@ -41,35 +40,17 @@ print(json.dumps(ray.get([where.options(resources={name: 1}).remote() for name i
 @pytest.fixture
 def nodes(host: Host) -> Iterator[tuple[str, list[subprocess.Popen[str]]]]:
     """The address of a cluster of a head and a worker, each a `ray start --block`, and these processes."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     address = f"127.0.0.1:{port}"
     roles = {"head": f"--head --port={port} --include-dashboard=false", "worker": f"--address={address}"}
     started: list[subprocess.Popen[str]] = []
     try:
         for name, role in roles.items():
             command = NODE.format(bin=host.python.parent, role=role, name=name)
-            child = subprocess.Popen(
-                ["bash", "-c", command],
-                env=host.environ(**WITH_TOKEN),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            started.append(child)
-            assert child.stdout is not None
-            said: list[str] = []
-            while not any("block forever" in line for line in said[-1:]):
-                said.append(child.stdout.readline())
-                assert said[-1], "".join(said)
+            started.append(start_node(command, host.environ(**WITH_TOKEN)))
         yield address, started
     finally:
-        for child in started:
-            if child.poll() is None:
-                support.kill_tree(child.pid)
-            child.wait()
-            assert child.stdout is not None
-            child.stdout.close()
+        end_nodes(started)
 
 
 def test_ray_start_with_the_exports(host: Host, nodes: tuple[str, list[subprocess.Popen[str]]]) -> None:

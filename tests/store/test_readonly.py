@@ -252,6 +252,15 @@ def test_read_only_file_system(kind: str, image: Layout, below: Store, project: 
     assert own_entries(below) == []
 
 
+def test_mounted_noexec(image: Layout, below: Store) -> None:
+    """As some container runtimes mount an image volume: no library loads from there, so it is refused, with the cause."""
+    mount = 'mount --bind "$0" "$0" && mount -o remount,bind,noexec "$0" && exec "$@"'
+    command = [*support.container(), "sh", "-c", mount, str(image.root), sys.executable, "-m", "ray_envcache", "list"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert f"`{image.root}` is mounted noexec: no library can be loaded from there\nhint: mount it" in done.stderr
+
+
 def test_file_system_without_flocks(
     below: Store, image: Layout, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
