@@ -61,7 +61,7 @@ def test_wheel(wheel: Path) -> None:
     packaged = {str(path.relative_to(ROOT)) for path in (ROOT / "ray_envcache").rglob("*") if path.suffix == ".py"}
     assert modes.keys() >= packaged | {"ray_envcache/py.typed", "ray_envcache/inside/path/uv"}
     assert modes["ray_envcache/inside/path/uv"] & 0o111 == 0o111
-    assert f"ray_envcache-{__version__}.dist-info/licenses/LICENSE" in modes
+    assert f"ray_envcache-{__version__}.dist-info/licenses/ray_envcache/LICENSE" in modes
     assert not any(name.endswith((".pyc", ".lock")) for name in modes)
 
 
@@ -74,7 +74,6 @@ def test_sdist(built: Path) -> None:
         "pyproject.toml",
         "README.md",
         "CHANGELOG.md",
-        "LICENSE",
         "tests/conftest.py",
         "examples/quickstart.py",
     }
