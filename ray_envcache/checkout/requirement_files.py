@@ -1,6 +1,7 @@
-"""requirements.txt as text: its logical lines, and the files it includes.
+"""requirements.txt as text: the files it includes, and its lines, of which none may leave a choice.
 
-The agent reads it for the digest of each field value, so nothing here imports `packaging` (37 ms on a busy host).
+uv reads the file itself, and honours all of it. The agent comes by here for the digest of each field value, so nothing
+imports `packaging` (37 ms on a busy host).
 """
 
 from __future__ import annotations
@@ -10,70 +11,97 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from ray_envcache.errors import LockfileError
 from ray_envcache.system.texts import without_credentials
 
-_COMMENT = re.compile(r"(^|\s+)#.*$")
-_INCLUDE = re.compile(r"(-r|--requirement|-c|--constraint)(?:\s*=\s*|\s+|(?<=-[rc]))(\S.*)")
-_INCLUDES = re.compile(r"^\s*(-r|--requirement|-c|--constraint)", re.MULTILINE)
-_VARIABLE = re.compile(r"\$\{([A-Z0-9_]+)\}")
+_COMMENT = re.compile(r"#(?<!\S#).*")
+_INCLUDE = re.compile(r"""(?m)^[ \t]*(-r|--requirement|-c|--constraint)[ \t=]*["']?(.*?)["']?[ \t]*$""")
+_LINE = re.compile(r"(?:.*\\\n)*.+")
+_WHEEL = re.compile(r"(?:\S*/)?([^/\s]+?)-[^/\s]*\.whl(?!\S*/)")
+_NAMED = re.compile(r"([\w.-]+)\s*(?:\[[^]]*\]\s*)?(?:@\s*(?P<place>\S+)|(?P<version>[^/;]*)(?:;.*)?)")
+_EXACT = re.compile(r"===?\s*[^\s,;)*]+(?=[\s,)]|$)")
+_COMMIT = re.compile(r"@[0-9a-f]{40}(#|$)")
+_HASH = re.compile(r"(?:\s--hash[\s=]+|[#&])(?:sha\d+|md5)[:=]([0-9a-f]+)")
 _SHOWN = 120
+_UNPINNED = "Not an exact version"
+_INSTEAD = {
+    _UNPINNED: "write `name==version`, or lock it: `{}`, and name the file that this writes",
+    "Not an exact commit": "write all 40 digits of the commit after the `@`",
+    "A URL without a hash": "add `--hash=sha256:...`, or write `name==version`",
+    "A file of another machine": "write `name==version`, as `pip list --format=freeze` does where the list was made",
+    "No package is named": "write `name==version`, or `name @ url`",
+}
 
 
 @dataclass(frozen=True)
 class Line:
-    """A logical line: continuations joined, the comment removed. `number` is that of its first line in the file."""
+    """What a line of `file` asks for, with the lines that continue it; `number` is that of the first.
+
+    `name` is normalized; a local package's folder has none. `choice` is the kind of choice that is left, if any.
+    """
 
     file: Path
     number: int
     text: str
     is_constraint: bool
+    name: str
+    choice: str
 
     def __str__(self) -> str:
         return f"`{_shown(self.text)}` in line {self.number} of `{self.file}`"
 
+    @property
+    def hashes(self) -> list[str]:
+        """The hashes of which the package's file must have one; where there are none, any file will do."""
+        return _HASH.findall(self.text)
+
 
 def files(path: Path) -> list[Path]:
     """The file and all files that it includes, each once. Raises LockfileError."""
-    # Most files include none, and finding the logical lines of 2,000 takes 7 ms.
-    return [*_by_file(path)] if _INCLUDES.search(_read(path)) else [path]
+    return [*dict.fromkeys(file for file, _, _ in _read_all(path))]
 
 
 def lines(path: Path) -> list[Line]:
-    """All logical lines of a file and of those it includes, but for the includes themselves. Raises LockfileError."""
-    return [line for found in _by_file(path).values() for line in found]
+    """The lines that ask for packages, in a file and in those it includes; what is an option is left to uv.
 
-
-def expanded(text: str) -> str:
-    """The text with `${NAME}` replaced by that variable, where it is set."""
-    return _VARIABLE.sub(lambda found: os.environ.get(found[1], found[0]), text)
-
-
-def _by_file(
-    path: Path, found: dict[Path, list[Line]] | None = None, *, is_constraint: bool = False
-) -> dict[Path, list[Line]]:
-    found = {} if found is None else found
-    own = found[path] = []
-    for number, text in _logical(_read(path)):
-        include = _INCLUDE.fullmatch(text)
-        if include is None:
-            own.append(Line(path, number, text, is_constraint))
-            continue
-        other = _included(path, number, include[2])
-        if other not in found:
-            _by_file(other, found, is_constraint=is_constraint or "c" in include[1][:3])
+    Raises LockfileError where a line leaves a choice, and no constraint makes up for it.
+    """
+    found = [line for one in _read_all(path) for line in _lines_in(*one)]
+    fixed = {line.name for line in found if line.is_constraint and not line.choice}
+    for line in found:
+        made_up_for = line.is_constraint or (line.choice == _UNPINNED and line.name in fixed)
+        if line.choice and not made_up_for:
+            raise LockfileError(f"{line.choice}: {line}", _INSTEAD[line.choice].format(lock_command(path)))
     return found
 
 
-def _included(path: Path, number: int, name: str) -> Path:
-    included = expanded(name.strip("\"' "))
-    if "://" in included:
+def lock_command(path: Path) -> str:
+    """What makes a file of exact versions of one that leaves choices."""
+    return f"uv pip compile --universal --generate-hashes {path.name} -o locked-{path.name}"
+
+
+def _read_all(path: Path) -> Iterator[tuple[Path, bool, str]]:
+    """The file and all that it includes, each with whether it only constrains others, and its text without comments."""
+    found = [(path, False)]
+    for file, constrains in found:  # it grows
+        text = _COMMENT.sub("", _read(file))
+        yield file, constrains, text
+        for include in _INCLUDE.finditer(text):
+            other = _included(file, text, include), constrains or "c" in include[1][:3]
+            if other not in found:
+                found.append(other)
+
+
+def _included(file: Path, text: str, include: re.Match[str]) -> Path:
+    name = os.path.expandvars(include[2])
+    if "://" in name:
         raise LockfileError(
-            f"`{path}` includes `{_shown(name)}` in line {number}, which may change at any time",
+            f"`{file}` includes `{_shown(include[2])}` in line {_number(text, include)}, which may change at any time",
             "put that file beside it",
         )
-    return Path(os.path.normpath(path.parent / included))
+    return Path(os.path.normpath(file.parent / name))
 
 
 def _read(path: Path) -> str:
@@ -85,19 +113,38 @@ def _read(path: Path) -> str:
         ) from error
 
 
-def _logical(text: str) -> Iterator[tuple[int, str]]:
-    first, parts = 1, list[str]()
-    # The empty line at the end completes a continuation there.
-    for number, line in enumerate([*text.splitlines(), ""], 1):
-        first = first if parts else number
-        continues = line.endswith("\\") and not line.lstrip().startswith("#")
-        parts.append(_COMMENT.sub("", line[:-1] if continues else line).strip())
-        if not continues:
-            if joined := " ".join(filter(None, parts)):
-                yield first, joined
-            parts = []
+def _number(text: str, found: re.Match[str]) -> int:
+    return text.count("\n", 0, found.start()) + 1
 
 
 def _shown(text: str) -> str:
     # Before it is cut: half a password is not recognized as one.
     return without_credentials(text)[:_SHOWN]
+
+
+def _lines_in(file: Path, constrains: bool, text: str) -> Iterator[Line]:  # noqa: FBT001  # of what is read
+    for found in _LINE.finditer(text):
+        joined = " ".join(found[0].replace("\\\n", " ").split())
+        if joined and not joined.startswith("-"):
+            understood = _understood(os.path.expandvars(joined), file.parent)
+            yield Line(file, _number(text, found), joined, constrains, *understood)
+
+
+def _understood(text: str, folder: Path) -> tuple[str, str]:
+    """The package that a line names, and the kind of choice that it leaves."""
+    wheel = _WHEEL.match(text)  # its file says which package it is
+    asked = re.split(r"\s--|\s;", f"{wheel[1]} @ {text}" if wheel else text)[0]
+    found = _NAMED.fullmatch(asked)
+    if found is None:
+        return "", "" if os.path.isdir(folder / asked.partition("[")[0]) else "No package is named"
+    name, place = re.sub(r"[-_.]+", "-", found[1]).lower(), found["place"]
+    if place is None:
+        choice = "" if _EXACT.search(found["version"]) else _UNPINNED
+    elif place.startswith("git+"):
+        choice = "" if _COMMIT.search(place) else "Not an exact commit"
+    elif place.startswith("file:") or "://" not in place:
+        path = unquote(re.split(r"[\[#]", place.removeprefix("file:"))[0])
+        choice = "" if os.path.exists(folder / path) else "A file of another machine"
+    else:
+        choice = "" if _HASH.search(text) else "A URL without a hash"
+    return name, choice

@@ -8,11 +8,12 @@ from typing import Any
 
 from packaging.utils import canonicalize_name
 
-from ray_envcache.checkout import toml
+from ray_envcache.checkout import requirement_files, toml
 from ray_envcache.checkout.project import Kind, Project
+from ray_envcache.checkout.requirement_files import Line
 from ray_envcache.errors import LockfileError
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.resolve import requirements, uv, uv_errors
+from ray_envcache.resolve import uv, uv_errors
 from ray_envcache.resolve.interpreter import Interpreter
 from ray_envcache.resolve.uv import Scope
 from ray_envcache.system import children
@@ -35,7 +36,7 @@ def export(spec: EnvSpec, project: Project, interpreter: Interpreter) -> dict[st
     if project.kind is Kind.UV:
         return _from_uv(spec, project, interpreter)
     if project.kind is Kind.REQUIREMENTS:
-        return requirements.export(project, interpreter, no_build=spec.no_build)
+        return _from_requirements(project, interpreter, no_build=spec.no_build)
     return _exported(project, interpreter, [f"--script={project.file.name}"])
 
 
@@ -78,6 +79,59 @@ def _exported(project: Project, interpreter: Interpreter, selection: list[str]) 
     what = f"Cannot resolve the project in `{project.folder}`"
     uv_errors.expect_success(done, LockfileError, what, "see what `uv export --frozen` says in that folder")
     return toml.parse(done.stdout)
+
+
+def _from_requirements(project: Project, interpreter: Interpreter, *, no_build: bool) -> dict[str, Any]:
+    lines = requirement_files.lines(project.file)
+    done = _compiled(project, interpreter, "--no-deps", *(["--no-build"] if no_build else []))
+    hint = "`uv pip compile --no-deps` of it shows the same"
+    uv_errors.expect_success(done, LockfileError, f"Cannot resolve `{project.file}`", hint)
+    data = toml.parse(done.stdout)
+    # uv writes down the Python at hand; the file asks for none.
+    data.pop("requires-python", None)
+    for package in data["packages"]:
+        _keep_listed(package, [line for line in lines if line.name == package["name"]])
+    _require_complete(project, interpreter, {package["name"] for package in data["packages"]})
+    return data
+
+
+def _keep_listed(package: dict[str, Any], lines: list[Line]) -> None:
+    """Leave a package (a table of pylock.toml) those artifacts alone whose hashes the lines list, if they list any."""
+    listed = {found for line in lines for found in line.hashes}
+
+    def is_other(artifact: dict[str, Any]) -> bool:
+        return bool(listed) and listed.isdisjoint(artifact.get("hashes", {}).values())
+
+    for kind in {"sdist", "archive"} & package.keys():
+        if is_other(package[kind]):
+            del package[kind]
+    package["wheels"] = [wheel for wheel in package.get("wheels", []) if not is_other(wheel)]
+    if not any(package.get(kind) for kind in ("wheels", "sdist", "archive", "vcs", "directory")):
+        raise LockfileError(
+            f"None of the files of {package['name']} {package['version']} has a hash that the file lists: {lines[0]}",
+            "the files on the index were replaced, or the list is of another index; if that is right, lock again",
+        )
+
+
+def _require_complete(project: Project, interpreter: Interpreter, listed: set[str]) -> None:
+    """Raise LockfileError where the file leaves out what its packages need: workers would fail to import it."""
+    done = _compiled(project, interpreter, "--no-build")
+    if done.returncode != 0:
+        # Versions that do not go together may be meant so, and what a source package needs only its build knows.
+        return
+    missing = {package["name"] for package in toml.parse(done.stdout)["packages"]} - listed
+    # What needs ray may leave it to the cluster.
+    if missing and "ray" not in missing:
+        raise LockfileError(
+            f"`{project.file}` leaves out what its packages need: {', '.join(sorted(missing))}",
+            f"lock it with all that is needed: `{requirement_files.lock_command(project.file)}`; what is left out on "
+            "purpose, name in `override-dependencies` of a uv.toml beside it",
+        )
+
+
+def _compiled(project: Project, interpreter: Interpreter, *options: str) -> children.Completed:
+    arguments = ["pip", "compile", "--no-header", "--format=pylock.toml", f"--python={interpreter.executable}"]
+    return uv.run([*arguments, *options, project.file], cwd=project.folder)
 
 
 def require_current(project: Project, executable: str) -> None:

@@ -66,6 +66,7 @@ _CAUSES = tuple(_Cause(*one) for one in (
      "`uv sync` in its folder shows the same; what the build needs (a compiler, headers) must be on this node"),
     (r"Expected `--hash`, found|Unexpected '-'", None, "",
      "leave out that option of pip; how packages are built says a uv.toml beside (`config-settings` and others)"),
+    (r"Git sources cannot be editable", None, "", "write `name @ git+https://...@COMMIT` instead"),
     (r"unsupported schema version", None, "",
      "upgrade uv on this node (python -m pip install --upgrade uv), or lock with the uv version that is here"),
     (r"Failed to parse `(.*)`", None, "",
