@@ -7,7 +7,6 @@ environment and the content of the packages, so an edited line costs a layer and
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,8 +27,6 @@ from ray_envcache.store.layout import Entry, layout_of
 from ray_envcache.store.record import LocalBuild
 from ray_envcache.survey.nearest import Wanted
 from ray_envcache.system import files
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -180,8 +177,6 @@ def layer_plan(spec: EnvSpec, plan: EnvironmentPlan, base: Entry, *, editable: b
             f"the field value pins {spec.content[:19]}…",
             "bring this node's files up to date, or make the field value anew with ray_envcache.runtime_env()",
         )
-    for warning in filter(None, (one.content.warning() for one in sources)):
-        _logger.warning(warning)
     settings = plan.resolved.build_settings
     # For such a build uv wants a version to match among what it installs: then it links all into the layer itself.
     others = [one.name for one in plan.inherited] if "match-runtime" in settings else plan.names

@@ -20,8 +20,8 @@ from ray_envcache.errors import LockfileError
 MAX_FILES = 50_000
 """A folder with more files is no package: it has data in it, or an environment without a `pyvenv.cfg`."""
 
-HASHED_BYTES = 256_000_000
-"""Up to so many bytes all files are read; of larger packages the largest files count by size and time of change."""
+MAX_READ = 256_000_000
+"""Of a package with more bytes only code is read: its other files count by size and time of change."""
 
 _DEFINITION = ("pyproject.toml", "setup.cfg", "setup.py")
 _NEVER = frozenset(
@@ -36,15 +36,10 @@ _OUTPUT = re.compile(r"build/(bdist|lib|scripts|temp)[^/]*/.*|dist/[^/]*\.(whl|t
 
 @dataclass(frozen=True)
 class Content:
-    """The files of a local package that a build sees, relative to `folder` and sorted.
-
-    `by_time` are those too large to be read, known by size and time of change; `size` is in bytes.
-    """
+    """The files of a local package that a build sees, relative to `folder` and sorted."""
 
     folder: Path
     files: tuple[str, ...]
-    by_time: frozenset[str]
-    size: int
     digest: str
     identities: dict[str, list[Any]]
 
@@ -58,21 +53,12 @@ class Content:
 
     def _has_grown(self, name: str) -> bool:
         was, path = self.identities[name], self.folder / name
-        if name in self.by_time or was[0] == "link" or not path.is_file():
-            return name in self.by_time
+        if was[0] == "link" or not path.is_file():
+            return False
+        if was[0] == "by time":
+            return path.stat().st_size > int(was[2])
         with path.open("rb") as file:
             return bool(hashlib.sha256(file.read(was[2])).hexdigest() == was[1])
-
-    def warning(self) -> str:
-        """A warning for a package too large to be read, with the folder that makes it so; else ""."""
-        if not self.by_time:
-            return ""
-        largest = max(self.by_time, key=lambda name: (self.folder / name).stat().st_size)
-        place = self.folder / os.path.dirname(largest)
-        return (
-            f"`{self.folder}` has {self.size / 1e9:.1f} GB that every build looks through, most of it in `{place}`: "
-            "name it in .gitignore, or keep it elsewhere"
-        )
 
 
 def scan(folder: Path) -> Content:
@@ -103,12 +89,11 @@ def _content(folder: Path, seen: Iterable[str]) -> Content:
     # Neither sockets nor pipes: no build reads those, and reading one may wait without end.
     paths = {name: folder / name for name in (*seen, *_matching(folder, settings))}
     paths = {name: path for name, path in paths.items() if path.is_symlink() or path.is_file()}
-    sizes = {name: path.stat().st_size if path.is_file() else 0 for name, path in paths.items()}
-    by_time = _too_large(sizes)
-    identities = {name: _identity(path, read=name not in by_time) for name, path in paths.items()}
+    small = sum(path.stat().st_size for path in paths.values() if path.is_file()) <= MAX_READ
+    identities = {name: _identity(path, read=small or name.endswith(_CODE)) for name, path in paths.items()}
     listing = sorted([_portable(name), *identity] for name, identity in identities.items())
     digest = hashlib.sha256(json.dumps([listing, _extras(folder, settings)]).encode()).hexdigest()
-    return Content(folder, tuple(sorted(paths)), by_time, sum(sizes.values()), f"sha256:{digest}", identities)
+    return Content(folder, tuple(sorted(paths)), f"sha256:{digest}", identities)
 
 
 def _seen(folder: Path) -> list[str]:
@@ -152,24 +137,13 @@ def _walk(folder: Path) -> Iterator[str]:
                 yield name if relative == "." else f"{relative}/{name}"
 
 
-def _too_large(sizes: dict[str, int]) -> frozenset[str]:
-    """The largest files, as many as it takes until the rest can be read."""
-    excess, large = sum(sizes.values()) - HASHED_BYTES, set()
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        if excess <= 0:
-            break
-        large.add(name)
-        excess -= sizes[name]
-    return frozenset(large)
-
-
 def _identity(path: Path, *, read: bool) -> list[Any]:
     """What tells a file from another one in its place. Links count by where they point: nothing is followed twice."""
     if not path.is_file():
         return ["link", _portable(os.readlink(path))]
     found = path.stat()
     if not read:
-        return ["by time", found.st_size, found.st_mtime_ns]
+        return ["by time", found.st_mtime_ns, found.st_size]
     text = path.read_bytes()
     return [bool(found.st_mode & 0o111), hashlib.sha256(text).hexdigest(), len(text)]
 

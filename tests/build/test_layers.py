@@ -342,10 +342,8 @@ def test_a_path_dependency_that_is_not_here(store: Store, project: Path) -> None
         store.acquire(field, installed_ray(), Holder("test"))
 
 
-def test_data_files_and_loops_do_no_harm(
-    store: Store, project: Path, acquire: Acquire, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Symbolic links in a circle are no trouble; a huge file is neither read nor copied, and a warning names it."""
+def test_data_files_and_loops_do_no_harm(store: Store, project: Path, acquire: Acquire) -> None:
+    """Symbolic links in a circle are no trouble; a huge file is neither read nor copied."""
     (project / "loop").symlink_to(project)
     (project / "dangling").symlink_to("nowhere")
     (project / "data").mkdir()
@@ -353,8 +351,6 @@ def test_data_files_and_loops_do_no_harm(
         file.truncate(5_000_000_000)
     lease = acquire(project)
     assert says(lease, "import app; print(app.X)") == "1"
-    assert "5.0 GB" in caplog.text
-    assert str(project / "data") in caplog.text
 
 
 def test_list_shows_layers_below_their_environment(store: Store, project: Path, acquire: Acquire) -> None:

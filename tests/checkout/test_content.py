@@ -71,7 +71,7 @@ def test_layer_key(digests: list[str], dice: object) -> None:
     sources = [
         layers.Source(
             LocalPackage(one, folder, editable=True),
-            content.Content(folder, (), frozenset(), 0, one, {}),
+            content.Content(folder, (), one, {}),
             is_editable=False,
         )
         for one, folder in zip(digests, folders, strict=True)
@@ -278,14 +278,19 @@ def test_links_sockets_and_pipes(tmp_path: Path) -> None:
 
 
 def test_too_much_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of more than can be read the largest files count by size and time, and a warning names their place."""
-    monkeypatch.setattr(content, "HASHED_BYTES", 10)
-    write(tmp_path / "package", {"a.py": b"12345", "data/big.bin": b"x" * 100})
-    seen = scan(tmp_path / "package")
-    assert seen.by_time == {"data/big.bin"}
-    assert str(tmp_path / "package" / "data") in seen.warning()
-    os.utime(tmp_path / "package" / "data" / "big.bin", (1, 1))
-    assert scan(tmp_path / "package").digest != seen.digest
+    """Of a package that is too large the code is read; all else counts by size and time, and is edited unless larger."""
+    monkeypatch.setattr(content, "MAX_READ", 10)
+    folder = write(tmp_path / "package", {"a.py": b"12345", "data/big.bin": b"x" * 100})
+    data, seen = folder / "data" / "big.bin", scan(folder)
+    os.utime(folder / "a.py", (1, 1))
+    assert scan(folder).digest == seen.digest
+    for change, edited in ((b"y" * 100, ["data/big.bin"]), (b"y" * 99, ["data/big.bin"]), (b"x" * 101, [])):
+        data.write_bytes(change)
+        os.utime(data, (1, 1))
+        assert scan(folder).digest != seen.digest
+        assert seen.edited_until(scan(folder)) == edited
+    write(folder, {"a.py": b"123456"})
+    assert seen.edited_until(scan(folder)) == ["a.py"]
 
 
 def test_too_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
