@@ -51,7 +51,7 @@ def usage(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 @click.option("--sort", type=click.Choice([*filters.ORDERS]), help="The largest, last used or newest first.")
 @click.option("--limit", type=click.IntRange(min=0), metavar="N", help="Show the first N of them.")
 @click.option("-q", "--quiet", is_flag=True, help="Print keys only, for other commands.")
-@click.option("--uv-cache", is_flag=True, help="Measure uv's cache too; takes seconds where it is large.")
+@click.option("--uv-cache", is_flag=True, help="Measure your own cache of uv too; takes seconds where it is large.")
 @click.option("--sessions", is_flag=True, help="Show Ray's session directories instead: alive or dead, size, age.")
 @tmpdir_option
 def list_(*, as_json: bool, sessions: bool, tmpdir: str | None, quiet: bool, **options: Any) -> None:
@@ -96,14 +96,13 @@ def _chosen(layout: Layout, found: list[Status], options: dict[str, Any]) -> lis
 
 
 def _uv_caches(layout: Layout, *, users: bool) -> list[UvCache]:
-    """The cache in the store, whose size is at most an hour old, and, if asked for, the user's as they are now."""
-    own = uv_cache.of_store(layout, 0 if users else inventory.FRESH_SECONDS)
-    theirs = None
+    """The cache in the store and, if asked for, the user's."""
+    found = [uv_cache.of_store(layout)]
     if users:
         from ray_envcache.doctor.users_cache import users_cache  # asks uv: not where people only look
 
-        theirs = users_cache(layout)
-    return [one for one in (own, theirs) if one]
+        found.append(users_cache(layout))
+    return [one for one in found if one]
 
 
 def _show_sessions(tmpdir: str | None, *, as_json: bool) -> None:

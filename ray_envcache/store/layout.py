@@ -174,11 +174,6 @@ class Layout:
         return self.root / "uv"
 
     @property
-    def uv_cache_size(self) -> Path:
-        """The size of that cache, as it was measured."""
-        return self.top / "uv-cache.json"
-
-    @property
     def cachedir_tag(self) -> Path:
         """Tells backups to leave out what is ours: the root may be a folder that holds other data too."""
         return self.top / "CACHEDIR.TAG"

@@ -2,8 +2,8 @@
 
 The files of entries are hard links to unpacked wheels in it ("archives"). An archive to which no entry links any more
 only saves a download. While uv runs it holds a shared flock on `.lock`; what is removed here is removed under the
-exclusive one, which is only tried. Of a local wheel uv does not ask whether its archive is still there: so the links
-and notes that lead to an archive go before it, and uv unpacks or downloads the wheel again.
+exclusive one, which is only tried. uv takes an archive that a note names to be there: so its notes go first, then the
+link by which they are found, then the archive, and uv unpacks or downloads the wheel again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import os
 import stat
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,7 +23,7 @@ from ray_envcache.system import disk, files, flock
 OnError = Callable[[str, OSError], None]
 
 _FLOCK, _ARCHIVES = ".lock", "archive-v"
-_NOTE_BYTES = 4096  # notes have 500
+_NOTES = (".rev", ".http")  # of wheels from this host, and from others
 
 
 class UvCache(NamedTuple):
@@ -39,23 +38,12 @@ class UvCache(NamedTuple):
     shared_bytes: int
 
 
-def of_store(layout: Layout, max_age: float) -> UvCache | None:
-    """The cache in the store, None where there is none. What was measured in the last `max_age` seconds is believed.
-
-    To measure 100,000 files takes half a second.
-    """
+def of_store(layout: Layout) -> UvCache | None:
+    """The cache in the store, None where there is none. To measure 100,000 files takes half a second."""
     if not layout.uv_cache.is_dir():
         return None
-    with suppress(FileNotFoundError):  # not measured yet, or collected since
-        is_fresh = 0 <= time.time() - layout.uv_cache_size.stat().st_mtime < max_age
-        noted = files.read_json(layout.uv_cache_size) or {}
-        if is_fresh and noted.keys() == {*UvCache._fields}:
-            return UvCache(**noted)
     use = disk.measure(layout.uv_cache)
-    found = UvCache(os.fspath(layout.uv_cache), True, use.size, use.size - use.reclaimable)
-    with suppress(OSError):  # on a full disk it is measured again next time
-        files.write_json(layout.uv_cache_size, found._asdict(), durable=False)
-    return found
+    return UvCache(os.fspath(layout.uv_cache), True, use.size, use.size - use.reclaimable)
 
 
 def inodes(layout: Layout) -> frozenset[Inode]:
@@ -77,7 +65,6 @@ def retire(layout: Layout, on_error: OnError, *, since: float = 0.0, before: flo
         left = [path for path in left if _is_left(path, since, before)] if alone else []
         for path in [*_leading_to(left, layout), *left]:
             _retire(path, layout, on_error)
-    layout.uv_cache_size.unlink(missing_ok=True)
 
 
 def retire_all(layout: Layout, on_error: OnError) -> None:
@@ -88,36 +75,20 @@ def retire_all(layout: Layout, on_error: OnError) -> None:
         for path in layout.uv_cache.iterdir() if alone else []:
             if path.name != _FLOCK:
                 _retire(path, layout, on_error)
-    layout.uv_cache_size.unlink(missing_ok=True)
 
 
 def _archives(layout: Layout) -> list[Path]:
     return [path for path in layout.uv_cache.glob(f"{_ARCHIVES}*/*") if path.is_dir() and not path.is_symlink()]
 
 
-def _leading_to(archives: list[Path], layout: Layout) -> list[Path]:
-    """The links to archives, and uv's notes that have their names: these are random, so that no other file has them."""
-    if not archives:
-        return []
-    names = {os.fsencode(archive.name) for archive in archives}
-    lengths = {len(name) for name in names}
-    kinds = [kind for kind in layout.uv_cache.iterdir() if kind.is_dir() and not kind.name.startswith(_ARCHIVES)]
-
-    def leads_there(path: Path) -> bool:
-        text = _text_of(path)
-        return any(text[at : at + length] in names for length in lengths for at in range(len(text) - length + 1))
-
-    return [path for kind in kinds for path in kind.rglob("*") if leads_there(path)]
-
-
-def _text_of(path: Path) -> bytes:
-    """What a link leads to, or the content of a file that may be a note; of others nothing."""
-    with suppress(OSError):
-        if path.is_symlink():
-            return os.fsencode(os.readlink(path))
-        if path.is_file() and path.stat().st_size <= _NOTE_BYTES:
-            return path.read_bytes()
-    return b""
+def _leading_to(archives: list[Path], layout: Layout) -> Iterator[Path]:
+    """The links to these archives, each after uv's notes of it, which lie beside it."""
+    names = {archive.name for archive in archives}
+    kinds = (kind for kind in layout.uv_cache.iterdir() if kind.is_dir() and not kind.name.startswith(_ARCHIVES))
+    for link in (path for kind in kinds for path in kind.rglob("*") if path.is_symlink()):
+        if os.path.basename(os.readlink(link)) in names:
+            yield from filter(Path.exists, (link.with_name(link.name + note) for note in _NOTES))
+            yield link
 
 
 def _is_left(archive: Path, since: float, before: float) -> bool:

@@ -96,7 +96,7 @@ def unpacked(cache: Path, name: str, size: int) -> Path:
 
 
 def test_the_stores_cache_of_uv(store: Store, entries: list[Entry]) -> None:
-    """It has a line of its own, at most an hour old; what environments have of it is told."""
+    """It has a line of its own, as it is now; what environments have of it is told."""
     assert listed()["uv_caches"] == []
     shared = unpacked(store.layout.uv_cache, "torch", 5_000_000)
     os.link(shared, entries[0].site_packages / "torch.so")
@@ -104,16 +104,12 @@ def test_the_stores_cache_of_uv(store: Store, entries: list[Entry]) -> None:
     expected = f"uv's cache of the store at {store.layout.uv_cache}: 6.0 MB, 5.0 MB of it in environments too"
     assert said()[-1] == expected
     unpacked(store.layout.uv_cache, "pandas", 9_000_000)
-    assert said()[-1] == expected
-    os.utime(store.layout.uv_cache_size, (0, 0))
     (one,) = listed()["uv_caches"]
     assert (one["path"], one["own"]) == (str(store.layout.uv_cache), True)
     assert 15_000_000 < one["size_bytes"] < 15_100_000
     assert 5_000_000 <= one["shared_bytes"] < 5_010_000
-    store.layout.uv_cache_size.write_text("{")
-    assert listed()["uv_caches"] == [one]
     run("gc", "--all")
-    assert listed()["uv_caches"][0]["size_bytes"] < 100_000, "what went is not counted for an hour"
+    assert listed()["uv_caches"][0]["size_bytes"] < 100_000
 
 
 def test_the_users_cache_of_uv(

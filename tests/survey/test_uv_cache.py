@@ -16,6 +16,7 @@ from ray_envcache.gc.collector import collect, make_room
 from ray_envcache.gc.policy import DAY, Limits
 from ray_envcache.store import journal
 from ray_envcache.store.layout import Entry, Layout
+from ray_envcache.survey import uv_cache
 from ray_envcache.survey.inventory import record_sizes, survey
 from ray_envcache.system import disk, flock
 from ray_envcache.system.texts import Space
@@ -67,6 +68,22 @@ def test_a_package_goes_with_the_last_entry_that_has_it(tmp_path: Path) -> None:
     assert did.freed_bytes == before - disk.measure(layout.root).size >= 5 * MB
     assert 0 <= did.freed_bytes - would.freed_bytes < 20_000, "the directories of the cache"
     assert did.failed == []
+
+
+def test_what_leads_to_a_package_goes_before_it(tmp_path: Path) -> None:
+    """A collector that is killed on its way leaves the link by which the next one finds the rest."""
+    layout = make_layout(tmp_path / "store")
+    archive = add_package(layout, None)
+    link = layout.uv_cache / "wheels-v8" / "url" / "hash" / "torch" / "1.0-py3-none-any"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(os.path.relpath(archive, link.parent))
+    notes = [link.with_name(f"{link.name}.{kind}") for kind in ("rev", "http")]
+    for path in (*notes, link.with_name("1.0-py3-none-any.msgpack"), link.with_name("2.0-py3-none-any.rev")):
+        path.write_text(archive.name)
+    found = [*uv_cache._leading_to([archive], layout)]
+    assert found == [*notes, link]
+    uv_cache.retire(layout, lambda name, error: pytest.fail(f"{name}: {error}"))
+    assert not any(os.path.lexists(path) for path in (*found, archive))
 
 
 def test_packages_that_no_entry_has_go_by_age_or_for_space(tmp_path: Path) -> None:
