@@ -67,6 +67,8 @@ _CAUSES = tuple(_Cause(*one) for one in (
     (r"Expected `--hash`, found|Unexpected '-'", None, "",
      "leave out that option of pip; how packages are built says a uv.toml beside (`config-settings` and others)"),
     (r"Git sources cannot be editable", None, "", "write `name @ git+https://...@COMMIT` instead"),
+    (r"Distribution not found at: file:", None,
+     "a local package is not on this node: ", "path dependencies travel in the working_dir only if they lie inside it"),
     (r"unsupported schema version", None, "",
      "upgrade uv on this node (python -m pip install --upgrade uv), or lock with the uv version that is here"),
     (r"Failed to parse `(.*)`", None, "",
