@@ -16,7 +16,6 @@ from ray_envcache.store import readonly
 from ray_envcache.store.layout import Layout
 from ray_envcache.survey import filters, inventory, uv_cache
 from ray_envcache.survey.inventory import Status
-from ray_envcache.survey.uv_cache import UvCache
 from ray_envcache.system.texts import printable
 
 tmpdir_option = click.option(
@@ -75,7 +74,8 @@ def list_(*, as_json: bool, sessions: bool, tmpdir: str | None, quiet: bool, **o
         for key in dict.fromkeys(one.key for one in found):
             click.echo(key)
         return
-    caches = _uv_caches(layout, users=options["uv_cache"])
+    measured = [uv_cache.of_store(layout), uv_cache.of_user(layout) if options["uv_cache"] else None]
+    caches = [one for one in measured if one]
     if as_json:
         roots = {"root": os.fspath(layout.root), "readonly_roots": [os.fspath(one.root) for one in below]}
         envs = [tables.status_as_json(status) for status in found]
@@ -93,16 +93,6 @@ def _chosen(layout: Layout, found: list[Status], options: dict[str, Any]) -> lis
     if options["sort"]:
         chosen.sort(key=filters.ORDERS[options["sort"]])
     return chosen[: options["limit"]]
-
-
-def _uv_caches(layout: Layout, *, users: bool) -> list[UvCache]:
-    """The cache in the store and, if asked for, the user's."""
-    found = [uv_cache.of_store(layout)]
-    if users:
-        from ray_envcache.doctor.users_cache import users_cache  # asks uv: not where people only look
-
-        found.append(users_cache(layout))
-    return [one for one in found if one]
 
 
 def _show_sessions(tmpdir: str | None, *, as_json: bool) -> None:
