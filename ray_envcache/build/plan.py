@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ray_envcache.build import venv_files
+from ray_envcache.build import forest, venv_files
 from ray_envcache.build.uv_calls import UvCalls
 from ray_envcache.checkout.project import Kind, Project
 from ray_envcache.field.spec import EnvSpec
@@ -129,7 +129,7 @@ class EnvironmentPlan(Plan):
         elif self.resolved.packages:
             self._sync_list(entry, run_uv)
         # After uv, which would remove links that it did not make.
-        from_cluster.link(self.inherited, entry.site_packages)
+        forest.link_inherited(self.inherited, entry.site_packages)
 
     def _sync(self, entry: Entry, run_uv: UvCalls, selection: tuple[str, ...]) -> None:
         """Have uv install from its own lockfile, and then what the cluster's ray adds, with the cluster's settings."""

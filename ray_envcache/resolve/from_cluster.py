@@ -10,7 +10,7 @@ import fnmatch
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, requires, version
 from pathlib import Path
@@ -149,14 +149,6 @@ def split(
     )
 
 
-def link(inherited: Iterable[Inherited], site_packages: Path) -> None:
-    """Link the files of these packages into a venv's site-packages; scripts are not among them."""
-    found = list(inherited)
-    for folder in {one.folder for one in found}:
-        files = {folder / name for one in found if one.folder == folder for name in one.files}
-        _link_folder(folder, site_packages, files)
-
-
 def _is_wanted(name: str, spec: EnvSpec) -> bool:
     return spec.system_site_packages or any(fnmatch.fnmatchcase(name, pattern) for pattern in spec.inherit)
 
@@ -194,29 +186,3 @@ def _require_all(spec: EnvSpec, locked: Collection[str], found: Collection[str])
         if not fnmatch.filter(found, pattern):
             where = "installed in the cluster's Python" if fnmatch.filter(locked, pattern) else "in the lockfile"
             raise InheritError(f"Nothing to inherit: `{pattern}` is not {where}", "see the option `inherit`")
-
-
-def _link_folder(source: Path, target: Path, files: set[Path]) -> None:
-    """Link what `files` has below `source`: a folder as a whole where nothing in it belongs to others."""
-    for item in sorted({source / file.relative_to(source).parts[0] for file in files if source in file.parents}):
-        path = target / item.name
-        if os.path.lexists(path) and not (path.is_dir() and not path.is_symlink()):
-            continue
-        if not item.is_dir():
-            if item.exists():
-                path.symlink_to(item)
-        elif _belongs_to(item, files) and not path.exists():
-            path.symlink_to(item, target_is_directory=True)
-        else:
-            path.mkdir(exist_ok=True)
-            _link_folder(item, path, files)
-
-
-def _belongs_to(folder: Path, files: set[Path]) -> bool:
-    """Whether all that lies in `folder`, bytecode apart, is in `files`."""
-    return all(
-        Path(directory, name) in files
-        for directory, _, names in os.walk(folder)
-        if os.path.basename(directory) != "__pycache__"
-        for name in names
-    )
