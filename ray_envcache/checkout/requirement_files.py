@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -35,46 +34,32 @@ _INSTEAD = {
 }
 
 
-@dataclass(frozen=True)
-class Line:
-    """What a line of `file` asks for, with the lines that continue it; `number` is that of the first.
-
-    `name` is normalized; a local package's folder has none. `choice` is the kind of choice that is left, if any.
-    """
-
-    file: Path
-    number: int
-    text: str
-    is_constraint: bool
-    name: str
-    choice: str
-
-    def __str__(self) -> str:
-        return f"`{_shown(self.text)}` in line {self.number} of `{self.file}`"
-
-    @property
-    def hashes(self) -> list[str]:
-        """The hashes of which the package's file must have one; where there are none, any file will do."""
-        return _HASH.findall(self.text)
-
-
 def files(path: Path) -> list[Path]:
     """The file and all files that it includes, each once. Raises LockfileError."""
     return [*dict.fromkeys(file for file, _, _ in _read_all(path))]
 
 
-def lines(path: Path) -> list[Line]:
-    """The lines that ask for packages, in a file and in those it includes; what is an option is left to uv.
+def listed_hashes(path: Path) -> dict[str, set[str]]:
+    """The hashes that a file and those it includes list for each package, by normalized name; none mean any file.
 
-    Raises LockfileError where a line leaves a choice, and no constraint makes up for it.
+    Raises LockfileError where a line leaves a choice, and no constraint makes up for it. Options are left to uv.
     """
-    found = [line for one in _read_all(path) for line in _lines_in(*one)]
-    fixed = {line.name for line in found if line.is_constraint and not line.choice}
-    for line in found:
-        made_up_for = line.is_constraint or (line.choice == _UNPINNED and line.name in fixed)
-        if line.choice and not made_up_for:
-            raise LockfileError(f"{line.choice}: {line}", _INSTEAD[line.choice].format(lock_command(path)))
-    return found
+    hashes, open_lines, fixed = dict[str, set[str]](), list[tuple[str, str, str]](), set[str]()
+    for file, constrains, text in _read_all(path):
+        for found in _LINE.finditer(text):
+            line = " ".join(found[0].replace("\\\n", " ").split())
+            if not line or line.startswith("-"):
+                continue
+            name, choice = _understood(os.path.expandvars(line), file.parent)
+            hashes.setdefault(name, set()).update(_HASH.findall(line))
+            if choice and not constrains:
+                open_lines.append((name, choice, f"`{_shown(line)}` in line {_number(text, found)} of `{file}`"))
+            elif constrains and not choice:
+                fixed.add(name)
+    for name, choice, line in open_lines:
+        if choice != _UNPINNED or name not in fixed:
+            raise LockfileError(f"{choice}: {line}", _INSTEAD[choice].format(lock_command(path)))
+    return hashes
 
 
 def lock_command(path: Path) -> str:
@@ -120,14 +105,6 @@ def _number(text: str, found: re.Match[str]) -> int:
 def _shown(text: str) -> str:
     # Before it is cut: half a password is not recognized as one.
     return without_credentials(text)[:_SHOWN]
-
-
-def _lines_in(file: Path, constrains: bool, text: str) -> Iterator[Line]:  # noqa: FBT001  # of what is read
-    for found in _LINE.finditer(text):
-        joined = " ".join(found[0].replace("\\\n", " ").split())
-        if joined and not joined.startswith("-"):
-            understood = _understood(os.path.expandvars(joined), file.parent)
-            yield Line(file, _number(text, found), joined, constrains, *understood)
 
 
 def _understood(text: str, folder: Path) -> tuple[str, str]:

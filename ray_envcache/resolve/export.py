@@ -10,7 +10,6 @@ from packaging.utils import canonicalize_name
 
 from ray_envcache.checkout import requirement_files, toml
 from ray_envcache.checkout.project import Kind, Project
-from ray_envcache.checkout.requirement_files import Line
 from ray_envcache.errors import LockfileError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import uv, uv_errors
@@ -82,7 +81,7 @@ def _exported(project: Project, interpreter: Interpreter, selection: list[str]) 
 
 
 def _from_requirements(project: Project, interpreter: Interpreter, *, no_build: bool) -> dict[str, Any]:
-    lines = requirement_files.lines(project.file)
+    hashes = requirement_files.listed_hashes(project.file)
     done = _compiled(project, interpreter, "--no-deps", *(["--no-build"] if no_build else []))
     hint = "`uv pip compile --no-deps` of it shows the same"
     uv_errors.expect_success(done, LockfileError, f"Cannot resolve `{project.file}`", hint)
@@ -90,17 +89,16 @@ def _from_requirements(project: Project, interpreter: Interpreter, *, no_build: 
     # uv writes down the Python at hand; the file asks for none.
     data.pop("requires-python", None)
     for package in data["packages"]:
-        _keep_listed(package, [line for line in lines if line.name == package["name"]])
+        _keep_listed(package, hashes.get(package["name"], set()), project.file)
     _require_complete(project, interpreter, {package["name"] for package in data["packages"]})
     return data
 
 
-def _keep_listed(package: dict[str, Any], lines: list[Line]) -> None:
-    """Leave a package (a table of pylock.toml) those artifacts alone whose hashes the lines list, if they list any."""
-    listed = {found for line in lines for found in line.hashes}
+def _keep_listed(package: dict[str, Any], hashes: set[str], file: Path) -> None:
+    """Leave a package (a table of pylock.toml) those artifacts alone whose hashes the file lists, if it lists any."""
 
     def is_other(artifact: dict[str, Any]) -> bool:
-        return bool(listed) and listed.isdisjoint(artifact.get("hashes", {}).values())
+        return bool(hashes) and hashes.isdisjoint(artifact.get("hashes", {}).values())
 
     for kind in {"sdist", "archive"} & package.keys():
         if is_other(package[kind]):
@@ -108,7 +106,7 @@ def _keep_listed(package: dict[str, Any], lines: list[Line]) -> None:
     package["wheels"] = [wheel for wheel in package.get("wheels", []) if not is_other(wheel)]
     if not any(package.get(kind) for kind in ("wheels", "sdist", "archive", "vcs", "directory")):
         raise LockfileError(
-            f"None of the files of {package['name']} {package['version']} has a hash that the file lists: {lines[0]}",
+            f"None of the files of {package['name']} {package['version']} has a hash that `{file}` lists for it",
             "the files on the index were replaced, or the list is of another index; if that is right, lock again",
         )
 

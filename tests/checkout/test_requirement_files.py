@@ -10,16 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ray_envcache.checkout import requirement_files
-from ray_envcache.checkout.requirement_files import Line
 from ray_envcache.errors import LockfileError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ONE, TWO = "1" * 64, "2" * 64
 
 
-def read(tmp_path: Path, text: str) -> list[Line]:
+def read(tmp_path: Path, text: str) -> dict[str, set[str]]:
     (tmp_path / "requirements.txt").write_text(text)
-    return requirement_files.lines(tmp_path / "requirements.txt")
+    return requirement_files.listed_hashes(tmp_path / "requirements.txt")
 
 
 @pytest.mark.parametrize(
@@ -52,8 +51,7 @@ def test_exact_lines(tmp_path: Path, text: str, name: str, hashes: set[str]) -> 
     for folder in (tmp_path, tmp_path / "files"):
         folder.mkdir(exist_ok=True)
         (folder / "a-1.0-py3-none-any.whl").touch()
-    [one] = read(tmp_path, text)
-    assert (one.name, set(one.hashes)) == (name, hashes)
+    assert read(tmp_path, text) == {name: hashes}
 
 
 @pytest.mark.parametrize(
@@ -97,18 +95,15 @@ def test_errors_show_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_options_and_folders(tmp_path: Path) -> None:
     """Options are uv's business; folders are local packages, which have no version to fix."""
     (tmp_path / "local").mkdir()
-    found = read(
-        tmp_path, f"\ufeff--index-url https://example.org/simple\n--pre\n-e ./local\n./local\nl @ file://{tmp_path}\n"
-    )
-    assert [(line.number, line.name) for line in found] == [(4, ""), (5, "l")]
+    options = "\ufeff--index-url https://example.org/simple\n--pre\n-e ./local\n"
+    assert read(tmp_path, f"{options}./local\nl @ file://{tmp_path}/local\n") == {"": set(), "l": set()}
 
 
 def test_variables_in_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`${NAME}` stands for what the environment says, and is never shown with it."""
+    """`${NAME}` stands for what the environment says."""
     (tmp_path / "a-1.0-py3-none-any.whl").touch()
     monkeypatch.setenv("WHEELS", str(tmp_path))
-    [one] = read(tmp_path, "${WHEELS}/a-1.0-py3-none-any.whl")
-    assert (one.name, one.text) == ("a", "${WHEELS}/a-1.0-py3-none-any.whl")
+    assert read(tmp_path, "${WHEELS}/a-1.0-py3-none-any.whl") == {"a": set()}
 
 
 def test_files(tmp_path: Path) -> None:
@@ -126,8 +121,7 @@ def test_files(tmp_path: Path) -> None:
 def test_constraints_are_not_entries_of_their_own(tmp_path: Path) -> None:
     """A constraint may leave a choice, and may make up for a line that does."""
     (tmp_path / "c.txt").write_text("a>1\nb==2.0\n")
-    found = read(tmp_path, "-c c.txt\nb\n")
-    assert sorted((one.name, one.is_constraint) for one in found) == [("a", True), ("b", False), ("b", True)]
+    assert read(tmp_path, "-c c.txt\nb\n").keys() == {"a", "b"}
     for text in ("-c c.txt\na\n", "-c c.txt\nb @ https://example.org/b.zip", "-c c.txt\n-r c.txt"):
         with pytest.raises(LockfileError, match=r"Not an exact version: `a|A URL without a hash"):
             read(tmp_path, text)
@@ -138,4 +132,4 @@ def test_constraints_are_not_entries_of_their_own(tmp_path: Path) -> None:
 def test_any_text(tmp_path: Path, text: str) -> None:
     """Whatever a file has in it leaves no choice, or is a LockfileError."""
     with suppress(LockfileError):
-        assert not any(one.choice for one in read(tmp_path, text) if not one.is_constraint)
+        assert all(name == name.lower() for name in read(tmp_path, text))

@@ -203,7 +203,7 @@ def test_hashes_of_requirements_are_insisted_on(tmp_path: Path, wheels: Path) ->
         lock.write_text(f"--no-index\n-f {wheels}\nwanted==1.0 --hash=sha256:{sha256(wheel)}\n")
         assert [package.digest for package in resolve(lock).packages] == [f"sha256:{sha256(wheel)}"]
     lock.write_text(f"--no-index\n-f {wheels}\nwanted==1.0 --hash=sha256:{'0' * 64}\n")
-    with pytest.raises(LockfileError, match=r"None of the files of wanted 1.0 has a hash .* line 3 of"):
+    with pytest.raises(LockfileError, match=r"None of the files of wanted 1.0 has a hash .*requirements.txt"):
         resolve(lock)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from ray_envcache.build.plan import require_buildable
-from ray_envcache.checkout import requirement_files
 from ray_envcache.errors import LockfileError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import export
@@ -51,19 +50,16 @@ def test_line_of_pip_or_conda(tmp_path: Path, line: str) -> None:
     assert hint in caught.value.hint
 
 
-def test_keep_listed(tmp_path: Path) -> None:
+def test_keep_listed() -> None:
     """Artifacts whose hashes are not listed are left out; what lists none keeps all, and local folders have none."""
-    lock = tmp_path / "requirements.txt"
-    lock.write_text(f"a==1.0 --hash=sha256:{ONE}\n")
-    lines = requirement_files.lines(lock)
     wheels = [{"url": digest, "hashes": {"sha256": digest}} for digest in (ONE, TWO)]
     package = {"name": "a", "version": "1.0", "wheels": wheels, "sdist": {"hashes": {"sha256": TWO}}}
-    export._keep_listed(free := dict(package), [])
+    export._keep_listed(free := dict(package), set(), Path("a.txt"))
     assert free == package
-    export._keep_listed(package, lines)
+    export._keep_listed(package, {ONE}, Path("a.txt"))
     assert package == {"name": "a", "version": "1.0", "wheels": wheels[:1]}
-    export._keep_listed(folder := {"name": "a", "directory": {"path": "a"}}, lines)
+    export._keep_listed(folder := {"name": "a", "directory": {"path": "a"}}, {ONE}, Path("a.txt"))
     assert folder["directory"] == {"path": "a"}
     other = {"name": "a", "version": "1.0", "archive": {"url": "a", "hashes": {"sha256": TWO}}}
-    with pytest.raises(LockfileError, match=r"None of the files of a 1.0 has a hash that the file lists.*line 1"):
-        export._keep_listed(other, lines)
+    with pytest.raises(LockfileError, match=r"None of the files of a 1\.0 has a hash that `a\.txt` lists"):
+        export._keep_listed(other, {ONE}, Path("a.txt"))
