@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from packaging.requirements import InvalidRequirement, Requirement
 
 from ray_envcache.checkout import requirement_files
 from ray_envcache.errors import LockfileError
@@ -130,6 +131,26 @@ def test_constraints_are_not_entries_of_their_own(tmp_path: Path) -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text("ab=1.;# \\\n-rc[]@/:'\"\t", max_size=40))
 def test_any_text(tmp_path: Path, text: str) -> None:
-    """Whatever a file has in it leaves no choice, or is a LockfileError."""
+    """Whatever a file has in it, it is read or a LockfileError."""
     with suppress(LockfileError):
-        assert all(name == name.lower() for name in read(tmp_path, text))
+        read(tmp_path, text)
+
+
+PARTS = [
+    "a", "b.c", "==", "===", ">=", "<", "~=", "!=", "1.0", "1.*", ",", " ", " ; ", ";", "python_version", "'3'", "(", ")",
+    "[x]", "@ ", "git+https://h/a", f"@{COMMIT}", "@main", "https://h/a.zip", f"#sha256={ONE}", "a-1.0-py3-none-any.whl",
+]  # fmt: skip
+
+
+@settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(PARTS), max_size=9).map("".join))
+def test_nothing_that_leaves_a_choice_passes(tmp_path: Path, text: str) -> None:
+    """What packaging understands, and we accept, is one version, one commit, a file with its hash, or of this host."""
+    try:
+        asked = Requirement(text)
+        read(tmp_path, text)
+    except (InvalidRequirement, LockfileError):
+        return
+    exact = [one for one in asked.specifier if one.operator in {"==", "==="} and "*" not in one.version]
+    url = asked.url or "://"
+    assert exact or "://" not in url or COMMIT in url or ONE in url
