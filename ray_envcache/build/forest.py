@@ -39,18 +39,16 @@ def link_inherited(packages: Iterable[Inherited], site_packages: Path) -> None:
 
 def _link(source: Path, target: Path, is_whole: Callable[[Path], bool], only: Collection[Path] | None = None) -> None:
     """Link `source` at `target`; of a folder that is there already, or that is not linked whole, what is in it."""
-    is_there = os.path.lexists(target)
-    if source.is_dir() and (_is_folder(target) if is_there else not is_whole(source)):
+    is_folder = target.is_dir() and not target.is_symlink()
+    if os.path.lexists(target) and not is_folder:
+        return
+    if source.is_dir() and (is_folder or not is_whole(source)):
         target.mkdir(exist_ok=True)
         for path in source.iterdir():
             if path.name != "__pycache__" and (only is None or path in only):
                 _link(path, target / path.name, is_whole, only)
-    elif not is_there:
+    elif not is_folder:
         target.symlink_to(source)
-
-
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
 
 
 def _is_no_metadata(folder: Path) -> bool:

@@ -74,19 +74,15 @@ def _read_all(path: Path) -> Iterator[tuple[Path, bool, str]]:
         text = _COMMENT.sub("", _read(file))
         yield file, constrains, text
         for include in _INCLUDE.finditer(text):
-            other = _included(file, text, include), constrains or "c" in include[1][:3]
+            name = os.path.expandvars(include[2])
+            if "://" in name:
+                shown = f"`{_shown(include[2])}` in line {_number(text, include)}"
+                raise LockfileError(
+                    f"`{file}` includes {shown}, which may change at any time", "put that file beside it"
+                )
+            other = Path(os.path.normpath(file.parent / name)), constrains or "c" in include[1][:3]
             if other not in found:
                 found.append(other)
-
-
-def _included(file: Path, text: str, include: re.Match[str]) -> Path:
-    name = os.path.expandvars(include[2])
-    if "://" in name:
-        raise LockfileError(
-            f"`{file}` includes `{_shown(include[2])}` in line {_number(text, include)}, which may change at any time",
-            "put that file beside it",
-        )
-    return Path(os.path.normpath(file.parent / name))
 
 
 def _read(path: Path) -> str:

@@ -89,16 +89,17 @@ def _from_requirements(project: Project, interpreter: Interpreter, *, no_build: 
     # uv writes down the Python at hand; the file asks for none.
     data.pop("requires-python", None)
     for package in data["packages"]:
-        _keep_listed(package, hashes.get(package["name"], set()), project.file)
+        if hashes.get(package["name"]):
+            _keep_listed(package, hashes[package["name"]], project.file)
     _require_complete(project, interpreter, {package["name"] for package in data["packages"]})
     return data
 
 
 def _keep_listed(package: dict[str, Any], hashes: set[str], file: Path) -> None:
-    """Leave a package (a table of pylock.toml) those artifacts alone whose hashes the file lists, if it lists any."""
+    """Leave a package (a table of pylock.toml) those of its files alone that have one of these hashes."""
 
     def is_other(artifact: dict[str, Any]) -> bool:
-        return bool(hashes) and hashes.isdisjoint(artifact.get("hashes", {}).values())
+        return hashes.isdisjoint(artifact.get("hashes", {}).values())
 
     for kind in {"sdist", "archive"} & package.keys():
         if is_other(package[kind]):
