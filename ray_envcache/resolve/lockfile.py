@@ -17,7 +17,6 @@ from packaging.pylock import (
     PackageVcs,
     Pylock,
     PylockSelectError,
-    PylockUnsupportedVersionError,
     PylockValidationError,
 )
 from packaging.tags import parse_tag
@@ -147,14 +146,11 @@ def _local(package: Any, artifact: Any, folder: Path) -> LocalPackage:
 def _validated(data: dict[str, Any], project: Project) -> Pylock:
     try:
         return Pylock.from_dict(data)
-    except PylockUnsupportedVersionError as error:
-        raise LockfileError(
-            f"`{project.file}` is of a later version than we know: {error}",
-            "upgrade packaging on this node (python -m pip install --upgrade packaging), or lock with version 1.0",
-        ) from error
     except PylockValidationError as error:
         raise LockfileError(
-            f"`{project.file}` is not a valid lockfile: {error}", "write it again with the tool that made it"
+            f"`{project.file}` is not a lockfile that we know: {error}",
+            "write it again with the tool that made it; where it is of a later version, upgrade packaging on this node "
+            "(python -m pip install --upgrade packaging)",
         ) from error
 
 
