@@ -23,7 +23,6 @@ _NAMED = re.compile(r"([\w.-]+)\s*(?:\[[^]]*\]\s*)?(?:@\s*(?P<place>\S+)|(?P<ver
 _EXACT = re.compile(r"===?\s*[^\s,;)*=]+(?=[\s,)]|$)")
 _COMMIT = re.compile(r"@[0-9a-f]{40}(#|$)")
 _HASH = re.compile(r"(?:\s--hash[\s=]+|[#&])(?:sha\d+|md5)[:=]([0-9a-f]+)")
-_SHOWN = 120
 _UNPINNED = "Not an exact version"
 _INSTEAD = {
     _UNPINNED: "write `name==version`, or lock it: `{}`, and name the file that this writes",
@@ -100,7 +99,7 @@ def _number(text: str, found: re.Match[str]) -> int:
 
 def _shown(text: str) -> str:
     # Before it is cut: half a password is not recognized as one.
-    return without_credentials(text)[:_SHOWN]
+    return without_credentials(text)[:120]
 
 
 def _understood(text: str, folder: Path) -> tuple[str, str]:

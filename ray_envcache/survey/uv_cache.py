@@ -55,15 +55,10 @@ def of_user(layout: Layout) -> UvCache | None:
     cache = uv.cache_directory(layout.entries)
     if cache is None or not cache.is_dir():
         return None
-    size, linked = 0, {}
-    for _, found in disk.walk(cache):
-        if stat.S_ISDIR(found.st_mode) or found.st_nlink == 1:
-            size += found.st_blocks * 512
-        else:
-            linked[found.st_dev, found.st_ino] = found.st_blocks * 512
+    cached = {(found.st_dev, found.st_ino): found.st_blocks * 512 for _, found in disk.walk(cache)}
     in_entries = {(found.st_dev, found.st_ino) for _, found in disk.walk(layout.entries) if found.st_nlink > 1}
-    shared = sum(linked[inode] for inode in linked.keys() & in_entries)
-    return UvCache(os.fspath(cache), False, size + sum(linked.values()), shared)
+    shared = sum(cached[inode] for inode in cached.keys() & in_entries)
+    return UvCache(os.fspath(cache), False, sum(cached.values()), shared)
 
 
 def inodes(layout: Layout) -> frozenset[Inode]:
