@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
@@ -16,6 +16,7 @@ from ray_envcache.store import readonly
 from ray_envcache.store.layout import Layout
 from ray_envcache.survey import filters, inventory, uv_cache
 from ray_envcache.survey.inventory import Status
+from ray_envcache.survey.uv_cache import UvCache
 from ray_envcache.system.texts import printable
 
 tmpdir_option = click.option(
@@ -74,8 +75,7 @@ def list_(*, as_json: bool, sessions: bool, tmpdir: str | None, quiet: bool, **o
         for key in dict.fromkeys(one.key for one in found):
             click.echo(key)
         return
-    measured = [uv_cache.of_store(layout), uv_cache.of_user(layout) if options["uv_cache"] else None]
-    caches = [one for one in measured if one]
+    caches = [one for one in _uv_caches(layout, users=options["uv_cache"]) if one]
     if as_json:
         roots = {"root": os.fspath(layout.root), "readonly_roots": [os.fspath(one.root) for one in below]}
         envs = [tables.status_as_json(status) for status in found]
@@ -93,6 +93,14 @@ def _chosen(layout: Layout, found: list[Status], options: dict[str, Any]) -> lis
     if options["sort"]:
         chosen.sort(key=filters.ORDERS[options["sort"]])
     return chosen[: options["limit"]]
+
+
+def _uv_caches(layout: Layout, *, users: bool) -> Iterator[UvCache | None]:
+    yield uv_cache.of_store(layout)
+    if users:
+        from ray_envcache.doctor.host import users_cache  # asks uv: not where people only look
+
+        yield users_cache(layout)
 
 
 def _show_sessions(tmpdir: str | None, *, as_json: bool) -> None:

@@ -26,6 +26,7 @@ from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store import readonly
 from ray_envcache.store.layout import Layout, default_root
 from ray_envcache.store.root import prepare_root
+from ray_envcache.survey.uv_cache import UvCache
 from ray_envcache.system import disk, flock
 from ray_envcache.system.texts import format_size
 from ray_envcache.version import __version__
@@ -140,6 +141,20 @@ def _cache(layout: Layout) -> Finding:
         return Finding(name, OK, f"{cache}: packages are linked from there")
     text = f"{layout.uv_cache}: your own is on another file system, so packages are downloaded once more"
     return Finding(name, OK, text)
+
+
+def users_cache(layout: Layout) -> UvCache | None:
+    """The user's cache, that uv links from into this store; None where it is on another disk, or there is none.
+
+    Walks through it and through all environments, 5 us for each file: a cache of 500,000 takes 3 s, cold some more.
+    """
+    cache = uv.cache_directory(layout.entries)
+    if cache is None or not cache.is_dir():
+        return None
+    cached = {(found.st_dev, found.st_ino): found.st_blocks * 512 for _, found in disk.walk(cache)}
+    in_entries = {(found.st_dev, found.st_ino) for _, found in disk.walk(layout.entries) if found.st_nlink > 1}
+    shared = sum(cached[inode] for inode in cached.keys() & in_entries)
+    return UvCache(os.fspath(cache), False, sum(cached.values()), shared)
 
 
 def _readonly_stores(layout: Layout) -> Finding:

@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from ray_envcache.resolve import uv
 from ray_envcache.store.layout import Layout
 from ray_envcache.survey.shared_bytecode import Inode
 from ray_envcache.system import disk, files, flock
@@ -45,20 +44,6 @@ def of_store(layout: Layout) -> UvCache | None:
         return None
     use = disk.measure(layout.uv_cache)
     return UvCache(os.fspath(layout.uv_cache), True, use.size, use.size - use.reclaimable)
-
-
-def of_user(layout: Layout) -> UvCache | None:
-    """The user's own, that uv links from into this store; None where it is on another disk, or there is none.
-
-    Walks through it and through all environments, 5 us for each file: a cache of 500,000 takes 3 s, cold some more.
-    """
-    cache = uv.cache_directory(layout.entries)
-    if cache is None or not cache.is_dir():
-        return None
-    cached = {(found.st_dev, found.st_ino): found.st_blocks * 512 for _, found in disk.walk(cache)}
-    in_entries = {(found.st_dev, found.st_ino) for _, found in disk.walk(layout.entries) if found.st_nlink > 1}
-    shared = sum(cached[inode] for inode in cached.keys() & in_entries)
-    return UvCache(os.fspath(cache), False, sum(cached.values()), shared)
 
 
 def inodes(layout: Layout) -> frozenset[Inode]:
