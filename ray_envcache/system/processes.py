@@ -1,4 +1,4 @@
-"""The processes of this machine: what each is called, which files it names, which flocks it holds.
+"""The processes of this machine: what each is called, which files it names.
 
 Linux is read through /proc (formats: proc(5)), other systems through psutil. Only processes of this PID namespace are
 seen, and paths as this mount namespace knows them. So an answer may keep something, but never lets it go.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -101,21 +101,6 @@ def processes_using(root: Path, names: Collection[str]) -> dict[str, dict[int, s
     return users
 
 
-def flock_holders(inodes: Mapping[tuple[int, int], str], root: Path) -> dict[str, list[Process]]:
-    """Find the processes that hold flocks on files below `root`, given as {(st_dev, st_ino): name}.
-
-    A holder is any process that has the flocked open file: also a child whose parent took the flock and died, where
-    /proc/locks names the dead parent. Empty on systems without /proc.
-    """
-    holders: dict[str, list[Process]] = {}
-    for pid in psutil.pids() if _has_proc() else ():
-        with suppress(OSError):  # it has ended, or may not be read
-            for name in set(_flocked(pid, inodes, os.fsencode(root.resolve()) + b"/")):
-                if process := describe(pid):
-                    holders.setdefault(name, []).append(process)
-    return holders
-
-
 def sees_all_processes() -> bool:
     """Whether all processes of this host can be seen: False in a container with a PID namespace of its own."""
     return pid_namespace() == _INITIAL_NAMESPACE or not _has_proc()
@@ -146,8 +131,9 @@ def _texts(pid: int) -> _Texts:
     yield _COMMAND_LINE, Path(f"/proc/{pid}/cmdline").read_bytes()
     for link, how in _LINKS.items():
         yield how, _readlink(f"/proc/{pid}/{link}")
-    for _, path in _open_files(pid):
-        yield _OPEN_FILE, path
+    directory = f"/proc/{pid}/fd"
+    for number in os.listdir(directory):  # names only: a raylet has thousands
+        yield _OPEN_FILE, _readlink(f"{directory}/{number}")
     yield _MAPPED_FILE, Path(f"/proc/{pid}/maps").read_bytes()
 
 
@@ -197,30 +183,12 @@ def _texts_of_psutil(pid: int) -> _Texts:
         raise PermissionError(str(error)) from error
 
 
-def _open_files(pid: int) -> Iterator[tuple[str, bytes]]:
-    """Yield the open files of a process: the link in /proc, and the path."""
-    directory = f"/proc/{pid}/fd"
-    for number in os.listdir(directory):  # names only: a raylet has thousands
-        yield f"{directory}/{number}", _readlink(f"{directory}/{number}")
-
-
 def _readlink(path: str) -> bytes:
     """Return where a link in /proc leads, b"" where it leads nowhere: a closed file, a kernel thread's executable."""
     try:
         return os.fsencode(os.readlink(path))
     except FileNotFoundError:
         return b""
-
-
-def _flocked(pid: int, inodes: Mapping[tuple[int, int], str], prefix: bytes) -> Iterator[str]:
-    for link, path in _open_files(pid):
-        if path.startswith(prefix):
-            # Through the link: fdinfo has another device than stat(2) on btrfs, and the path may be renamed or gone.
-            with suppress(FileNotFoundError):
-                found = os.stat(link)
-                name = inodes.get((found.st_dev, found.st_ino))
-                if name is not None and b" FLOCK " in Path(link.replace("/fd/", "/fdinfo/")).read_bytes():
-                    yield name
 
 
 def _socket_names(pids: Collection[int]) -> Iterator[bytes]:
