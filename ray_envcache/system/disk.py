@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import stat
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -159,33 +158,14 @@ def is_network(kind: str) -> bool:
 
 
 def _kind(path: Path) -> str:
-    """Find the type of the file system of `path` by its mount id.
+    """The type of the file system of `path`; "" where that is not known.
 
-    Not by device number: a btrfs subvolume and an overlay have other ones in stat(2) than in mountinfo. Not by path:
-    mounts may hide each other. Both files are described in proc(5).
+    By the mount point, not by device number: a btrfs subvolume and an overlay have other ones in stat(2). Of several
+    mounts on one point the last one is seen.
     """
-    try:
-        mounts = Path("/proc/self/mountinfo").read_bytes()
-        found = re.search(rb"^%s .*? - (\S+)" % _mount_id(path), mounts, re.MULTILINE)
-    except OSError:
-        return _kind_by_mount_point(path)
-    return os.fsdecode(found[1]) if found else ""
-
-
-def _kind_by_mount_point(path: Path) -> str:
-    """The type of the file system of `path` where there is no /proc, as on macOS; "" where that is not known."""
     real = Path(os.path.realpath(path))
     mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
     return next((mounts[place] for place in (real, *real.parents) if place in mounts), "")
-
-
-def _mount_id(path: Path) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        found = re.search(rb"^mnt_id:\s*(\d+)", Path(f"/proc/self/fdinfo/{descriptor}").read_bytes(), re.MULTILINE)
-    finally:
-        os.close(descriptor)
-    return found[1] if found else b"untold"
 
 
 @dataclass
