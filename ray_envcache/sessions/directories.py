@@ -38,8 +38,8 @@ class Session:
     """A session directory, or what is called like one. Sizes in bytes; times in Unix seconds, 0 where unknown.
 
     `started` and `pid` are what its name says. `changed` is when a name was last made in the directory itself,
-    `last_written` when anything was written below it. `venvs` is the number of virtual environments that Ray left in
-    it. `exact` is False where `reclaimable_bytes` is a lower bound. `going`: a collector renamed it, and died.
+    `last_written` when anything was written below it. `exact` is False where `reclaimable_bytes` is a lower bound.
+    `going`: a collector renamed it, and died.
     """
 
     name: str
@@ -53,8 +53,6 @@ class Session:
     size_bytes: int = 0
     reclaimable_bytes: int = 0
     exact: bool = True
-    logs_bytes: int = 0
-    venvs: int = 0
     last_written: float = 0.0
     changed: float = 0.0
 
@@ -183,7 +181,7 @@ def measure_session(path: Path) -> Session:
     named = Session(name, os.fspath(path), "in doubt", "", found.st_uid, started, pid, going is not None)
     if not stat.S_ISDIR(found.st_mode):
         return replace(named, why="it is a symlink" if stat.S_ISLNK(found.st_mode) else "it is not a directory")
-    venvs, newest, complaint = _look_through(path, found)
+    newest, complaint = _look_through(path, found)
     doubt = _complaint(named, path) or complaint
     use = disk.measure(path)
     return replace(
@@ -193,8 +191,6 @@ def measure_session(path: Path) -> Session:
         size_bytes=use.size,
         reclaimable_bytes=use.reclaimable,
         exact=use.exact,
-        logs_bytes=disk.measure(path / LOGS).size,
-        venvs=venvs,
         last_written=newest,
         changed=found.st_mtime,
     )
@@ -248,12 +244,11 @@ def _mounted(path: Path) -> str:
     return ""
 
 
-def _look_through(top: Path, top_found: os.stat_result) -> tuple[int, float, str]:
-    """Return the number of virtual environments, when something was last written, and what forbids to remove it."""
+def _look_through(top: Path, top_found: os.stat_result) -> tuple[float, str]:
+    """Return when something was last written, and what forbids to remove it."""
     unread: list[OSError] = []
-    venvs, newest, complaint = 0, 0.0, ""
+    newest, complaint = 0.0, ""
     for item, found in disk.walk(top, unread.append):
-        venvs += os.path.basename(item) == "pyvenv.cfg"
         newest = max(newest, found.st_mtime)
         if found.st_uid != top_found.st_uid:
             complaint = complaint or f"it has files of user {found.st_uid}: {os.path.relpath(item, top)}"
@@ -262,4 +257,4 @@ def _look_through(top: Path, top_found: os.stat_result) -> tuple[int, float, str
     unread = [error for error in unread if not isinstance(error, FileNotFoundError)]
     if unread:
         complaint = complaint or f"not all of it can be looked at: {unread[0].strerror}"
-    return venvs, newest, complaint
+    return newest, complaint

@@ -370,7 +370,7 @@ def test_on_a_network_file_system_it_stays(temp: Path, monkeypatch: pytest.Monke
 
 @sees_all
 def test_what_a_session_holds(temp: Path) -> None:
-    """Bytes of logs and all, and the virtual environments that Ray left."""
+    """Bytes of all that is in it."""
     session = make(temp)
     for name in ("pip/1/virtualenv", "working_dir_files/_ray_pkg_1/.venv"):
         venv = session / "runtime_resources" / name
@@ -378,12 +378,10 @@ def test_what_a_session_holds(temp: Path) -> None:
         (venv / "pyvenv.cfg").write_text("home = /usr")
         (venv / "big").write_bytes(b"x" * 500_000)
     (one,) = liveness.judge_sessions([temp])
-    assert (one.venvs, one.exact) == (2, one.exact)
-    assert 10_000 <= one.logs_bytes < 100_000
     assert 1_000_000 <= one.reclaimable_bytes <= one.size_bytes < 1_200_000
     shown = cli("list", "--sessions", "--tmpdir", temp).stdout
-    assert re.search(r"SESSION +STATE +SIZE +AGE +LAST WRITTEN +HOLDS +WHY", shown)
-    assert re.search(rf"{session.name} +dead +1\.\d MB .* 2 venvs +no process names it", shown)
+    assert re.search(r"SESSION +STATE +SIZE +AGE +LAST WRITTEN +WHY", shown)
+    assert re.search(rf"{session.name} +dead +1\.\d MB .* +no process names it", shown)
     assert "1 session, 1." in shown
 
 
