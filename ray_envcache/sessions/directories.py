@@ -226,22 +226,13 @@ def _complaint(session: Session, path: Path) -> str:
     kind = disk.free_space(path).kind
     if disk.is_network(kind):
         return f"it is on a network file system ({kind}): its cluster may be on another host"
-    return _mounted(path)
+    real = path.resolve()
+    inside = next((point for point in disk.mounts() if real in point.parents), None)
+    return f"a file system is mounted in it: {inside}" if inside else ""
 
 
 def _is_directory(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
-
-
-def _mounted(path: Path) -> str:
-    """Return why a mount below keeps a session, "" without one. Bind mounts are seen too: they have no own device."""
-    with suppress(OSError):
-        for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-            # proc(5): blanks and backslashes are escaped as octal numbers.
-            point = re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), line.split()[4])
-            if point.startswith(os.fsencode(path.resolve()) + b"/"):
-                return f"a file system is mounted in it: {os.fsdecode(point)}"
-    return ""
 
 
 def _look_through(top: Path, top_found: os.stat_result) -> tuple[float, str]:
@@ -252,8 +243,6 @@ def _look_through(top: Path, top_found: os.stat_result) -> tuple[float, str]:
         newest = max(newest, found.st_mtime)
         if found.st_uid != top_found.st_uid:
             complaint = complaint or f"it has files of user {found.st_uid}: {os.path.relpath(item, top)}"
-        if stat.S_ISDIR(found.st_mode) and found.st_dev != top_found.st_dev:
-            complaint = complaint or f"it has another file system in it: {os.path.relpath(item, top)}"
     unread = [error for error in unread if not isinstance(error, FileNotFoundError)]
     if unread:
         complaint = complaint or f"not all of it can be looked at: {unread[0].strerror}"

@@ -147,6 +147,11 @@ def room_left(path: Path) -> str:
     return f"{found.free / 1e6:,.0f} MB{f' and {found.inodes_free} inodes' if few else ''} are free"
 
 
+def mounts() -> dict[Path, str]:
+    """The mount points, bind mounts too, and the type of the file system on each: the last one, which hides others."""
+    return {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
+
+
 def is_network(kind: str) -> bool:
     """Whether other hosts, or the host of this virtual machine, may use a file system of this type at the same time.
 
@@ -160,12 +165,10 @@ def is_network(kind: str) -> bool:
 def _kind(path: Path) -> str:
     """The type of the file system of `path`; "" where that is not known.
 
-    By the mount point, not by device number: a btrfs subvolume and an overlay have other ones in stat(2). Of several
-    mounts on one point the last one is seen.
+    By the mount point, not by device number: a btrfs subvolume and an overlay have other ones in stat(2).
     """
-    real = Path(os.path.realpath(path))
-    mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
-    return next((mounts[place] for place in (real, *real.parents) if place in mounts), "")
+    real, kinds = Path(os.path.realpath(path)), mounts()
+    return next((kinds[place] for place in (real, *real.parents) if place in kinds), "")
 
 
 @dataclass
