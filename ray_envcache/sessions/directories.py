@@ -26,7 +26,6 @@ LATEST, LOGS = "session_latest", "logs"
 RUN_PREFIX = "ray-run-"
 """Begins the name of a directory that `ray-envcache run` makes for the clusters of one run."""
 NAME = r"session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}_\d{1,10}"
-_PARTS = re.compile(r"session_(?P<time>[-\d]{10}_[-\d]{8})_\d{6}_(?P<pid>\d{1,10})")
 _GOING = re.compile(rf"\.(?P<name>{NAME})\.going-[0-9a-f]{{8}}")
 _DAY = 86_400
 
@@ -37,7 +36,7 @@ State = Literal["alive", "dead", "in doubt"]
 class Session:
     """A session directory, or what is called like one. Sizes in bytes; times in Unix seconds, 0 where unknown.
 
-    `started` and `pid` are what its name says. `changed` is when a name was last made in the directory itself,
+    `started` is what its name says. `changed` is when a name was last made in the directory itself,
     `last_written` when anything was written below it. `exact` is False where `reclaimable_bytes` is a lower bound.
     `going`: a collector renamed it, and died.
     """
@@ -48,7 +47,6 @@ class Session:
     why: str
     user: int
     started: float
-    pid: int
     going: bool
     size_bytes: int = 0
     reclaimable_bytes: int = 0
@@ -176,9 +174,8 @@ def measure_session(path: Path) -> Session:
     """
     going = _GOING.fullmatch(path.name)
     name = going["name"] if going else path.name
-    started, pid = _parse_name(name)
     found = path.lstat()
-    named = Session(name, os.fspath(path), "in doubt", "", found.st_uid, started, pid, going is not None)
+    named = Session(name, os.fspath(path), "in doubt", "", found.st_uid, _began(name), going is not None)
     if not stat.S_ISDIR(found.st_mode):
         return replace(named, why="it is a symlink" if stat.S_ISLNK(found.st_mode) else "it is not a directory")
     newest, complaint = _look_through(path, found)
@@ -204,12 +201,12 @@ def remove_dangling_latest(temp: Path) -> None:
             latest.unlink()
 
 
-def _parse_name(name: str) -> tuple[float, int]:
-    """Return when a session began, and the pid of its launcher; zeros for a name that Ray does not give."""
-    if parts := _PARTS.fullmatch(name):
+def _began(name: str) -> float:
+    """Return when a session began, zero for a name that Ray does not give."""
+    if re.fullmatch(NAME, name):
         with suppress(ValueError, OverflowError):
-            return time.mktime(time.strptime(parts["time"], "%Y-%m-%d_%H-%M-%S")), int(parts["pid"])
-    return 0.0, 0
+            return time.mktime(time.strptime(name[8:27], "%Y-%m-%d_%H-%M-%S"))
+    return 0.0
 
 
 def _complaint(session: Session, path: Path) -> str:

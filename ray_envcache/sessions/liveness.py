@@ -28,7 +28,6 @@ STARTING_SECONDS = 60.0
 QUIET_SECONDS = 900.0
 """How long nothing must be written where processes may be hidden from us: raylet writes every ten seconds."""
 
-_QUARTER = 900.0
 _CLOCK_SECONDS = 5.0
 
 NAMED = re.compile(directories.NAME.encode())
@@ -41,7 +40,7 @@ _DEAF = frozenset({errno.ECONNREFUSED, errno.ENOENT, errno.ENOTDIR})
 def judge_sessions(temps: Iterable[Path], *, starting: float = STARTING_SECONDS) -> list[Session]:
     """Return all sessions in these temp directories, judged, the oldest first. Raises OSError where one is unreadable.
 
-    A session that began less than `starting` seconds ago is in doubt.
+    A session whose directory was changed less than `starting` seconds ago is in doubt.
     """
     measured = []
     for path in [path for temp in temps for path in directories.session_paths(temp)]:
@@ -84,16 +83,14 @@ def _life(session: Session, mentions: Mentions) -> str:
 def _doubt(session: Session, mentions: Mentions, starting: float) -> str:
     """Return why a process may belong to a session that none names, "" where none may."""
     since_change, since_write = time.time() - session.changed, time.time() - session.last_written
-    # Ray changes the directory when a cluster ends, too: what is new was changed soon after the time in its name. That
-    # is local time, in whatever zone: all of them differ by quarters of an hour.
-    is_new = (session.changed - session.started) % _QUARTER < STARTING_SECONDS
-    if -_CLOCK_SECONDS < since_change < starting and is_new and not session.going:
-        return "it was made a moment ago, its cluster may be starting"
     if since_write < -_CLOCK_SECONDS:
         return "it was written at a time to come"
+    # Ray changes the directory when a cluster ends, too: such a one waits as long.
+    if since_change < starting and not session.going:
+        return "it was changed a moment ago, its cluster may be starting"
     for process in mentions.unseen:
         # A worker of another user would leave files of that user in the session, which are in doubt already.
-        later = process.started >= session.started - STARTING_SECONDS or process.pid == session.pid
+        later = process.started >= session.started - STARTING_SECONDS
         if process.user == session.user and later and _LIKE_RAY.search(process.command):
             return f"process {process.pid} ({process.name}) refuses to be looked at"
     if since_write < QUIET_SECONDS and not (sees_all_processes() or _is_private(Path(session.path))):
