@@ -12,6 +12,7 @@ from collections.abc import Collection
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from ray_envcache.sessions import directories
 from ray_envcache.sessions.directories import Session
@@ -19,7 +20,7 @@ from ray_envcache.sessions.liveness import NAMED, STARTING_SECONDS, judge_sessio
 from ray_envcache.system import files, flock, testpoints
 from ray_envcache.system.processes import find_mentions
 
-_BATCH = 100  # each session takes two descriptors
+_BATCH = 200  # each session takes a descriptor
 
 
 @dataclass
@@ -76,19 +77,17 @@ def collect_sessions(
     return report
 
 
-@dataclass(frozen=True)
-class _Claim:
-    """A session that is ours to delete: its temp directory and itself as descriptors, and the name it has now."""
+class _Claim(NamedTuple):
+    """A session that is ours to delete: where it lies now, and the descriptor that has its flock."""
 
     session: Session
-    temp: int
+    place: str
     descriptor: int
-    name: str
 
     def give_back(self) -> None:
-        """Give it its own name again."""
+        """Give it its own name again, unless a new directory has it."""
         with suppress(OSError):
-            _rename(self.temp, self.name, os.path.basename(self.session.path))
+            os.rename(self.place, self.session.path)
 
 
 def _remove(batch: list[Session], report: SessionReport, *, keep_logs: bool) -> None:
@@ -107,20 +106,17 @@ def _remove(batch: list[Session], report: SessionReport, *, keep_logs: bool) -> 
 
 def _claim(one: Session, report: SessionReport, stack: ExitStack) -> _Claim | None:
     """Rename a session under its flock; None where another process has it, or it cannot be renamed."""
-    parent, name = os.path.split(one.path)
     try:
         held = directories.try_flock(Path(one.path))
         if held is None:
             report.stays(one, "a process holds a flock on it")
             return None
         stack.callback(os.close, held)
-        temp = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        stack.callback(os.close, temp)
-        going = _rename_away(temp, name, directories.going_name(one.name))
-        if flock.still_names(Path(parent, going), held) and os.fstat(held).st_uid == one.user:
-            return _Claim(one, temp, held, going)
+        claim = _Claim(one, _rename_away(one), held)
+        if flock.still_names(claim.place, held) and os.fstat(held).st_uid == one.user:
+            return claim
         # All users may write there: one of them put another directory in its place.
-        _rename(temp, going, name)
+        claim.give_back()
         report.in_doubt.append(replace(one, state="in doubt", why="it was replaced by another directory"))
     except FileNotFoundError:
         pass  # another collector has it
@@ -129,19 +125,15 @@ def _claim(one: Session, report: SessionReport, stack: ExitStack) -> _Claim | No
     return None
 
 
-def _rename_away(temp: int, name: str, going: str) -> str:
-    """Rename a session, so that no process sees it half deleted, and return the name it has then."""
+def _rename_away(one: Session) -> str:
+    """Rename a session, so that no process sees it half deleted, and return the path it has then."""
     try:
-        _rename(temp, name, going)
+        os.rename(one.path, going := directories.going(one))
     except OSError as error:
         if error.errno not in files.FULL_DISK:
             raise
-        return name  # no room for a longer name
+        return one.path  # no room for a longer name
     return going
-
-
-def _rename(temp: int, old: str, new: str) -> None:
-    os.rename(old, new, src_dir_fd=temp, dst_dir_fd=temp)
 
 
 def _delete(claim: _Claim, report: SessionReport, *, keep_logs: bool) -> None:
@@ -150,10 +142,10 @@ def _delete(claim: _Claim, report: SessionReport, *, keep_logs: bool) -> None:
         if keep_logs and os.listdir(claim.descriptor):
             claim.give_back()
         else:
-            os.rmdir(claim.name, dir_fd=claim.temp)
+            os.rmdir(claim.place)
     except FileNotFoundError:
         pass  # another process deleted it with us
     except (OSError, RecursionError) as error:
-        report.fails(replace(claim.session, path=os.path.join(os.path.dirname(claim.session.path), claim.name)), error)
+        report.fails(replace(claim.session, path=claim.place), error)
         return
     report.removed.append(claim.session)

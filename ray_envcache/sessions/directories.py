@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import stat
 import sys
 import tempfile
@@ -26,7 +25,7 @@ LATEST, LOGS = "session_latest", "logs"
 RUN_PREFIX = "ray-run-"
 """Begins the name of a directory that `ray-envcache run` makes for the clusters of one run."""
 NAME = r"session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}_\d{1,10}"
-_GOING = re.compile(rf"\.(?P<name>{NAME})\.going-[0-9a-f]{{8}}")
+_GOING = "going-"
 _DAY = 86_400
 
 State = Literal["alive", "dead", "in doubt"]
@@ -156,15 +155,13 @@ def make_private(prefix: str, top: str | Path) -> tuple[Path, int | None]:
 
 def session_paths(temp: Path) -> list[Path]:
     """Return all that is called a session in a temp directory, also what a killed collector renamed."""
-    paths = [
-        temp / name for name in sorted(files.names_in(temp)) if name.startswith("session_") or _GOING.fullmatch(name)
-    ]
-    return [path for path in paths if not (path.name == LATEST and path.is_symlink())]
+    names = [name for name in files.names_in(temp) if name.removeprefix(_GOING).startswith("session_")]
+    return [temp / name for name in sorted(names) if not (name == LATEST and (temp / name).is_symlink())]
 
 
-def going_name(name: str) -> str:
-    """Return a new unique name for a session directory that is about to be deleted."""
-    return f".{name}.going-{secrets.token_hex(4)}"
+def going(session: Session) -> str:
+    """Return the path that a session directory gets when it is about to be deleted, which names the session still."""
+    return os.path.join(os.path.dirname(session.path), _GOING + session.name)
 
 
 def measure_session(path: Path) -> Session:
@@ -172,10 +169,8 @@ def measure_session(path: Path) -> Session:
 
     Whether it is alive, processes must tell. Raises FileNotFoundError where it is gone.
     """
-    going = _GOING.fullmatch(path.name)
-    name = going["name"] if going else path.name
-    found = path.lstat()
-    named = Session(name, os.fspath(path), "in doubt", "", found.st_uid, _began(name), going is not None)
+    name, found = path.name.removeprefix(_GOING), path.lstat()
+    named = Session(name, os.fspath(path), "in doubt", "", found.st_uid, _began(name), path.name != name)
     if not stat.S_ISDIR(found.st_mode):
         return replace(named, why="it is a symlink" if stat.S_ISLNK(found.st_mode) else "it is not a directory")
     newest, complaint = _look_through(path, found)

@@ -270,7 +270,7 @@ def test_logs_of_a_failed_run_stay(top: Path, place: RunTmpdir) -> None:
 @sees_all
 def test_a_session_without_logs_goes_whole(tmp_path: Path) -> None:
     """Where a killed collector has deleted the logs already, none are kept."""
-    (tmp_path / directories.going_name(SESSION) / "sockets").mkdir(parents=True)
+    (tmp_path / f"going-{SESSION}" / "sockets").mkdir(parents=True)
     assert [one.name for one in collector.collect_sessions([tmp_path], keep_logs=True).removed] == [SESSION]
     assert list(tmp_path.iterdir()) == []
 
