@@ -12,7 +12,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +24,11 @@ from ray_envcache.system import disk, files, flock
 LATEST, LOGS = "session_latest", "logs"
 RUN_PREFIX = "ray-run-"
 """Begins the name of a directory that `ray-envcache run` makes for the clusters of one run."""
+LINK_PREFIX = "re-"
+"""Begins the name of a directory with a short link."""
 NAME = r"session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}_\d{1,10}"
 _GOING = "going-"
+_RANDOM = re.compile(rf"(?:{RUN_PREFIX}|{LINK_PREFIX})[a-z0-9_]{{8}}")
 _DAY = 86_400
 
 State = Literal["alive", "dead", "in doubt"]
@@ -151,6 +154,27 @@ def make_private(prefix: str, top: str | Path) -> tuple[Path, int | None]:
             if flock.still_names(folder, descriptor):
                 return folder, descriptor
             os.close(descriptor)
+
+
+def sweep(folders: Iterable[Path], remove: Callable[[Path], object]) -> None:
+    """Call `remove` for each of these that `make_private` made, once no process has its flock: under that."""
+    for folder in folders:
+        with suppress(OSError):
+            is_ours = _RANDOM.fullmatch(folder.name) and is_own(folder, private=True)
+            held = try_flock(folder) if is_ours else None
+            if held is not None:
+                try:
+                    remove(folder)
+                finally:
+                    os.close(held)
+
+
+def wait_until(is_so: Callable[[], bool], patience: float) -> bool:
+    """Return whether it is so within `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while not (answer := is_so()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return answer
 
 
 def session_paths(temp: Path) -> list[Path]:
