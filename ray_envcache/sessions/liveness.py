@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ray_envcache.sessions import directories
 from ray_envcache.sessions.directories import Session
-from ray_envcache.system import disk
+from ray_envcache.system import disk, flock
 from ray_envcache.system.processes import Mentions, find_mentions, sees_all_processes
 
 STARTING_SECONDS = 60.0
@@ -72,10 +72,8 @@ def _life(session: Session, mentions: Mentions) -> str:
         return mentions.by_name[session.name]
     if session.state == "in doubt":
         return ""  # neither its flock nor its sockets are touched
-    descriptor = directories.try_flock(Path(session.path))
-    if descriptor is None:
+    if not flock.is_free(session.path):
         return "a process holds a flock on it"
-    os.close(descriptor)
     listening = _find_listener(Path(session.path, "sockets"))
     return f"a process listens on its socket {listening}" if listening else ""
 

@@ -67,18 +67,28 @@ def _cut(argument: str) -> str:
 
 
 def find_mentions(pattern: re.Pattern[bytes]) -> Mentions:
-    """Find the matches of `pattern` in command lines, directories, open and mapped files, and sockets.
+    """Find the matches of `pattern` in command lines, directories, open and mapped files.
 
     The processes of all users are searched, but not the calling one.
     """
-    found, pids = Mentions(), psutil.pids()
-    for pid in pids:
-        if pid != os.getpid():
-            _search(pid, _texts(pid), pattern, found)
-    for names in _socket_names(pids):
-        for name in pattern.findall(names):
-            found.by_name.setdefault(os.fsdecode(name), "a socket of it is open")
+    found = Mentions()
+    for pid in (pid for pid in psutil.pids() if pid != os.getpid()):
+        try:
+            for name, how in _matches(_texts(pid), pattern):
+                if name not in found.by_name and (process := describe(pid)):
+                    found.by_name[name] = f"process {pid} ({process.name}) names it: {how}"
+        except (FileNotFoundError, ProcessLookupError):  # noqa: PERF203  # each process fails for itself
+            pass  # it has ended, or is a thread of the kernel
+        except OSError:
+            found.unseen += filter(None, [describe(pid)])
     return found
+
+
+def _matches(texts: _Texts, pattern: re.Pattern[bytes]) -> Iterator[tuple[str, str]]:
+    """Yield each name that `pattern` finds, and how the process names it."""
+    for how, text in texts:
+        for name in pattern.findall(text):
+            yield os.fsdecode(name), how
 
 
 def processes_using(root: Path, names: Collection[str]) -> dict[str, dict[int, str]]:
@@ -95,9 +105,8 @@ def processes_using(root: Path, names: Collection[str]) -> dict[str, dict[int, s
     users: dict[str, dict[int, str]] = {}
     for pid in psutil.pids():
         with suppress(OSError):  # it has ended, or may not be read
-            for how, text in _uses(pid):
-                for name in map(os.fsdecode, pattern.findall(text)):
-                    users.setdefault(name, {}).setdefault(pid, how)
+            for name, how in _matches(_uses(pid), pattern):
+                users.setdefault(name, {}).setdefault(pid, how)
     return users
 
 
@@ -108,19 +117,6 @@ def sees_all_processes() -> bool:
 
 def _has_proc() -> bool:
     return os.path.isdir("/proc/self/fdinfo")
-
-
-def _search(pid: int, texts: _Texts, pattern: re.Pattern[bytes], found: Mentions) -> None:
-    try:
-        for how, text in texts:
-            for name in map(os.fsdecode, pattern.findall(text)):
-                if name not in found.by_name and (process := describe(pid)):
-                    found.by_name[name] = f"process {pid} ({process.name}) names it: {how}"
-    except (FileNotFoundError, ProcessLookupError):
-        pass  # it has ended, or is a thread of the kernel
-    except OSError:
-        if process := describe(pid):
-            found.unseen.append(process)
 
 
 def _texts(pid: int) -> _Texts:
@@ -189,17 +185,6 @@ def _readlink(path: str) -> bytes:
         return os.fsencode(os.readlink(path))
     except FileNotFoundError:
         return b""
-
-
-def _socket_names(pids: Collection[int]) -> Iterator[bytes]:
-    """Yield the names of all open sockets, those of other users too, once for each network namespace."""
-    networks: set[str] = set()
-    for pid in pids:
-        with suppress(OSError):  # it has ended, may not be read, or the system has no /proc
-            network = os.readlink(f"/proc/{pid}/ns/net")
-            if network not in networks:
-                yield Path(f"/proc/{pid}/net/unix").read_bytes()
-                networks.add(network)
 
 
 @cache
