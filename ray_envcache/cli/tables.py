@@ -44,7 +44,8 @@ def status_as_json(status: Status) -> dict[str, Any]:
 
 def session_as_json(one: Session) -> dict[str, Any]:
     """One session directory, as `list --sessions --json` and `gc --sessions --json` show it."""
-    data = {name: value for name, value in asdict(one).items() if name not in {"going", "changed"}}
+    data = asdict(one)
+    del data["changed"]
     times = {f"{name}_at": utc(when) if (when := data.pop(name)) else None for name in ("started", "last_written")}
     return {**data, **times}
 

@@ -38,9 +38,9 @@ State = Literal["alive", "dead", "in doubt"]
 class Session:
     """A session directory, or what is called like one. Sizes in bytes; times in Unix seconds, 0 where unknown.
 
-    `started` is what its name says. `changed` is when a name was last made in the directory itself,
-    `last_written` when anything was written below it. `exact` is False where `reclaimable_bytes` is a lower bound.
-    `going`: a collector renamed it, and died.
+    `started` is what its name says. `changed` is when a name was last made in the directory itself, 0 where a collector
+    died over it; `last_written` when anything was written below it. `exact` is False where `reclaimable_bytes` is a
+    lower bound.
     """
 
     name: str
@@ -49,7 +49,6 @@ class Session:
     why: str
     user: int
     started: float
-    going: bool
     size_bytes: int = 0
     reclaimable_bytes: int = 0
     exact: bool = True
@@ -194,7 +193,7 @@ def measure_session(path: Path) -> Session:
     Whether it is alive, processes must tell. Raises FileNotFoundError where it is gone.
     """
     name, found = path.name.removeprefix(_GOING), path.lstat()
-    named = Session(name, os.fspath(path), "in doubt", "", found.st_uid, _began(name), path.name != name)
+    named = Session(name, os.fspath(path), "in doubt", "", found.st_uid, _began(name))
     if not stat.S_ISDIR(found.st_mode):
         return replace(named, why="it is a symlink" if stat.S_ISLNK(found.st_mode) else "it is not a directory")
     newest, complaint = _look_through(path, found)
@@ -208,7 +207,7 @@ def measure_session(path: Path) -> Session:
         reclaimable_bytes=use.reclaimable,
         exact=use.exact,
         last_written=newest,
-        changed=found.st_mtime,
+        changed=found.st_mtime if path.name == name else 0.0,
     )
 
 
@@ -236,8 +235,8 @@ def _complaint(session: Session, path: Path) -> str:
         return "its name has a date to come"
     if session.user != os.geteuid():
         return f"it belongs to user {session.user}"
-    folders = [name for name in (LOGS, "sockets") if _is_directory(path / name)]
-    if folders != [LOGS, "sockets"] and not session.going:
+    folders = [name for name in (LOGS, "sockets") if is_own(path / name)]
+    if folders != [LOGS, "sockets"] and path.name == session.name:
         return "only its logs are left" if folders else "it does not have the folders of a session"
     kind = disk.free_space(path).kind
     if disk.is_network(kind):
@@ -245,10 +244,6 @@ def _complaint(session: Session, path: Path) -> str:
     real = path.resolve()
     inside = next((point for point in disk.mounts() if real in point.parents), None)
     return f"a file system is mounted in it: {inside}" if inside else ""
-
-
-def _is_directory(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
 
 
 def _look_through(top: Path, top_found: os.stat_result) -> tuple[float, str]:

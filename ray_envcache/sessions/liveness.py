@@ -62,7 +62,7 @@ def _judge(session: Session, mentions: Mentions, starting: float) -> Session:
         doubt = f"it cannot be looked at: {error.strerror}"
     if doubt:
         return replace(session, state="in doubt", why=doubt)
-    return replace(session, why="a collector died over it" if session.going else "no process names it")
+    return replace(session, why="no process names it")
 
 
 def _life(session: Session, mentions: Mentions) -> str:
@@ -84,7 +84,7 @@ def _doubt(session: Session, mentions: Mentions, starting: float) -> str:
     if since_write < -_CLOCK_SECONDS:
         return "it was written at a time to come"
     # Ray changes the directory when a cluster ends, too: such a one waits as long.
-    if since_change < starting and not session.going:
+    if since_change < starting:
         return "it was changed a moment ago, its cluster may be starting"
     for process in mentions.unseen:
         # A worker of another user would leave files of that user in the session, which are in doubt already.
