@@ -28,7 +28,6 @@ STARTING_SECONDS = 60.0
 QUIET_SECONDS = 900.0
 """How long nothing must be written where processes may be hidden from us: raylet writes every ten seconds."""
 
-_CLOCK_SECONDS = 5.0
 
 NAMED = re.compile(directories.NAME.encode())
 """The names of sessions, as processes have them."""
@@ -81,8 +80,6 @@ def _life(session: Session, mentions: Mentions) -> str:
 def _doubt(session: Session, mentions: Mentions, starting: float) -> str:
     """Return why a process may belong to a session that none names, "" where none may."""
     since_change, since_write = time.time() - session.changed, time.time() - session.last_written
-    if since_write < -_CLOCK_SECONDS:
-        return "it was written at a time to come"
     # Ray changes the directory when a cluster ends, too: such a one waits as long.
     if since_change < starting:
         return "it was changed a moment ago, its cluster may be starting"
