@@ -19,7 +19,6 @@ from ray_envcache.gc.evict import evict
 from ray_envcache.gc.policy import Limits, parse_limit
 from ray_envcache.sessions import directories, run_directory
 from ray_envcache.sessions.collector import collect_sessions
-from ray_envcache.sessions.short_path import sweep_links
 from ray_envcache.store import journal, pins, readonly
 from ray_envcache.store.layout import Entry
 from ray_envcache.survey import inventory
@@ -151,7 +150,6 @@ def _collect_sessions(tmpdir: str | None, older_than: float, *, dry_run: bool, a
     temps = directories.temp_dirs(tmpdir, os.environ)
     report = collect_sessions(temps, older_than=older_than, dry_run=dry_run)
     if not dry_run:
-        sweep_links()
         run_directory.sweep(directories.run_dirs(tmpdir, os.environ))
     failed = [(one.name, one.why) for one in report.failed]
     if as_json:

@@ -28,7 +28,6 @@ STARTING_SECONDS = 60.0
 QUIET_SECONDS = 900.0
 """How long nothing must be written where processes may be hidden from us: raylet writes every ten seconds."""
 
-
 NAMED = re.compile(directories.NAME.encode())
 """The names of sessions, as processes have them."""
 # What a process of Ray may be called.

@@ -16,7 +16,7 @@ from ray_envcache.sessions import directories
 from ray_envcache.sessions.collector import collect_sessions
 from ray_envcache.sessions.directories import wait_until
 from ray_envcache.sessions.liveness import judge_sessions
-from ray_envcache.sessions.short_path import ShortTmpdir, require_usable, short_tmpdir
+from ray_envcache.sessions.short_path import ShortTmpdir, require_usable, short_tmpdir, sweep_links
 from ray_envcache.system import files, flock
 from ray_envcache.system.texts import printable
 
@@ -66,10 +66,11 @@ def _shut_down() -> None:
 
 
 def sweep(runs: Iterable[Path]) -> None:
-    """Remove what Ray left in the directories of killed runs, once no process holds them and no session is in them.
+    """Remove unused links, and what Ray left in the directories of killed runs that have no process and no session.
 
     Everything that Ray did not make stays.
     """
+    sweep_links()
     directories.sweep(runs, _remove)
 
 
