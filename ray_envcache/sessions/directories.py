@@ -155,6 +155,12 @@ def make_private(prefix: str, top: str | Path) -> tuple[Path, int | None]:
             os.close(descriptor)
 
 
+def close(descriptor: int | None) -> None:
+    """Let go of the flock that `make_private` took, if it did."""
+    if descriptor is not None:
+        os.close(descriptor)
+
+
 def sweep(folders: Iterable[Path], remove: Callable[[Path], object]) -> None:
     """Call `remove` for each of these that `make_private` made, once no process has its flock: under that."""
     for folder in folders:

@@ -118,7 +118,7 @@ class RunTmpdir:
             return cls(folder, short_tmpdir(folder), descriptor)
         except BaseException:
             folder.rmdir()
-            _close(descriptor)
+            directories.close(descriptor)
             raise
 
     @property
@@ -166,7 +166,7 @@ class RunTmpdir:
 
     def _give_back(self, say: Callable[[str], None]) -> None:
         """Let go of directory and link, and remove them where no process needs them."""
-        _close(self.descriptor)
+        directories.close(self.descriptor)
         is_free = self.descriptor is None or wait_until(lambda: flock.is_free(self.folder), LENT_SECONDS)
         self.short.release(patience=0)
         if not is_free:
@@ -174,8 +174,3 @@ class RunTmpdir:
         elif left := _remove(self.folder):
             names = ", ".join(left[:_SHOWN]) + (", ..." if len(left) > _SHOWN else "")
             say(printable(f"kept: {self.folder} (what Ray did not make: {names})"))
-
-
-def _close(descriptor: int | None) -> None:
-    if descriptor is not None:
-        os.close(descriptor)

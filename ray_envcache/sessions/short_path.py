@@ -77,9 +77,8 @@ class ShortTmpdir(str):
 
         The directory itself stays, and what is in it. A second call does nothing, or tries once more.
         """
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        directories.close(self._descriptor)
+        self._descriptor = None
         if self._folder and directories.wait_until(self._is_gone, patience):
             atexit.unregister(self.release)
             self._folder = None
@@ -196,6 +195,7 @@ def _link(place: Path, target: str) -> ShortTmpdir:
         (folder / _LINK).symlink_to(target)
     except OSError:
         folder.rmdir()
+        directories.close(descriptor)
         raise
     return ShortTmpdir(os.fspath(folder / _LINK), target, descriptor)
 
