@@ -73,11 +73,9 @@ def temp_dirs(chosen: str | os.PathLike[str] | None, environ: Mapping[str, str])
 
 
 def run_dirs(chosen: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> list[Path]:
-    """Return our own `ray-run-*` directories where `temp_dirs` searches, even if Ray never started in them."""
+    """Return what may be a directory of our own runs where `temp_dirs` searches, with Ray's in it or not."""
     top = _top(chosen, environ)
-    chosen_run = top.parent if top.name == "ray" else top
-    is_run = chosen_run.name.startswith(RUN_PREFIX) and is_own(chosen_run)
-    return [*([chosen_run] if is_run else []), *_runs_in(top)]
+    return [top.parent if top.name == "ray" else top, *_runs_in(top)]
 
 
 def absolute(path: str | os.PathLike[str]) -> str:

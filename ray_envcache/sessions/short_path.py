@@ -61,7 +61,7 @@ class ShortTmpdir(str):
         self._descriptor = descriptor
         self._folder = None if descriptor is None else Path(path).parent
         if self._folder:
-            atexit.register(self.release, patience=0)
+            atexit.register(self._at_exit, os.getpid())
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -80,7 +80,7 @@ class ShortTmpdir(str):
         directories.close(self._descriptor)
         self._descriptor = None
         if self._folder and directories.wait_until(self._is_gone, patience):
-            atexit.unregister(self.release)
+            atexit.unregister(self._at_exit)
             self._folder = None
             _remove_dangling_latest(self.target)
         return self._folder is None
@@ -88,6 +88,10 @@ class ShortTmpdir(str):
     def _is_gone(self) -> bool:
         directories.sweep([folder := Path(self).parent], _remove)
         return not folder.exists()
+
+    def _at_exit(self, owner: int) -> None:
+        if owner == os.getpid():  # a fork may have another file behind the descriptor
+            self.release(patience=0)
 
     def __enter__(self) -> Self:
         return self

@@ -176,18 +176,14 @@ def _state(layout: Layout, entry: Entry, record: ReadyRecord | None) -> str:
 
 def last_used(entry: Entry) -> float:
     """When a process last began or ceased to use the entry, in Unix seconds; 0 where that is not known."""
-    return _mtime(_stat(entry.in_use))
+    return _mtime(entry.in_use)
 
 
-def _mtime(found: os.stat_result | None) -> float:
-    return found.st_mtime if found else 0.0
-
-
-def _stat(path: Path) -> os.stat_result | None:
+def _mtime(path: Path) -> float:
     try:
-        return os.stat(path)
+        return path.stat().st_mtime
     except OSError:
-        return None
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -199,7 +195,7 @@ class Sizes:
 
     def of(self, entry: Entry) -> MeasuredRecord:
         """The sizes of an entry. Those of a read-only store are believed at any age: only its owner measures there."""
-        record, measured = MeasuredRecord.read(entry), _mtime(_stat(entry.measured))
+        record, measured = MeasuredRecord.read(entry), _mtime(entry.measured)
         # A record of the future means that the clock went back.
         if record is not None and (entry.readonly or 0 <= time.time() - measured < self.max_age):
             return record
