@@ -207,7 +207,7 @@ def _run(spec: EnvSpec, tmpdir: str | None, command: list[str], *, keep: bool) -
             held = [*lease.descriptors, *place.descriptors]
             status = program.run(found, command, {**environ, "RAY_TMPDIR": place.short}, held)
         finally:
-            place.close(_say, failed=status != 0, keep=keep, lent=True)
+            place.close(_say, failed=status != 0, keep=keep)
         return status
 
 

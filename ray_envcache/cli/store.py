@@ -14,13 +14,11 @@ from ray_envcache.acquire import Store
 from ray_envcache.cli import tables
 from ray_envcache.cli.listing import refuse_without_sessions, tmpdir_option, usage
 from ray_envcache.cli.timer import timer
-from ray_envcache.doctor.unheld import users_without_hold
 from ray_envcache.gc.collector import Collected, collect
 from ray_envcache.gc.evict import evict
 from ray_envcache.gc.policy import Limits, parse_limit
 from ray_envcache.sessions import directories, run_directory
 from ray_envcache.sessions.collector import collect_sessions
-from ray_envcache.sessions.short_path import sweep_links
 from ray_envcache.store import journal, pins, readonly
 from ray_envcache.store.layout import Entry
 from ray_envcache.survey import inventory
@@ -34,12 +32,9 @@ def why(*, key: str, as_json: bool) -> None:
     """Show what keeps an environment: its users and its pin.
 
     KEY is the start of a key, as `list` shows it. Users are clusters, and processes that run from the environment.
-    An interpreter of the kind "without hold" holds no flock, and `gc` may overlook it: start it again.
     """
     store = Store.open()
-    entries = store.find(key)
-    unheld = users_without_hold(store.layout, entries)
-    found = [_with_users(inventory.status(store.layout, one), unheld.get(one.path.name, [])) for one in entries]
+    found = [inventory.status(store.layout, one) for one in store.find(key)]
     if as_json:
         tables.print_json({"envs": [tables.status_as_json(status) for status in found]})
         return
@@ -155,7 +150,6 @@ def _collect_sessions(tmpdir: str | None, older_than: float, *, dry_run: bool, a
     temps = directories.temp_dirs(tmpdir, os.environ)
     report = collect_sessions(temps, older_than=older_than, dry_run=dry_run)
     if not dry_run:
-        sweep_links()
         run_directory.sweep(directories.run_dirs(tmpdir, os.environ))
     failed = [(one.name, one.why) for one in report.failed]
     if as_json:
@@ -166,13 +160,6 @@ def _collect_sessions(tmpdir: str | None, older_than: float, *, dry_run: bool, a
     else:
         tables.print_session_report(report, dry_run=dry_run)
     _exit_if_failed(failed)
-
-
-def _with_users(status: inventory.Status, more: list[inventory.User]) -> inventory.Status:
-    """The status with the users that hold no flock, and that are not in it by a lease."""
-    known = {user.pid for user in status.users}
-    users = (*status.users, *(user for user in more if user.pid not in known))
-    return status._replace(users=users, in_use=status.in_use or bool(users))
 
 
 def _removable(found: list[Entry]) -> list[Entry]:

@@ -44,7 +44,8 @@ def status_as_json(status: Status) -> dict[str, Any]:
 
 def session_as_json(one: Session) -> dict[str, Any]:
     """One session directory, as `list --sessions --json` and `gc --sessions --json` show it."""
-    data = {name: value for name, value in asdict(one).items() if name not in {"pid", "going", "changed"}}
+    data = asdict(one)
+    del data["changed"]
     times = {f"{name}_at": utc(when) if (when := data.pop(name)) else None for name in ("started", "last_written")}
     return {**data, **times}
 
@@ -140,7 +141,7 @@ def print_report(report: Collected, *, dry_run: bool) -> None:
 
 def print_sessions(found: list[Session]) -> None:
     """Print Ray's session directories, and a line of totals."""
-    columns = ("SESSION", "STATE", "SIZE", "AGE", "LAST WRITTEN", "HOLDS", "WHY")
+    columns = ("SESSION", "STATE", "SIZE", "AGE", "LAST WRITTEN", "WHY")
     # Sessions of several temp directories may have the same name: then the path is shown.
     by_path = len({os.path.dirname(one.path) for one in found}) > 1
     print_table(columns, (_session(one, by_path=by_path) for one in found), numeric={"SIZE"})
@@ -152,12 +153,7 @@ def print_sessions(found: list[Session]) -> None:
 def _session(one: Session, *, by_path: bool) -> Sequence[str]:
     age = format_duration(max(time.time() - one.started, 0)) if one.started else "-"
     name = one.path if by_path else one.name
-    return (name, one.state, format_size(one.size_bytes), age, _ago(one.last_written), _holds(one), one.why)
-
-
-def _holds(one: Session) -> str:
-    venvs = [_count(one.venvs, "venv")] if one.venvs else []
-    return ", ".join([f"logs {format_size(one.logs_bytes)}", *venvs])
+    return (name, one.state, format_size(one.size_bytes), age, _ago(one.last_written), one.why)
 
 
 def print_session_report(report: SessionReport, *, dry_run: bool) -> None:

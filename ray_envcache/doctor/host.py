@@ -17,7 +17,6 @@ from packaging.requirements import Requirement
 from ray_envcache.build.plan import require_buildable
 from ray_envcache.doctor import variables
 from ray_envcache.doctor.findings import ERROR, OK, WARN, Finding, finding_of
-from ray_envcache.doctor.unheld import INTERPRETER, users_without_hold
 from ray_envcache.errors import EnvCacheError, StoreError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.policy import Limits
@@ -33,7 +32,6 @@ from ray_envcache.version import __version__
 
 T = TypeVar("T")
 _NOEXEC = getattr(os, "ST_NOEXEC", 0)  # Linux only
-_NAMED_PROCESSES = 5
 _FEW_INODES = 10_000  # one environment may have as many files
 
 
@@ -75,7 +73,6 @@ def _store(layout: Layout) -> Iterator[Finding]:
     yield found
     if found.state != ERROR:
         yield finding_of("flocks", _flocks, layout)
-        yield finding_of("holds", _holds, layout)
         yield finding_of("space", _space, layout)
         yield finding_of("uv's cache", _cache, layout)
         if os.environ.get(readonly.VARIABLE):
@@ -105,17 +102,6 @@ def _flocks(layout: Layout) -> Finding:
         f"Flocks do not exclude each other in `{layout.flocks}`: two builds could write one environment",
         "choose a local disk for the store: RAY_ENVCACHE_DIR=/path/to/store",
     )
-
-
-def _holds(layout: Layout) -> Finding:
-    unheld = users_without_hold(layout, [*layout.all_entries()]).values()
-    found = [user for users in unheld for user in users if user.kind == INTERPRETER]
-    if not found:
-        return Finding("holds", OK, "every interpreter that runs from the store has its hold")
-    named = ", ".join(f"{user.pid} ({user.command})" for user in found[:_NAMED_PROCESSES])
-    more = f" and {len(found) - _NAMED_PROCESSES} more" if len(found) > _NAMED_PROCESSES else ""
-    text = f"interpreters from the store that run without a hold: {named}{more}"
-    return Finding("holds", WARN, text, "start them again: gc may overlook them and remove the environment")
 
 
 def _space(layout: Layout) -> Finding:

@@ -14,16 +14,13 @@ from ray_envcache.gc.policy import Candidate, Disk, Limits, Victim
 from ray_envcache.store import leases
 from ray_envcache.store.layout import Layout
 from ray_envcache.survey.inventory import Status, going_too, survey
-from ray_envcache.system import disk, processes
+from ray_envcache.system import disk
 
 
 def look_at(layout: Layout) -> dict[str, Status]:
     """All entries by name, with their recorded sizes, however old. What is in use counts as used now."""
     _note_deaths(layout)
     found = {os.path.basename(status.path): status for status in survey(layout, max_age=math.inf)}
-    # Programs such as raylet hold no flock. Looked for once: with 120 processes that takes 35 ms.
-    running = processes.processes_using(layout.entries, found)
-    found |= {name: found[name]._replace(in_use=True) for name in running}
     for name, status in found.items():
         if status.in_use and (entry := layout.entry(name)):
             # Else what actors used for weeks would be unused for weeks when their cluster is killed.

@@ -31,7 +31,7 @@ def _hold() -> "int | None":
     # Exclusive holders are a lister that looks whether the entry is free, and a collector that removes it. Both need
     # milliseconds, but either may be stopped in between. So the hold waits until it has the flock, or until the path
     # no longer names this file: then the entry is gone. After a minute the interpreter starts without a hold, which
-    # `ray-envcache why` and `doctor` show: the flock is that of a process that was stopped and forgotten.
+    # `ray-envcache why` still shows: the flock is that of a process that was stopped and forgotten.
     pause, deadline = 0.001, time.monotonic() + 60
     while True:
         try:

@@ -1,7 +1,8 @@
 """Removal of the session directories of dead clusters.
 
-The order makes it safe: judge all sessions, try the flock, rename the directory so that no process finds it, search all
-processes once more, and only then delete. A collector that is killed in between leaves a name that the next one knows.
+The order makes it safe: judge all sessions; then, of each, try the flock, rename the directory so that no process finds
+it, search all processes once more, and only then delete. A collector that is killed in between leaves a name that the
+next one knows.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Collection
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,8 +19,6 @@ from ray_envcache.sessions.directories import Session
 from ray_envcache.sessions.liveness import NAMED, STARTING_SECONDS, judge_sessions
 from ray_envcache.system import files, flock, testpoints
 from ray_envcache.system.processes import find_mentions
-
-_BATCH = 100  # each session takes two descriptors
 
 
 @dataclass
@@ -69,91 +68,56 @@ def collect_sessions(
     if dry_run:
         report.removed.extend(going)
         return report
-    for first in range(0, len(going), _BATCH):
-        _remove(going[first : first + _BATCH], report, keep_logs=keep_logs)
+    for one in going:
+        _remove(one, report, keep_logs=keep_logs)
     for temp in temps:
         directories.remove_dangling_latest(temp)
     return report
 
 
-@dataclass(frozen=True)
-class _Claim:
-    """A session that is ours to delete: its temp directory and itself as descriptors, and the name it has now."""
-
-    session: Session
-    temp: int
-    descriptor: int
-    name: str
-
-    def give_back(self) -> None:
-        """Give it its own name again."""
-        with suppress(OSError):
-            _rename(self.temp, self.name, os.path.basename(self.session.path))
-
-
-def _remove(batch: list[Session], report: SessionReport, *, keep_logs: bool) -> None:
-    with ExitStack() as stack:
-        claims = [claim for one in batch if (claim := _claim(one, report, stack))]
-        testpoints.reach("sessions-renamed")
-        # A process may have come between the judgement and the renaming; from now on none finds them.
-        named = find_mentions(NAMED).by_name if claims else {}
-        for claim in claims:
-            if why := named.get(claim.session.name):
-                claim.give_back()
-                report.stays(claim.session, why)
-            else:
-                _delete(claim, report, keep_logs=keep_logs)
-
-
-def _claim(one: Session, report: SessionReport, stack: ExitStack) -> _Claim | None:
-    """Rename a session under its flock; None where another process has it, or it cannot be renamed."""
-    parent, name = os.path.split(one.path)
+def _remove(one: Session, report: SessionReport, *, keep_logs: bool) -> None:
+    place = one.path
     try:
-        held = directories.try_flock(Path(one.path))
+        held = directories.try_flock(Path(place))
         if held is None:
             report.stays(one, "a process holds a flock on it")
-            return None
-        stack.callback(os.close, held)
-        temp = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        stack.callback(os.close, temp)
-        going = _rename_away(temp, name, directories.going_name(one.name))
-        if flock.still_names(Path(parent, going), held) and os.fstat(held).st_uid == one.user:
-            return _Claim(one, temp, held, going)
-        # All users may write there: one of them put another directory in its place.
-        _rename(temp, going, name)
-        report.in_doubt.append(replace(one, state="in doubt", why="it was replaced by another directory"))
+            return
+        try:
+            place = _rename_away(one)
+            testpoints.reach("sessions-renamed")
+            if _may_go(one, place, held, report):
+                files.empty_directory(held, but=directories.LOGS if keep_logs else "")
+                if not (keep_logs and os.listdir(held)):
+                    os.rmdir(place)
+                report.removed.append(one)
+            with suppress(OSError):  # it is deleted, or a new directory has its name
+                os.rename(place, one.path)
+        finally:
+            os.close(held)
     except FileNotFoundError:
-        pass  # another collector has it
-    except OSError as error:
-        report.fails(one, error)
-    return None
+        pass  # another process removed it
+    except (OSError, RecursionError) as error:
+        report.fails(replace(one, path=place), error)
 
 
-def _rename_away(temp: int, name: str, going: str) -> str:
-    """Rename a session, so that no process sees it half deleted, and return the name it has then."""
+def _rename_away(one: Session) -> str:
+    """Rename a session, so that no process sees it half deleted, and return the path it has then."""
     try:
-        _rename(temp, name, going)
+        os.rename(one.path, going := directories.going(one))
     except OSError as error:
         if error.errno not in files.FULL_DISK:
             raise
-        return name  # no room for a longer name
+        return one.path  # no room for a longer name
     return going
 
 
-def _rename(temp: int, old: str, new: str) -> None:
-    os.rename(old, new, src_dir_fd=temp, dst_dir_fd=temp)
-
-
-def _delete(claim: _Claim, report: SessionReport, *, keep_logs: bool) -> None:
-    try:
-        files.empty_directory(claim.descriptor, but=directories.LOGS if keep_logs else "")
-        if keep_logs and os.listdir(claim.descriptor):
-            claim.give_back()
-        else:
-            os.rmdir(claim.name, dir_fd=claim.temp)
-    except FileNotFoundError:
-        pass  # another process deleted it with us
-    except (OSError, RecursionError) as error:
-        report.fails(replace(claim.session, path=os.path.join(os.path.dirname(claim.session.path), claim.name)), error)
-        return
-    report.removed.append(claim.session)
+def _may_go(one: Session, place: str, held: int, report: SessionReport) -> bool:
+    """Whether what lies at `place` now is that session, and dead still: no process finds it any more to come to it."""
+    if why := find_mentions(NAMED).by_name.get(one.name):
+        report.stays(one, why)
+        return False
+    if not flock.still_names(place, held) or os.fstat(held).st_uid != one.user:
+        # All users may write there: one of them put another directory in its place.
+        report.in_doubt.append(replace(one, state="in doubt", why="it was replaced by another directory"))
+        return False
+    return True

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,9 +24,11 @@ from ray_envcache.system import disk, files, flock
 LATEST, LOGS = "session_latest", "logs"
 RUN_PREFIX = "ray-run-"
 """Begins the name of a directory that `ray-envcache run` makes for the clusters of one run."""
+LINK_PREFIX = "re-"
+"""Begins the name of a directory with a short link."""
 NAME = r"session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}_\d{1,10}"
-_PARTS = re.compile(r"session_(?P<time>[-\d]{10}_[-\d]{8})_\d{6}_(?P<pid>\d{1,10})")
-_GOING = re.compile(rf"\.(?P<name>{NAME})\.going-[0-9a-f]{{8}}")
+_GOING = "going-"
+_RANDOM = re.compile(rf"(?:{RUN_PREFIX}|{LINK_PREFIX})[a-z0-9_]{{8}}")
 _DAY = 86_400
 
 State = Literal["alive", "dead", "in doubt"]
@@ -37,9 +38,9 @@ State = Literal["alive", "dead", "in doubt"]
 class Session:
     """A session directory, or what is called like one. Sizes in bytes; times in Unix seconds, 0 where unknown.
 
-    `started` and `pid` are what its name says. `changed` is when a name was last made in the directory itself,
-    `last_written` when anything was written below it. `venvs` is the number of virtual environments that Ray left in
-    it. `exact` is False where `reclaimable_bytes` is a lower bound. `going`: a collector renamed it, and died.
+    `started` is what its name says. `changed` is when a name was last made in the directory itself, 0 where a collector
+    died over it; `last_written` when anything was written below it. `exact` is False where `reclaimable_bytes` is a
+    lower bound.
     """
 
     name: str
@@ -48,13 +49,9 @@ class Session:
     why: str
     user: int
     started: float
-    pid: int
-    going: bool
     size_bytes: int = 0
     reclaimable_bytes: int = 0
     exact: bool = True
-    logs_bytes: int = 0
-    venvs: int = 0
     last_written: float = 0.0
     changed: float = 0.0
 
@@ -76,11 +73,9 @@ def temp_dirs(chosen: str | os.PathLike[str] | None, environ: Mapping[str, str])
 
 
 def run_dirs(chosen: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> list[Path]:
-    """Return our own `ray-run-*` directories where `temp_dirs` searches, even if Ray never started in them."""
+    """Return what may be a directory of our own runs where `temp_dirs` searches, with Ray's in it or not."""
     top = _top(chosen, environ)
-    chosen_run = top.parent if top.name == "ray" else top
-    is_run = chosen_run.name.startswith(RUN_PREFIX) and is_own(chosen_run)
-    return [*([chosen_run] if is_run else []), *_runs_in(top)]
+    return [top.parent if top.name == "ray" else top, *_runs_in(top)]
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
@@ -158,17 +153,42 @@ def make_private(prefix: str, top: str | Path) -> tuple[Path, int | None]:
             os.close(descriptor)
 
 
+def close(descriptor: int | None) -> None:
+    """Let go of the flock that `make_private` took, if it did."""
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def sweep(folders: Iterable[Path], remove: Callable[[Path], object]) -> None:
+    """Call `remove` for each of these that `make_private` made, once no process has its flock: under that."""
+    for folder in folders:
+        with suppress(OSError):
+            is_ours = _RANDOM.fullmatch(folder.name) and is_own(folder, private=True)
+            held = try_flock(folder) if is_ours else None
+            if held is not None:
+                try:
+                    remove(folder)
+                finally:
+                    os.close(held)
+
+
+def wait_until(is_so: Callable[[], bool], patience: float) -> bool:
+    """Return whether it is so within `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while not (answer := is_so()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return answer
+
+
 def session_paths(temp: Path) -> list[Path]:
     """Return all that is called a session in a temp directory, also what a killed collector renamed."""
-    paths = [
-        temp / name for name in sorted(files.names_in(temp)) if name.startswith("session_") or _GOING.fullmatch(name)
-    ]
-    return [path for path in paths if not (path.name == LATEST and path.is_symlink())]
+    names = [name for name in files.names_in(temp) if name.removeprefix(_GOING).startswith("session_")]
+    return [temp / name for name in sorted(names) if not (name == LATEST and (temp / name).is_symlink())]
 
 
-def going_name(name: str) -> str:
-    """Return a new unique name for a session directory that is about to be deleted."""
-    return f".{name}.going-{secrets.token_hex(4)}"
+def going(session: Session) -> str:
+    """Return the path that a session directory gets when it is about to be deleted, which names the session still."""
+    return os.path.join(os.path.dirname(session.path), _GOING + session.name)
 
 
 def measure_session(path: Path) -> Session:
@@ -176,14 +196,11 @@ def measure_session(path: Path) -> Session:
 
     Whether it is alive, processes must tell. Raises FileNotFoundError where it is gone.
     """
-    going = _GOING.fullmatch(path.name)
-    name = going["name"] if going else path.name
-    started, pid = _parse_name(name)
-    found = path.lstat()
-    named = Session(name, os.fspath(path), "in doubt", "", found.st_uid, started, pid, going is not None)
+    name, found = path.name.removeprefix(_GOING), path.lstat()
+    named = Session(name, os.fspath(path), "in doubt", "", found.st_uid, _began(name))
     if not stat.S_ISDIR(found.st_mode):
         return replace(named, why="it is a symlink" if stat.S_ISLNK(found.st_mode) else "it is not a directory")
-    venvs, newest, complaint = _look_through(path, found)
+    newest, complaint = _look_through(path, found)
     doubt = _complaint(named, path) or complaint
     use = disk.measure(path)
     return replace(
@@ -193,10 +210,8 @@ def measure_session(path: Path) -> Session:
         size_bytes=use.size,
         reclaimable_bytes=use.reclaimable,
         exact=use.exact,
-        logs_bytes=disk.measure(path / LOGS).size,
-        venvs=venvs,
         last_written=newest,
-        changed=found.st_mtime,
+        changed=found.st_mtime if path.name == name else 0.0,
     )
 
 
@@ -208,12 +223,12 @@ def remove_dangling_latest(temp: Path) -> None:
             latest.unlink()
 
 
-def _parse_name(name: str) -> tuple[float, int]:
-    """Return when a session began, and the pid of its launcher; zeros for a name that Ray does not give."""
-    if parts := _PARTS.fullmatch(name):
+def _began(name: str) -> float:
+    """Return when a session began, zero for a name that Ray does not give."""
+    if re.fullmatch(NAME, name):
         with suppress(ValueError, OverflowError):
-            return time.mktime(time.strptime(parts["time"], "%Y-%m-%d_%H-%M-%S")), int(parts["pid"])
-    return 0.0, 0
+            return time.mktime(time.strptime(name[8:27], "%Y-%m-%d_%H-%M-%S"))
+    return 0.0
 
 
 def _complaint(session: Session, path: Path) -> str:
@@ -224,42 +239,26 @@ def _complaint(session: Session, path: Path) -> str:
         return "its name has a date to come"
     if session.user != os.geteuid():
         return f"it belongs to user {session.user}"
-    folders = [name for name in (LOGS, "sockets") if _is_directory(path / name)]
-    if folders != [LOGS, "sockets"] and not session.going:
+    folders = [name for name in (LOGS, "sockets") if is_own(path / name)]
+    if folders != [LOGS, "sockets"] and path.name == session.name:
         return "only its logs are left" if folders else "it does not have the folders of a session"
     kind = disk.free_space(path).kind
     if disk.is_network(kind):
         return f"it is on a network file system ({kind}): its cluster may be on another host"
-    return _mounted(path)
+    real = path.resolve()
+    inside = next((point for point in disk.mounts() if real in point.parents), None)
+    return f"a file system is mounted in it: {inside}" if inside else ""
 
 
-def _is_directory(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
-
-
-def _mounted(path: Path) -> str:
-    """Return why a mount below keeps a session, "" without one. Bind mounts are seen too: they have no own device."""
-    with suppress(OSError):
-        for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-            # proc(5): blanks and backslashes are escaped as octal numbers.
-            point = re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), line.split()[4])
-            if point.startswith(os.fsencode(path.resolve()) + b"/"):
-                return f"a file system is mounted in it: {os.fsdecode(point)}"
-    return ""
-
-
-def _look_through(top: Path, top_found: os.stat_result) -> tuple[int, float, str]:
-    """Return the number of virtual environments, when something was last written, and what forbids to remove it."""
+def _look_through(top: Path, top_found: os.stat_result) -> tuple[float, str]:
+    """Return when something was last written, and what forbids to remove it."""
     unread: list[OSError] = []
-    venvs, newest, complaint = 0, 0.0, ""
+    newest, complaint = 0.0, ""
     for item, found in disk.walk(top, unread.append):
-        venvs += os.path.basename(item) == "pyvenv.cfg"
         newest = max(newest, found.st_mtime)
         if found.st_uid != top_found.st_uid:
             complaint = complaint or f"it has files of user {found.st_uid}: {os.path.relpath(item, top)}"
-        if stat.S_ISDIR(found.st_mode) and found.st_dev != top_found.st_dev:
-            complaint = complaint or f"it has another file system in it: {os.path.relpath(item, top)}"
     unread = [error for error in unread if not isinstance(error, FileNotFoundError)]
     if unread:
         complaint = complaint or f"not all of it can be looked at: {unread[0].strerror}"
-    return venvs, newest, complaint
+    return newest, complaint

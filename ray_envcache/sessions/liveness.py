@@ -20,16 +20,13 @@ from pathlib import Path
 
 from ray_envcache.sessions import directories
 from ray_envcache.sessions.directories import Session
-from ray_envcache.system import disk
+from ray_envcache.system import disk, flock
 from ray_envcache.system.processes import Mentions, find_mentions, sees_all_processes
 
 STARTING_SECONDS = 60.0
 """How long a cluster may take from making its directory to its first process that names it."""
 QUIET_SECONDS = 900.0
 """How long nothing must be written where processes may be hidden from us: raylet writes every ten seconds."""
-
-_QUARTER = 900.0
-_CLOCK_SECONDS = 5.0
 
 NAMED = re.compile(directories.NAME.encode())
 """The names of sessions, as processes have them."""
@@ -41,7 +38,7 @@ _DEAF = frozenset({errno.ECONNREFUSED, errno.ENOENT, errno.ENOTDIR})
 def judge_sessions(temps: Iterable[Path], *, starting: float = STARTING_SECONDS) -> list[Session]:
     """Return all sessions in these temp directories, judged, the oldest first. Raises OSError where one is unreadable.
 
-    A session that began less than `starting` seconds ago is in doubt.
+    A session whose directory was changed less than `starting` seconds ago is in doubt.
     """
     measured = []
     for path in [path for temp in temps for path in directories.session_paths(temp)]:
@@ -63,7 +60,7 @@ def _judge(session: Session, mentions: Mentions, starting: float) -> Session:
         doubt = f"it cannot be looked at: {error.strerror}"
     if doubt:
         return replace(session, state="in doubt", why=doubt)
-    return replace(session, why="a collector died over it" if session.going else "no process names it")
+    return replace(session, why="no process names it")
 
 
 def _life(session: Session, mentions: Mentions) -> str:
@@ -73,10 +70,8 @@ def _life(session: Session, mentions: Mentions) -> str:
         return mentions.by_name[session.name]
     if session.state == "in doubt":
         return ""  # neither its flock nor its sockets are touched
-    descriptor = directories.try_flock(Path(session.path))
-    if descriptor is None:
+    if not flock.is_free(session.path):
         return "a process holds a flock on it"
-    os.close(descriptor)
     listening = _find_listener(Path(session.path, "sockets"))
     return f"a process listens on its socket {listening}" if listening else ""
 
@@ -84,16 +79,12 @@ def _life(session: Session, mentions: Mentions) -> str:
 def _doubt(session: Session, mentions: Mentions, starting: float) -> str:
     """Return why a process may belong to a session that none names, "" where none may."""
     since_change, since_write = time.time() - session.changed, time.time() - session.last_written
-    # Ray changes the directory when a cluster ends, too: what is new was changed soon after the time in its name. That
-    # is local time, in whatever zone: all of them differ by quarters of an hour.
-    is_new = (session.changed - session.started) % _QUARTER < STARTING_SECONDS
-    if -_CLOCK_SECONDS < since_change < starting and is_new and not session.going:
-        return "it was made a moment ago, its cluster may be starting"
-    if since_write < -_CLOCK_SECONDS:
-        return "it was written at a time to come"
+    # Ray changes the directory when a cluster ends, too: such a one waits as long.
+    if since_change < starting:
+        return "it was changed a moment ago, its cluster may be starting"
     for process in mentions.unseen:
         # A worker of another user would leave files of that user in the session, which are in doubt already.
-        later = process.started >= session.started - STARTING_SECONDS or process.pid == session.pid
+        later = process.started >= session.started - STARTING_SECONDS
         if process.user == session.user and later and _LIKE_RAY.search(process.command):
             return f"process {process.pid} ({process.name}) refuses to be looked at"
     if since_write < QUIET_SECONDS and not (sees_all_processes() or _is_private(Path(session.path))):

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from pathlib import Path
 
 from ray_envcache.sessions import directories
 from ray_envcache.sessions.collector import collect_sessions
+from ray_envcache.sessions.directories import wait_until
 from ray_envcache.sessions.liveness import judge_sessions
-from ray_envcache.sessions.short_path import ShortTmpdir, require_usable, short_tmpdir
+from ray_envcache.sessions.short_path import ShortTmpdir, require_usable, short_tmpdir, sweep_links
 from ray_envcache.system import files, flock
 from ray_envcache.system.texts import printable
 
@@ -26,7 +26,6 @@ PATIENCE_SECONDS = 10.0
 LENT_SECONDS = 1.0
 """How long other processes of the program may take to end after it."""
 
-_NAME = re.compile(rf"{directories.RUN_PREFIX}[a-z0-9_]{{8}}")
 _OF_RAY = {
     "ray": re.compile(r"session_latest|ray_current_cluster|(?:tmp_)?prom_metrics_service_discovery\.json"),
     "_ray_lockfiles": re.compile(r"[0-9a-f]{64}\.lock"),
@@ -67,19 +66,12 @@ def _shut_down() -> None:
 
 
 def sweep(runs: Iterable[Path]) -> None:
-    """Remove what Ray left in the directories of killed runs, once no process holds them and no session is in them.
+    """Remove unused links, and what Ray left in the directories of killed runs that have no process and no session.
 
     Everything that Ray did not make stays.
     """
-    for folder in runs:
-        with suppress(OSError):
-            is_run = _NAME.fullmatch(folder.name) and directories.is_own(folder, private=True)
-            held = directories.try_flock(folder) if is_run else None
-            if held is not None:
-                try:
-                    _remove(folder)
-                finally:
-                    os.close(held)
+    sweep_links()
+    directories.sweep(runs, _remove)
 
 
 def _remove(folder: Path) -> list[str]:
@@ -126,7 +118,7 @@ class RunTmpdir:
             return cls(folder, short_tmpdir(folder), descriptor)
         except BaseException:
             folder.rmdir()
-            _close(descriptor)
+            directories.close(descriptor)
             raise
 
     @property
@@ -139,12 +131,12 @@ class RunTmpdir:
         """The flocks on directory and link: a child that inherits them keeps both, also when we are dead."""
         return [one for one in (self.descriptor, self.short.fileno()) if one is not None]
 
-    def close(self, say: Callable[[str], None], *, failed: bool, keep: bool, lent: bool = False) -> None:
+    def close(self, say: Callable[[str], None], *, failed: bool, keep: bool) -> None:
         """Remove what dead clusters left; with `failed` all but their logs, with `keep` nothing.
 
-        A cluster that lives on, because the program meant it to, keeps its session. With `lent`, processes that
-        inherited the descriptors keep the directory. What stays is said. What fails is said too, and raises nothing:
-        how the program ended matters more.
+        A cluster that lives on, because the program meant it to, keeps its session, and processes that inherited the
+        descriptors keep the directory. What stays is said. What fails is said too, and raises nothing: how the program
+        ended matters more.
         """
         try:
             try:
@@ -154,14 +146,14 @@ class RunTmpdir:
                 else:
                     self._collect(say, failed=failed)
             finally:
-                self._give_back(say, lent=lent)
+                self._give_back(say)
         except (OSError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or error
             say(f"not all of the temp directory could be removed: {self.folder} ({reason})")
 
     def _collect(self, say: Callable[[str], None], *, failed: bool) -> None:
         """Remove the sessions of dead clusters, and say which stay, and where saved logs are."""
-        self._wait()
+        wait_until(self._are_dead, PATIENCE_SECONDS)
         report = collect_sessions([self.temp], starting=0, keep_logs=failed)
         for one in (*report.alive, *report.in_doubt, *report.failed):
             say(f"{one.state}: {one.path} ({one.why})")
@@ -169,36 +161,16 @@ class RunTmpdir:
             if failed and os.path.isdir(logs := os.path.join(one.path, directories.LOGS)):
                 say(f"logs of the failed run: {logs}")
 
-    def _wait(self) -> None:
-        """Wait until all clusters are dead, or for as long as that usually takes."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while any(one.state != "dead" for one in judge_sessions([self.temp], starting=0)):
-            if time.monotonic() > deadline:
-                return
-            time.sleep(0.1)
+    def _are_dead(self) -> bool:
+        return all(one.state == "dead" for one in judge_sessions([self.temp], starting=0))
 
-    def _give_back(self, say: Callable[[str], None], *, lent: bool) -> None:
+    def _give_back(self, say: Callable[[str], None]) -> None:
         """Let go of directory and link, and remove them where no process needs them."""
-        _close(self.descriptor)
-        if lent and self._others_hold():
-            self.short.leave()
-            say(f"kept: {self.folder} (the program left a process that has it; `gc --sessions` removes it later)")
-            return
+        directories.close(self.descriptor)
+        is_free = self.descriptor is None or wait_until(lambda: flock.is_free(self.folder), LENT_SECONDS)
         self.short.release(patience=0)
-        if left := _remove(self.folder):
+        if not is_free:
+            say(f"kept: {self.folder} (the program left a process that has it; `gc --sessions` removes it later)")
+        elif left := _remove(self.folder):
             names = ", ".join(left[:_SHOWN]) + (", ..." if len(left) > _SHOWN else "")
             say(printable(f"kept: {self.folder} (what Ray did not make: {names})"))
-
-    def _others_hold(self) -> bool:
-        """Whether another process has the flock, and keeps it for longer than a collector does."""
-        deadline = time.monotonic() + LENT_SECONDS
-        while self.descriptor is not None and not flock.is_free(self.folder):
-            if time.monotonic() > deadline:
-                return True
-            time.sleep(0.05)
-        return False
-
-
-def _close(descriptor: int | None) -> None:
-    if descriptor is not None:
-        os.close(descriptor)

@@ -13,15 +13,13 @@ import re
 import stat
 import sys
 import tempfile
-import time
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_envcache.errors import TempDirError
 from ray_envcache.sessions import directories
-from ray_envcache.system import disk, files, flock
+from ray_envcache.system import disk, files
 from ray_envcache.system.processes import find_mentions
 
 if TYPE_CHECKING:
@@ -37,9 +35,8 @@ MAX_BYTES = SOCKET_BYTES - len(_LONGEST)
 RELEASE_SECONDS = 5.0
 """How long a release waits for the last processes of a cluster."""
 
-_PREFIX, _LINK = "re-", "t"
-_NAME = re.compile(rf"{_PREFIX}[a-z0-9_]{{8}}")
-_NAMED = re.compile(rf"/{_PREFIX}[a-z0-9_]{{8}}(?=/{_LINK}(?:/|\0|\s|$))".encode())
+_LINK = "t"
+_NAMED = re.compile(rf"/{directories.LINK_PREFIX}[a-z0-9_]{{8}}(?=/{_LINK}(?:/|\0|\s|$))".encode())
 _NEEDED_BYTES = 16_000_000
 
 
@@ -47,21 +44,23 @@ class ShortTmpdir(str):
     """The path of a temp directory, short enough for Ray: a plain string, and a context manager.
 
     `target` is the directory itself. Leaving the context, or `release()`, removes the link as soon as no process names
-    it. So does the end of the process, unless a cluster outlives it; then a later call of `short_tmpdir` or a
-    `gc --sessions` does.
+    it, or has its flock as a forked child has. So does the end of the process, unless such a process outlives it; then
+    a later call of `short_tmpdir` or a `gc --sessions` does.
     """
 
-    __slots__ = ("_descriptor", "target")
+    __slots__ = ("_descriptor", "_folder", "target")
 
     target: str
     _descriptor: int | None
+    _folder: Path | None
 
     def __new__(cls, path: str, target: str, descriptor: int | None = None) -> Self:
         """Take over the flock on the directory of the link."""
         self = super().__new__(cls, path)
         self.target = target
         self._descriptor = descriptor
-        if descriptor is not None:
+        self._folder = None if descriptor is None else Path(path).parent
+        if self._folder:
             atexit.register(self._at_exit, os.getpid())
         return self
 
@@ -74,32 +73,24 @@ class ShortTmpdir(str):
         return self._descriptor
 
     def release(self, patience: float = RELEASE_SECONDS) -> bool:
-        """Remove the link if no process names it within `patience` seconds. Return whether it is gone.
+        """Remove the link if no process needs it within `patience` seconds. Return whether it is gone.
 
-        The directory itself stays, and what is in it. A second call does nothing.
+        The directory itself stays, and what is in it. A second call does nothing, or tries once more.
         """
-        if self._descriptor is None:
-            return True
-        folder, deadline = Path(self).parent, time.monotonic() + patience
-        while f"/{folder.name}" in find_mentions(_NAMED).by_name:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.1)
-        atexit.unregister(self._at_exit)
-        _remove(folder, self._descriptor)
+        directories.close(self._descriptor)
         self._descriptor = None
-        _remove_dangling_latest(self.target)
-        return True
-
-    def leave(self) -> None:
-        """Let go of the link, but keep it for processes that inherited the descriptor; it is swept after their end."""
-        if self._descriptor is not None:
+        if self._folder and directories.wait_until(self._is_gone, patience):
             atexit.unregister(self._at_exit)
-            os.close(self._descriptor)
-            self._descriptor = None
+            self._folder = None
+            _remove_dangling_latest(self.target)
+        return self._folder is None
+
+    def _is_gone(self) -> bool:
+        directories.sweep([folder := Path(self).parent], _remove)
+        return not folder.exists()
 
     def _at_exit(self, owner: int) -> None:
-        if owner == os.getpid():
+        if owner == os.getpid():  # a fork may have another file behind the descriptor
             self.release(patience=0)
 
     def __enter__(self) -> Self:
@@ -177,14 +168,9 @@ def make_link(target: str, places: Iterable[Path]) -> ShortTmpdir:
 
 
 def sweep_links(places: Iterable[Path] | None = None) -> None:
-    """Remove our links whose process is dead, unless a process names them: a cluster may outlive its driver."""
-    idle = [folder for place in places or _places() for folder in place.glob(f"{_PREFIX}*") if _is_idle(folder)]
-    named = find_mentions(_NAMED).by_name if idle else {}
-    for folder in idle:
-        with suppress(OSError):
-            held = None if f"/{folder.name}" in named else directories.try_flock(folder)
-            if held is not None:
-                _remove(folder, held)
+    """Remove our links that no process needs."""
+    for place in places or _places():
+        directories.sweep(place.glob(f"{directories.LINK_PREFIX}*"), _remove)
 
 
 def _places() -> list[Path]:
@@ -193,7 +179,7 @@ def _places() -> list[Path]:
 
 
 def _refusal(place: Path) -> str:
-    if len(os.fsencode(place)) + len(f"/{_PREFIX}xxxxxxxx/{_LINK}") > MAX_BYTES:
+    if len(os.fsencode(place)) + len(f"/{directories.LINK_PREFIX}xxxxxxxx/{_LINK}") > MAX_BYTES:
         return "too long"
     try:
         found = place.stat()
@@ -208,28 +194,19 @@ def _refusal(place: Path) -> str:
 
 
 def _link(place: Path, target: str) -> ShortTmpdir:
-    folder, descriptor = directories.make_private(_PREFIX, place)
+    folder, descriptor = directories.make_private(directories.LINK_PREFIX, place)
     try:
         (folder / _LINK).symlink_to(target)
-    except BaseException:
-        _remove(folder, descriptor)
+    except OSError:
+        folder.rmdir()
+        directories.close(descriptor)
         raise
     return ShortTmpdir(os.fspath(folder / _LINK), target, descriptor)
 
 
-def _is_idle(folder: Path) -> bool:
-    """Whether this is a private directory of ours with at most a link in it, and no process has a flock on it."""
-    with suppress(OSError):
-        if _NAME.fullmatch(folder.name) and directories.is_own(folder, private=True):
-            links_only = all(item.name == _LINK and item.is_symlink() for item in folder.iterdir())
-            return links_only and flock.is_free(folder)
-    return False
-
-
-def _remove(folder: Path, descriptor: int | None) -> None:
-    """Remove a link and its directory, and let go of the flock on it."""
-    with suppress(OSError):
-        (folder / _LINK).unlink(missing_ok=True)
+def _remove(folder: Path) -> None:
+    """Remove a link and its directory, unless a process names it: a cluster may outlive its driver. Raises OSError."""
+    if f"/{folder.name}" not in find_mentions(_NAMED).by_name:
+        if (folder / _LINK).is_symlink():
+            (folder / _LINK).unlink()
         folder.rmdir()
-    if descriptor is not None:
-        os.close(descriptor)

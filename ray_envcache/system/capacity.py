@@ -15,42 +15,35 @@ _ROOT = Path("/")
 def processors(root: Path = _ROOT) -> int:
     """The number of processors that this process may keep busy, at least one."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([usable, *(int(quota) for folder in _cgroups("cpu", root) for quota in _quota(folder))]))
+    return max(1, min([usable, *(int(quota) for folder in _cgroups(root) for quota in _quota(folder))]))
 
 
 def memory(root: Path = _ROOT) -> int:
     """The bytes of memory that this process can have without harm to others of its machine or container."""
-    return min([psutil.virtual_memory().available, *(left for one in _cgroups("memory", root) for left in _left(one))])
+    return min([psutil.virtual_memory().available, *(left for folder in _cgroups(root) for left in _left(folder))])
 
 
-def _cgroups(controller: str, root: Path) -> Iterator[Path]:
-    """The folders of the cgroups that bound us, innermost first: of version 2 and, where it is still used, of 1."""
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        top = root / "sys/fs/cgroup" / (controller if controllers else "")
-        mine = top / path.lstrip("/")
-        yield from (folder for folder in (mine, *mine.parents) if folder.is_relative_to(top))
+def _cgroups(root: Path) -> list[Path]:
+    """The folders of the cgroups (version 2) that bound us, innermost first."""
+    top = root / "sys/fs/cgroup"
+    mine = top / _read(root / "proc/self/cgroup").rpartition("0::/")[2].strip()
+    return [folder for folder in (mine, *mine.parents) if folder.is_relative_to(top)]
 
 
 def _quota(cgroup: Path) -> Iterator[float]:
     """Processors that the cgroup's time is worth; nothing where it is not limited."""
-    old = f"{_read(cgroup / 'cpu.cfs_quota_us')} {_read(cgroup / 'cpu.cfs_period_us')}"
-    words = (_read(cgroup / "cpu.max") or old).split()
+    words = _read(cgroup / "cpu.max").split()
     if len(words) == 2 and all(word.isdigit() for word in words):
         yield int(words[0]) / int(words[1])
 
 
 def _left(cgroup: Path) -> Iterator[int]:
     """Bytes that the cgroup may still use; nothing where it is not limited."""
-    limit = _read(cgroup / "memory.max") or _read(cgroup / "memory.limit_in_bytes")
-    used = _read(cgroup / "memory.current") or _read(cgroup / "memory.usage_in_bytes")
-    if limit.strip().isdigit() and used.strip().isdigit():
+    limit, used = _read(cgroup / "memory.max").strip(), _read(cgroup / "memory.current").strip()
+    if limit.isdigit() and used.isdigit():
         # Pages of files that were not touched for long count as used, and go where memory is wanted.
-        lines = [line.split() for line in _read(cgroup / "memory.stat").splitlines()]
-        files = [int(count) for name, count in lines if name in {"inactive_file", "total_inactive_file"}]
-        yield int(limit) - int(used) + max(files, default=0)
+        counts = dict(line.split() for line in _read(cgroup / "memory.stat").splitlines())
+        yield int(limit) - int(used) + int(counts.get("inactive_file", 0))
 
 
 def _read(path: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import stat
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -148,6 +147,11 @@ def room_left(path: Path) -> str:
     return f"{found.free / 1e6:,.0f} MB{f' and {found.inodes_free} inodes' if few else ''} are free"
 
 
+def mounts() -> dict[Path, str]:
+    """The mount points, bind mounts too, and the type of the file system on each: the last one, which hides others."""
+    return {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
+
+
 def is_network(kind: str) -> bool:
     """Whether other hosts, or the host of this virtual machine, may use a file system of this type at the same time.
 
@@ -159,33 +163,12 @@ def is_network(kind: str) -> bool:
 
 
 def _kind(path: Path) -> str:
-    """Find the type of the file system of `path` by its mount id.
+    """The type of the file system of `path`; "" where that is not known.
 
-    Not by device number: a btrfs subvolume and an overlay have other ones in stat(2) than in mountinfo. Not by path:
-    mounts may hide each other. Both files are described in proc(5).
+    By the mount point, not by device number: a btrfs subvolume and an overlay have other ones in stat(2).
     """
-    try:
-        mounts = Path("/proc/self/mountinfo").read_bytes()
-        found = re.search(rb"^%s .*? - (\S+)" % _mount_id(path), mounts, re.MULTILINE)
-    except OSError:
-        return _kind_by_mount_point(path)
-    return os.fsdecode(found[1]) if found else ""
-
-
-def _kind_by_mount_point(path: Path) -> str:
-    """The type of the file system of `path` where there is no /proc, as on macOS; "" where that is not known."""
-    real = Path(os.path.realpath(path))
-    mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
-    return next((mounts[place] for place in (real, *real.parents) if place in mounts), "")
-
-
-def _mount_id(path: Path) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        found = re.search(rb"^mnt_id:\s*(\d+)", Path(f"/proc/self/fdinfo/{descriptor}").read_bytes(), re.MULTILINE)
-    finally:
-        os.close(descriptor)
-    return found[1] if found else b"untold"
+    real, kinds = Path(os.path.realpath(path)), mounts()
+    return next((kinds[place] for place in (real, *real.parents) if place in kinds), "")
 
 
 @dataclass

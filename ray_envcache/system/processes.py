@@ -1,4 +1,4 @@
-"""The processes of this machine: what each is called, which files it names, which flocks it holds.
+"""The processes of this machine: what each is called, which files it names.
 
 Linux is read through /proc (formats: proc(5)), other systems through psutil. Only processes of this PID namespace are
 seen, and paths as this mount namespace knows them. So an answer may keep something, but never lets it go.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -67,18 +67,28 @@ def _cut(argument: str) -> str:
 
 
 def find_mentions(pattern: re.Pattern[bytes]) -> Mentions:
-    """Find the matches of `pattern` in command lines, directories, open and mapped files, and sockets.
+    """Find the matches of `pattern` in command lines, directories, open and mapped files.
 
     The processes of all users are searched, but not the calling one.
     """
-    found, pids = Mentions(), psutil.pids()
-    for pid in pids:
-        if pid != os.getpid():
-            _search(pid, _texts(pid), pattern, found)
-    for names in _socket_names(pids):
-        for name in pattern.findall(names):
-            found.by_name.setdefault(os.fsdecode(name), "a socket of it is open")
+    found = Mentions()
+    for pid in (pid for pid in psutil.pids() if pid != os.getpid()):
+        try:
+            for name, how in _matches(_texts(pid), pattern):
+                if name not in found.by_name and (process := describe(pid)):
+                    found.by_name[name] = f"process {pid} ({process.name}) names it: {how}"
+        except (FileNotFoundError, ProcessLookupError):  # noqa: PERF203  # each process fails for itself
+            pass  # it has ended, or is a thread of the kernel
+        except OSError:
+            found.unseen += filter(None, [describe(pid)])
     return found
+
+
+def _matches(texts: _Texts, pattern: re.Pattern[bytes]) -> Iterator[tuple[str, str]]:
+    """Yield each name that `pattern` finds, and how the process names it."""
+    for how, text in texts:
+        for name in pattern.findall(text):
+            yield os.fsdecode(name), how
 
 
 def processes_using(root: Path, names: Collection[str]) -> dict[str, dict[int, str]]:
@@ -95,25 +105,9 @@ def processes_using(root: Path, names: Collection[str]) -> dict[str, dict[int, s
     users: dict[str, dict[int, str]] = {}
     for pid in psutil.pids():
         with suppress(OSError):  # it has ended, or may not be read
-            for how, text in _uses(pid):
-                for name in map(os.fsdecode, pattern.findall(text)):
-                    users.setdefault(name, {}).setdefault(pid, how)
+            for name, how in _matches(_uses(pid), pattern):
+                users.setdefault(name, {}).setdefault(pid, how)
     return users
-
-
-def flock_holders(inodes: Mapping[tuple[int, int], str], root: Path) -> dict[str, list[Process]]:
-    """Find the processes that hold flocks on files below `root`, given as {(st_dev, st_ino): name}.
-
-    A holder is any process that has the flocked open file: also a child whose parent took the flock and died, where
-    /proc/locks names the dead parent. Empty on systems without /proc.
-    """
-    holders: dict[str, list[Process]] = {}
-    for pid in psutil.pids() if _has_proc() else ():
-        with suppress(OSError):  # it has ended, or may not be read
-            for name in set(_flocked(pid, inodes, os.fsencode(root.resolve()) + b"/")):
-                if process := describe(pid):
-                    holders.setdefault(name, []).append(process)
-    return holders
 
 
 def sees_all_processes() -> bool:
@@ -125,19 +119,6 @@ def _has_proc() -> bool:
     return os.path.isdir("/proc/self/fdinfo")
 
 
-def _search(pid: int, texts: _Texts, pattern: re.Pattern[bytes], found: Mentions) -> None:
-    try:
-        for how, text in texts:
-            for name in map(os.fsdecode, pattern.findall(text)):
-                if name not in found.by_name and (process := describe(pid)):
-                    found.by_name[name] = f"process {pid} ({process.name}) names it: {how}"
-    except (FileNotFoundError, ProcessLookupError):
-        pass  # it has ended, or is a thread of the kernel
-    except OSError:
-        if process := describe(pid):
-            found.unseen.append(process)
-
-
 def _texts(pid: int) -> _Texts:
     """Yield everything in which a process may name a file, first what every user may read. Raises OSError."""
     if not _has_proc():
@@ -146,8 +127,9 @@ def _texts(pid: int) -> _Texts:
     yield _COMMAND_LINE, Path(f"/proc/{pid}/cmdline").read_bytes()
     for link, how in _LINKS.items():
         yield how, _readlink(f"/proc/{pid}/{link}")
-    for _, path in _open_files(pid):
-        yield _OPEN_FILE, path
+    directory = f"/proc/{pid}/fd"
+    for number in os.listdir(directory):  # names only: a raylet has thousands
+        yield _OPEN_FILE, _readlink(f"{directory}/{number}")
     yield _MAPPED_FILE, Path(f"/proc/{pid}/maps").read_bytes()
 
 
@@ -197,41 +179,12 @@ def _texts_of_psutil(pid: int) -> _Texts:
         raise PermissionError(str(error)) from error
 
 
-def _open_files(pid: int) -> Iterator[tuple[str, bytes]]:
-    """Yield the open files of a process: the link in /proc, and the path."""
-    directory = f"/proc/{pid}/fd"
-    for number in os.listdir(directory):  # names only: a raylet has thousands
-        yield f"{directory}/{number}", _readlink(f"{directory}/{number}")
-
-
 def _readlink(path: str) -> bytes:
     """Return where a link in /proc leads, b"" where it leads nowhere: a closed file, a kernel thread's executable."""
     try:
         return os.fsencode(os.readlink(path))
     except FileNotFoundError:
         return b""
-
-
-def _flocked(pid: int, inodes: Mapping[tuple[int, int], str], prefix: bytes) -> Iterator[str]:
-    for link, path in _open_files(pid):
-        if path.startswith(prefix):
-            # Through the link: fdinfo has another device than stat(2) on btrfs, and the path may be renamed or gone.
-            with suppress(FileNotFoundError):
-                found = os.stat(link)
-                name = inodes.get((found.st_dev, found.st_ino))
-                if name is not None and b" FLOCK " in Path(link.replace("/fd/", "/fdinfo/")).read_bytes():
-                    yield name
-
-
-def _socket_names(pids: Collection[int]) -> Iterator[bytes]:
-    """Yield the names of all open sockets, those of other users too, once for each network namespace."""
-    networks: set[str] = set()
-    for pid in pids:
-        with suppress(OSError):  # it has ended, may not be read, or the system has no /proc
-            network = os.readlink(f"/proc/{pid}/ns/net")
-            if network not in networks:
-                yield Path(f"/proc/{pid}/net/unix").read_bytes()
-                networks.add(network)
 
 
 @cache

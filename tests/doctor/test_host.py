@@ -33,7 +33,7 @@ def test_healthy_host(store: Store) -> None:
     done = run("doctor")
     assert (done.returncode, done.stderr) == (0, "")
     states = re.findall(r"^(ok|warn|error) +([a-z' ]+?)  ", done.stdout, re.MULTILINE)
-    names = ["store", "flocks", "holds", "space", "uv's cache", "uv", "python", "ray", "settings", "registration"]
+    names = ["store", "flocks", "space", "uv's cache", "uv", "python", "ray", "settings", "registration"]
     assert [name for _, name in states] == names
     assert [name for state, name in states if state != "ok"] == ["registration"]
     assert done.stdout.count("hint: ") == 1

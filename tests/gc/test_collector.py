@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -94,13 +94,13 @@ def test_user_that_ends_while_it_is_looked_for(store: Store, make: Make, monkeyp
     """Nobody is there any more to be named: not taken for one whom we cannot see."""
     lease = leases.hold(make("aa"))
     assert lease is not None
-    look = processes.flock_holders
+    look = processes.processes_using
 
-    def late(inodes: Mapping[tuple[int, int], str], root: Path) -> dict[str, list[processes.Process]]:
+    def late(root: Path, names: Collection[str]) -> dict[str, dict[int, str]]:
         lease.release()
-        return look(inodes, root)
+        return look(root, names)
 
-    monkeypatch.setattr(processes, "flock_holders", late)
+    monkeypatch.setattr(processes, "processes_using", late)
     found = status(store.layout, lease.entry)
     assert (lease.descriptors, found.users, found.in_use) == ([], (), False)
 

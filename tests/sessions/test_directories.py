@@ -159,8 +159,8 @@ def test_json_has_the_schema(temp: Path) -> None:
     assert (data["schema_version"], data["temp_dirs"]) == (1, [str(temp)])
     for one in data["sessions"]:
         assert set(one) == {
-            "name", "path", "state", "why", "size_bytes", "reclaimable_bytes", "exact", "logs_bytes", "venvs",
-            "started_at", "last_written_at", "user",
+            "name", "path", "state", "why", "size_bytes", "reclaimable_bytes", "exact", "started_at",
+            "last_written_at", "user",
         }  # fmt: skip
         assert isinstance(one["size_bytes"], int)
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", one["last_written_at"])

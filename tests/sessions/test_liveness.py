@@ -52,7 +52,7 @@ mmap.restype, mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, *[ctypes.c_size
 file = os.open(sys.argv[1] + "/logs/raylet.out", os.O_RDONLY)
 mmap(None, 4096, 1, 2, file, 0)
 os.close(file)""",
-    "a socket": "import socket; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1] + '/sockets/raylet'); s.listen()",
+    "its socket raylet": "import socket; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1] + '/sockets/raylet'); s.listen()",
 }
 
 
@@ -72,8 +72,7 @@ def test_a_process_that_names_it_keeps_it(how: str, temp: Path, children: list[s
     rest(session)
     state, why = judge(session)
     assert state == "alive"
-    assert why == "a socket of it is open" if how == "a socket" else why.startswith(f"process {pid} (python")
-    assert how in why
+    assert how in why if how == "its socket raylet" else why.startswith(f"process {pid} (python") and how in why
     assert collect_sessions([temp]).removed == []
     os.kill(pid, signal.SIGKILL)
     children[0].wait()
@@ -123,7 +122,7 @@ def test_a_cluster_of_another_container_keeps_it(temp: Path, children: list[subp
     (session / "logs" / "raylet.out").write_text("written a moment ago")
     state, why = seen_from_a_container()
     assert (state, "other containers" in why) == ("in doubt", True)
-    start(children, NAMING["a socket"], session)
+    start(children, NAMING["its socket raylet"], session)
     rest(session, 30 * 60)
     assert seen_from_a_container() == ("alive", "a process listens on its socket raylet")
 
@@ -138,30 +137,25 @@ def test_a_socket_file_says_nothing(temp: Path) -> None:
 
 
 @sees_all
-@pytest.mark.parametrize("zone", [0, 3600, -12600, 45900])
-def test_a_starting_cluster_is_in_doubt(zone: float, temp: Path) -> None:
-    """A session made a moment ago stays, in whichever time zone it is named, unless the caller knows better."""
-    named = time.strftime(f"session_%Y-%m-%d_%H-%M-%S_000001_{support.NO_PID}", time.localtime(time.time() - 5 + zone))
+@pytest.mark.parametrize("ended", [0, 2300])
+def test_a_starting_cluster_is_in_doubt(ended: float, temp: Path) -> None:
+    """A session made, or ended, a moment ago stays for a minute, unless the caller knows better."""
+    began = time.localtime(time.time() - 5 - ended)
+    named = time.strftime(f"session_%Y-%m-%d_%H-%M-%S_000001_{support.NO_PID}", began)
     session = make(temp).rename(temp / named)
     rest(session, 4)
-    assert judge(session) == ("in doubt", "it was made a moment ago, its cluster may be starting")
+    assert judge(session) == ("in doubt", "it was changed a moment ago, its cluster may be starting")
     assert collect_sessions([temp]).removed == []
     assert [one.name for one in collect_sessions([temp], starting=0).removed] == [named]
-
-
-@sees_all
-def test_a_session_that_has_just_ended_is_dead(temp: Path) -> None:
-    """Ray changes the directory at a clean end: that makes no new session of an old one."""
-    named = time.strftime(f"session_%Y-%m-%d_%H-%M-%S_000001_{support.NO_PID}", time.localtime(time.time() - 2300))
     session = make(temp).rename(temp / named)
-    rest(session, 1)
+    rest(session, 61)
     assert judge(session)[0] == "dead"
 
 
 def test_times_to_come(temp: Path) -> None:
     """What was written when the clock was wrong is in doubt."""
     session = make(temp, age=-500)
-    assert judge(session) == ("in doubt", "it was written at a time to come")
+    assert judge(session) == ("in doubt", "it was changed a moment ago, its cluster may be starting")
 
 
 def test_older_than_is_about_the_last_written_file(temp: Path) -> None:
@@ -370,7 +364,7 @@ def test_on_a_network_file_system_it_stays(temp: Path, monkeypatch: pytest.Monke
 
 @sees_all
 def test_what_a_session_holds(temp: Path) -> None:
-    """Bytes of logs and all, and the virtual environments that Ray left."""
+    """Bytes of all that is in it."""
     session = make(temp)
     for name in ("pip/1/virtualenv", "working_dir_files/_ray_pkg_1/.venv"):
         venv = session / "runtime_resources" / name
@@ -378,12 +372,10 @@ def test_what_a_session_holds(temp: Path) -> None:
         (venv / "pyvenv.cfg").write_text("home = /usr")
         (venv / "big").write_bytes(b"x" * 500_000)
     (one,) = liveness.judge_sessions([temp])
-    assert (one.venvs, one.exact) == (2, one.exact)
-    assert 10_000 <= one.logs_bytes < 100_000
     assert 1_000_000 <= one.reclaimable_bytes <= one.size_bytes < 1_200_000
     shown = cli("list", "--sessions", "--tmpdir", temp).stdout
-    assert re.search(r"SESSION +STATE +SIZE +AGE +LAST WRITTEN +HOLDS +WHY", shown)
-    assert re.search(rf"{session.name} +dead +1\.\d MB .* 2 venvs +no process names it", shown)
+    assert re.search(r"SESSION +STATE +SIZE +AGE +LAST WRITTEN +WHY", shown)
+    assert re.search(rf"{session.name} +dead +1\.\d MB .* +no process names it", shown)
     assert "1 session, 1." in shown
 
 

@@ -414,11 +414,11 @@ def test_local_file_systems(kind: str) -> None:
     assert not disk.is_network(kind)
 
 
-def test_kind_where_there_is_no_proc(mount: Mount) -> None:
-    """Without /proc, as on macOS, the mount point above a path says which file system it is on, links resolved."""
+def test_kind_by_the_mount_point(mount: Mount) -> None:
+    """The mount point above a path says which file system it is on, links resolved."""
     place = mount("tmpfs")
     (place / "folder").mkdir()
     link = place.parent / "link"
     link.symlink_to(place / "folder")
-    assert disk._kind_by_mount_point(link) == "tmpfs"
-    assert disk._kind_by_mount_point(Path("/proc/self")) == "proc"
+    assert disk.free_space(link).kind == "tmpfs"
+    assert disk.free_space(Path("/proc/self")).kind == "proc"

@@ -1,4 +1,4 @@
-"""Which files processes name and which flocks they hold, asked about real child processes."""
+"""Which files processes name, asked about real child processes."""
 
 from __future__ import annotations
 
@@ -72,17 +72,6 @@ def said(child: Child) -> str:
     return child.stdout.readline().strip()
 
 
-def inode(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_dev, found.st_ino
-
-
-def flock_pids(root: Path) -> dict[str, set[int]]:
-    inodes = {inode(root / name / "in-use"): name for name in ("one", "two")}
-    found = processes.flock_holders(inodes, root)
-    return {name: {process.pid for process in holders} for name, holders in found.items()}
-
-
 def uses(root: Path) -> dict[str, str]:
     """How each directory is used, by its first user."""
     found = processes.processes_using(root, ["one", "two"])
@@ -99,62 +88,6 @@ def eventually(condition: Callable[[], bool]) -> bool:
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
     return condition()
-
-
-def test_holders_are_described(root: Path, spawn: Spawn) -> None:
-    """Each process that holds a shared flock is described with pid, user, start time and command."""
-    children = [spawn(FLOCK, root / "one" / "in-use", "LOCK_SH") for _ in range(2)]
-    assert [said(child) for child in children] == ["", ""]
-    found = processes.flock_holders({inode(root / "one" / "in-use"): "one"}, root)
-    assert {process.pid for process in found["one"]} == {child.pid for child in children}
-    process = found["one"][0]
-    assert process.user == os.getuid()
-    assert process.command.startswith(f"{sys.executable[-60:]} -c import os")
-    assert abs(process.started - time.time()) < 60  # in seconds since 1970, not since boot; a minute for slow hosts
-
-
-def test_an_exclusive_flock_is_held_too(root: Path, spawn: Spawn) -> None:
-    """A process with an exclusive flock is a holder, of its file only."""
-    child = spawn(FLOCK, root / "two" / "in-use", "LOCK_EX")
-    said(child)
-    assert flock_pids(root) == {"two": {child.pid}}
-
-
-def test_an_open_file_is_no_flock(root: Path, spawn: Spawn) -> None:
-    """A process that has the file open without a flock does not hold it."""
-    said(spawn("file = open(sys.argv[1])", root / "one" / "in-use"))
-    assert flock_pids(root) == {}
-
-
-def test_fork_keeps_the_flock_of_a_dead_parent(root: Path, spawn: Spawn) -> None:
-    """A forked child is a holder, even when its parent, which took the flock, was killed."""
-    fork = FLOCK + "\npid = os.fork()\nif pid == 0:\n    import signal\n    signal.pause()\nsaid = pid"
-    parent = spawn(fork, root / "one" / "in-use", "LOCK_SH")
-    forked = int(said(parent))
-    assert flock_pids(root) == {"one": {parent.pid, forked}}
-    parent.kill()
-    parent.wait()
-    assert flock_pids(root) == {"one": {forked}}
-
-
-def test_sigkill_frees(root: Path, spawn: Spawn) -> None:
-    """A killed holder is no holder, even before it is reaped."""
-    child = spawn(FLOCK, root / "one" / "in-use", "LOCK_SH")
-    said(child)
-    child.kill()
-    assert eventually(lambda: flock_pids(root) == {})
-
-
-def test_renamed_and_deleted_files_are_matched_by_inode(root: Path, spawn: Spawn) -> None:
-    """A flock is found although its file was renamed or deleted meanwhile."""
-    path = root / "one" / "in-use"
-    known = {inode(path): "one"}
-    child = spawn(FLOCK, path, "LOCK_SH")
-    said(child)
-    path = path.rename(root / "one" / "moved")
-    assert [one.pid for one in processes.flock_holders(known, root)["one"]] == [child.pid]
-    path.unlink()
-    assert [one.pid for one in processes.flock_holders(known, root)["one"]] == [child.pid]
 
 
 def test_working_directory_counts(root: Path, spawn: Spawn) -> None:
@@ -248,7 +181,6 @@ def test_a_root_behind_a_symlink_is_found(root: Path, spawn: Spawn, tmp_path: Pa
     link.symlink_to(root)
     child = spawn(FLOCK, link / "one" / "in-use", "LOCK_SH")
     said(child)
-    assert child.pid in flock_pids(link)["one"]
     assert uses(link) == {"one": sentence(child.pid, "an open file")}
 
 
@@ -261,7 +193,7 @@ def test_own_open_files_are_no_veto_but_own_directory_is(root: Path, monkeypatch
 
 
 def test_processes_of_others_are_no_error(spawn: Spawn) -> None:
-    """Those that may not be read are skipped by `processes_using` and `flock_holders`, and told by `find_mentions`."""
+    """Those that may not be read are skipped by `processes_using`, and told by `find_mentions`."""
     if os.geteuid() != 0:
         pytest.skip("needs the right to become another user")
     code = """
@@ -270,15 +202,15 @@ def test_processes_of_others_are_no_error(spawn: Spawn) -> None:
     # Imported before the user changes: the other one may not read this checkout.
     from ray_envcache.system import processes
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
-    found = [processes.processes_using(Path("/tmp/x"), {"one"}), processes.flock_holders({}, Path("/tmp/x"))]
+    found = processes.processes_using(Path("/tmp/x"), {"one"})
     said = found, os.getppid() in [one.pid for one in processes.find_mentions(re.compile(b"x/y/z")).unseen]
     """
     child = spawn(code, cwd=Path(processes.__file__).parents[2])
-    assert said(child) == "([{}, {}], True)"
+    assert said(child) == "({}, True)"
 
 
 def test_without_proc(root: Path, spawn: Spawn, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no /proc, working directories and open files are seen as well; flocks are not."""
+    """Where there is no /proc, working directories and open files are seen as well."""
     inside, opened = spawn("", cwd=root / "one"), spawn("file = open(sys.argv[1])", root / "two" / "in-use")
     assert [said(child) for child in (inside, opened)] == ["", ""]
     monkeypatch.setattr(processes, "_has_proc", lambda: False)
@@ -286,7 +218,6 @@ def test_without_proc(root: Path, spawn: Spawn, monkeypatch: pytest.MonkeyPatch)
         "one": sentence(inside.pid, "its working directory"),
         "two": sentence(opened.pid, "an open file"),
     }
-    assert flock_pids(root) == {}
 
 
 def test_describe_shows_little_of_the_command_line(spawn: Spawn) -> None:
@@ -299,6 +230,8 @@ def test_describe_shows_little_of_the_command_line(spawn: Spawn) -> None:
     assert len(process.command) <= 3 * 60 + 2
     assert "secret" not in process.command
     assert "hidden" not in process.command
+    assert process.user == os.getuid()
+    assert abs(process.started - time.time()) < 60  # in seconds since 1970, not since boot; a minute for slow hosts
 
 
 def test_describe_tells_a_program_by_the_end_of_its_path(tmp_path: Path) -> None:
