@@ -23,7 +23,7 @@ from ray_envcache.errors import BuildError, PassingError
 from ray_envcache.gc.collector import make_room
 from ray_envcache.inside import check
 from ray_envcache.resolve import uv, uv_errors
-from ray_envcache.store import journal
+from ray_envcache.store import facts, journal
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, Lease, claim, hold
 from ray_envcache.store.record import ReadyRecord
@@ -124,10 +124,11 @@ class Builder:
                 files.discard(entry.path, self.layout.trash)
 
     def _build(self, flock: int) -> Lease:
-        entry, began = self.layout.next_entry(self.plan.key), time.monotonic()
+        entry, known, began = self.layout.next_entry(self.plan.key), self.plan.facts(), time.monotonic()
         try:
             with self._start(entry):
-                self.observer.started(replace(self.plan, reason=why_new(self.layout, self.plan.wanted())))
+                self.observer.started(replace(self.plan, reason=why_new(self.layout, self.plan.project, known)))
+                facts.write(entry, known)
                 self._fill(entry, flock)
                 self._publish(entry, time.monotonic() - began)
                 lease = self._claim(entry)
@@ -234,8 +235,7 @@ class Builder:
             build_seconds=round(seconds, 3),
             uv=uv.version_in(self.plan.folder),
             boot_id=boot_id(),
-            inputs={**self.plan.wanted().inputs},
-            **self.plan.facts(entry),
+            **self.plan.recorded(entry),
         )
         entry.building.unlink()
         record.write(entry)

@@ -23,10 +23,10 @@ from ray_envcache.checkout.content import Content
 from ray_envcache.errors import ChangedError, DigestError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve.lockfile import LocalPackage
-from ray_envcache.store import key
+from ray_envcache.store import facts, key
+from ray_envcache.store.facts import Facts
 from ray_envcache.store.layout import Entry, layout_of
 from ray_envcache.store.record import LocalBuild
-from ray_envcache.survey.nearest import Wanted
 from ray_envcache.system import files
 
 _logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class LayerPlan(Plan):
                     "try again; name what programs write there in .gitignore, or let them write elsewhere",
                 )
 
-    def facts(self, entry: Entry) -> dict[str, Any]:
+    def recorded(self, entry: Entry) -> dict[str, Any]:
         watched = content.extensions([one.package.path for one in self.sources if one.is_editable])
         return {
             "packages": len(self.sources),
@@ -113,11 +113,11 @@ class LayerPlan(Plan):
             "local": tuple(LocalBuild(*one.identity(), one.record(entry)) for one in self.sources),
         }
 
-    def wanted(self) -> Wanted:
+    def facts(self) -> Facts:
+        below = facts.read(self.base)
         # Of one that is imported from its folder that folder counts too.
         local = {name: digest + folder * self.editable for name, folder, digest in map(Source.identity, self.sources)}
-        inputs = {"contents": local, "build_settings": self.build_settings}
-        return Wanted(self.key, self.project, inputs, base=self.base)
+        return below and {**below, **facts.named("content", local), **facts.of_settings(self.build_settings)}
 
 
 @dataclass(frozen=True)

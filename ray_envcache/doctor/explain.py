@@ -65,7 +65,7 @@ def explain(spec: EnvSpec, ray: AnyRay, stores: Iterable[Layout]) -> Explanation
 def _part(plan: Plan, found: Entry | None, stores: Iterable[Layout]) -> Part:
     if found:
         return Part(plan.key, os.fspath(found.path))
-    return Part(plan.key, None, nearest(stores, plan.wanted()))
+    return Part(plan.key, None, nearest(stores, plan.project, plan.facts()))
 
 
 def _ready(key: str, stores: Iterable[Layout]) -> Entry | None:

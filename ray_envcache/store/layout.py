@@ -69,6 +69,11 @@ class Entry:
         return self.path / "retired.json"
 
     @property
+    def facts(self) -> Path:
+        """What its key is made of, in words."""
+        return self.path / "facts.json"
+
+    @property
     def sealed(self) -> Path:
         """What should be in the venv beside the files that have a hash in the RECORD of a package."""
         return self.path / "sealed.csv"

@@ -35,8 +35,7 @@ class ReadyRecord(NamedTuple):
     (its path, where that is in a read-only store), and `content` the digest of its packages; both are "" for an
     environment. `inherited` are files of packages used from elsewhere: path, size, mtime in ns. `hashes` says of how
     many packages the lockfile has the hash, which uv then insists on: "all", "some" or "none"; with `no_build` nothing
-    was built from source. `local` are the local packages of a layer, see `LocalBuild`. `inputs` are what the key was
-    made of besides the packages; None in earlier records.
+    was built from source. `local` are the local packages of a layer, see `LocalBuild`.
     """
 
     key: str
@@ -60,7 +59,6 @@ class ReadyRecord(NamedTuple):
     no_build: bool
     inherited: tuple[tuple[str, int, int], ...]
     local: tuple[tuple[str, str, str, str], ...] = ()
-    inputs: dict[str, Any] | None = None
 
     def write(self, entry: Entry) -> None:
         """Publish the entry: from now on it is handed out."""
