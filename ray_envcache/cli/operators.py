@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,8 +20,6 @@ from ray_envcache.survey.metrics import exposition
 from ray_envcache.survey.statistics import Statistics, statistics
 from ray_envcache.system import files
 from ray_envcache.system.texts import format_duration, format_size, parse_duration, utc, without_credentials
-
-_TAIL_BYTES = 64_000
 
 
 @click.command(epilog="Example: ray-envcache stats --since 7d")
@@ -131,12 +129,10 @@ def _known(prefix: str, noted: Journal, stores: Iterable[Layout]) -> tuple[str, 
 def _tail(entry: Entry, lines: int) -> list[str]:
     """The last lines of what uv said; none where the entry was built without a word."""
     try:
-        with entry.build_log.open("rb") as file:
-            file.seek(max(os.fstat(file.fileno()).st_size - _TAIL_BYTES, 0))
-            text = file.read().decode(errors="replace")
+        with entry.build_log.open(encoding="utf-8", errors="replace") as file:
+            return [without_credentials(line.rstrip("\n")) for line in deque(file, maxlen=lines)]
     except FileNotFoundError:
         return []
-    return without_credentials(text).splitlines()[-lines:] if lines else []
 
 
 def _row(event: Event) -> Sequence[str]:
