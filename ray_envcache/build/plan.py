@@ -193,7 +193,7 @@ class EnvironmentPlan(Plan):
 def _artifact(package: ResolvedPackage) -> str:
     """What tells the artifact of a package from another one of its version. Without its URL, which may hold a token."""
     content = key.content_of(package)
-    return " ".join(content).strip() if package.digest else key.digest_of(content)
+    return " ".join(content).strip().removeprefix("sha256:") if package.digest else key.digest_of(content)
 
 
 def pip_options(entry: Entry) -> list[str]:

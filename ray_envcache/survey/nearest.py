@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from ray_envcache.store import facts
 from ray_envcache.store.facts import Facts
@@ -22,7 +22,8 @@ NAMED = 3
 """So many differences are named in one line."""
 
 
-class Difference(NamedTuple):
+@dataclass(frozen=True)
+class Difference:
     """What differs: a package, the artifact of one, Python, ray, an option, a setting of uv, a local package's content.
 
     `was` is what the existing entry has, `now` what is wanted; None where it has nothing of that name.
@@ -48,7 +49,8 @@ class Difference(NamedTuple):
         return f"another file of {self.name}" if self.kind == "artifact" else f"{self.name} {change}"
 
 
-class Nearest(NamedTuple):
+@dataclass(frozen=True)
+class Nearest:
     """An entry of the store, and how what is wanted differs from it.
 
     `fault` says why it would not be handed out even for the same key.

@@ -115,7 +115,7 @@ def test_cancelled(store: Store, project: Path, error: type[BaseException]) -> N
 
     class Cancelling(Observer):
         def started(self, plan: Plan) -> None:
-            raise error
+            raise error(plan.headline)
 
     with pytest.raises(error):
         store.acquire(EnvSpec.parse(project), installed_ray(), Holder("run"), Cancelling())
