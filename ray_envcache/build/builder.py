@@ -231,7 +231,6 @@ class Builder:
             base_python=self.plan.interpreter.executable,
             base_python_file=identity,
             ray=self.plan.ray,
-            download_bytes=self.plan.download_size,
             build_seconds=round(seconds, 3),
             uv=uv.version_in(self.plan.folder),
             boot_id=boot_id(),

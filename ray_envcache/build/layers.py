@@ -26,7 +26,6 @@ from ray_envcache.resolve.lockfile import LocalPackage
 from ray_envcache.store import facts, key
 from ray_envcache.store.facts import Facts
 from ray_envcache.store.layout import Entry, layout_of
-from ray_envcache.store.record import LocalBuild
 from ray_envcache.system import files
 
 _logger = logging.getLogger(__name__)
@@ -103,14 +102,12 @@ class LayerPlan(Plan):
     def recorded(self, entry: Entry) -> dict[str, Any]:
         watched = content.extensions([one.package.path for one in self.sources if one.is_editable])
         return {
-            "packages": len(self.sources),
-            "added": (),
             "hashes": "none",
             "no_build": False,
             "inherited": tuple((path, *(files.file_identity(path) or (0, 0))) for path in map(os.fspath, watched)),
             "base": os.fspath(self.base.path) if self.base.readonly else self.base.path.name,
             "content": self.digest,
-            "local": tuple(LocalBuild(*one.identity(), one.record(entry)) for one in self.sources),
+            "local": tuple((*one.identity(), one.record(entry)) for one in self.sources),
         }
 
     def facts(self) -> Facts:

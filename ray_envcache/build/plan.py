@@ -161,9 +161,6 @@ class EnvironmentPlan(Plan):
 
     def recorded(self, entry: Entry) -> dict[str, Any]:  # noqa: ARG002  # the other kind needs it
         return {
-            "packages": len(self.resolved.packages),
-            "base": "",
-            "content": "",
             "hashes": self._hashes(),
             "no_build": not self.resolved.is_built_here,
             "inherited": tuple(one.watched() for one in self.inherited),
