@@ -102,8 +102,6 @@ class LayerPlan(Plan):
     def recorded(self, entry: Entry) -> dict[str, Any]:
         watched = content.extensions([one.package.path for one in self.sources if one.is_editable])
         return {
-            "hashes": "none",
-            "no_build": False,
             "inherited": tuple((path, *(files.file_identity(path) or (0, 0))) for path in map(os.fspath, watched)),
             "base": os.fspath(self.base.path) if self.base.readonly else self.base.path.name,
             "content": self.digest,
@@ -111,10 +109,10 @@ class LayerPlan(Plan):
         }
 
     def facts(self) -> Facts:
-        below = facts.read(self.base)
+        below, local = facts.read(self.base), [one.identity() for one in self.sources]
         # Of one that is imported from its folder that folder counts too.
-        local = {name: digest + folder * self.editable for name, folder, digest in map(Source.identity, self.sources)}
-        return below and {**below, **facts.named("content", local), **facts.of_settings(self.build_settings)}
+        own = {f"content {name}": digest + folder * self.editable for name, folder, digest in local}
+        return below and below | own | facts.of_settings(self.build_settings)
 
 
 @dataclass(frozen=True)

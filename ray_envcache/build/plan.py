@@ -168,18 +168,17 @@ class EnvironmentPlan(Plan):
         }
 
     def facts(self) -> Facts:
-        versions = {one.name: one.version or "(no version)" for one in self.resolved.packages}
-        artifacts = {one.name: _artifact(one) for one in self.resolved.packages}
+        python = self.interpreter.identity()
+        found = {f"python {name}": value for name, value in {**python.pop("markers"), **python}.items()}
+        for package in self.resolved.packages:
+            found[f"package {package.name}"] = package.version or "(no version)"
+            found[f"artifact {package.name}"] = _artifact(package)
         for one in self.inherited:
-            versions[one.name], artifacts[one.name] = f"{one.version} (inherited)", key.digest_of(one.identity())
-        settings = self.resolved.build_settings if self.resolved.is_built_here else ""
-        return {
-            **facts.named("package", versions),
-            **facts.named("artifact", artifacts),
-            **facts.named("python", self.interpreter.identity()),
-            **facts.named("option", {"system site-packages": "on"} if self.system_site_packages else {}),
-            **facts.of_settings(settings),
-        }
+            found[f"package {one.name}"] = f"{one.version} (inherited)"
+            found[f"artifact {one.name}"] = key.digest_of(one.identity())
+        if self.system_site_packages:
+            found["option system site-packages"] = "on"
+        return found | facts.of_settings(self.resolved.build_settings if self.resolved.is_built_here else "")
 
     def _hashes(self) -> str:
         """Of how many packages the lockfile has the hash. It has none of what the cluster's ray brings."""

@@ -7,8 +7,7 @@ at each claim. A layer has those of the environment below it too.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from ray_envcache.store.key import digest_of
 from ray_envcache.store.layout import Entry
@@ -18,15 +17,9 @@ Facts: TypeAlias = dict[str, str]
 """By kind and name: {"package numpy": "2.4.1", "python version": "3.11.7"}."""
 
 
-def named(kind: str, values: Mapping[str, Any]) -> Facts:
-    """The facts of one kind with these names."""
-    texts = {name: one if isinstance(one, str) else json.dumps(one, sort_keys=True) for name, one in values.items()}
-    return {f"{kind} {name}": text for name, text in texts.items()}
-
-
 def of_settings(settings: str) -> Facts:
     """The facts of uv's settings, which are JSON. As digests: a value may hold a secret."""
-    return named("setting", {name: digest_of(value) for name, value in json.loads(settings or "{}").items()})
+    return {f"setting {name}": digest_of(value) for name, value in json.loads(settings or "{}").items()}
 
 
 def write(entry: Entry, facts: Facts) -> None:

@@ -39,9 +39,9 @@ class ReadyRecord(NamedTuple):
     build_seconds: float
     uv: str
     boot_id: str
-    hashes: str
-    no_build: bool
     inherited: tuple[tuple[str, int, int], ...]
+    hashes: str = "none"
+    no_build: bool = False
     base: str = ""
     content: str = ""
     added: tuple[str, ...] = ()

@@ -28,7 +28,7 @@ def change(entry: Entry, **fields: object) -> None:
 
 
 def give_packages(entry: Entry, **versions: str) -> None:
-    facts.write(entry, facts.named("package", versions))
+    facts.write(entry, {f"package {name}": version for name, version in versions.items()})
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from ray_envcache.survey.nearest import Difference, Nearest, nearest, why_new
 from tests.gc.fabricated import make_entry, make_layout
 from tests.survey.test_filters import change
 
-PYTHON = {"version": "3.11.7", "executable": "/usr/bin/python3.11", "build": "gcc", "markers": {"os_name": "posix"}}
+PYTHON = {"version": "3.11.7", "executable": "/usr/bin/python3.11", "build": "gcc", "os_name": "posix"}
 
 
 def wheel(name: str, version: str = "1.0", sha: str = "a") -> Facts:
@@ -21,7 +21,7 @@ def wheel(name: str, version: str = "1.0", sha: str = "a") -> Facts:
 
 
 def python(**changed: str) -> Facts:
-    return facts.named("python", {**PYTHON, **changed})
+    return {f"python {name}": value for name, value in {**PYTHON, **changed}.items()}
 
 
 def joined(*found: Facts) -> Facts:
