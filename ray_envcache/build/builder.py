@@ -23,10 +23,10 @@ from ray_envcache.errors import BuildError, PassingError
 from ray_envcache.gc.collector import make_room
 from ray_envcache.inside import check
 from ray_envcache.resolve import uv, uv_errors
-from ray_envcache.store import facts, journal
+from ray_envcache.store import journal
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, Lease, claim, hold
-from ray_envcache.store.record import ReadyRecord
+from ray_envcache.store.record import ReadyRecord, write_facts
 from ray_envcache.survey.nearest import why_new
 from ray_envcache.system import children, disk, files
 from ray_envcache.system.files import file_identity
@@ -124,11 +124,11 @@ class Builder:
                 files.discard(entry.path, self.layout.trash)
 
     def _build(self, flock: int) -> Lease:
-        entry, known, began = self.layout.next_entry(self.plan.key), self.plan.facts(), time.monotonic()
+        entry, facts, began = self.layout.next_entry(self.plan.key), self.plan.facts(), time.monotonic()
         try:
             with self._start(entry):
-                self.observer.started(replace(self.plan, reason=why_new(self.layout, self.plan.project, known)))
-                facts.write(entry, known)
+                self.observer.started(replace(self.plan, reason=why_new(self.layout, self.plan.project, facts)))
+                write_facts(entry, facts)
                 self._fill(entry, flock)
                 self._publish(entry, time.monotonic() - began)
                 lease = self._claim(entry)

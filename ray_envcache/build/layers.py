@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from ray_envcache.build import forest, installed
-from ray_envcache.build.plan import EnvironmentPlan, Plan, pip_options, sync_options
+from ray_envcache.build.plan import EnvironmentPlan, Plan, pip_options, settings_facts, sync_options
 from ray_envcache.build.uv_calls import UvCalls
 from ray_envcache.checkout import content
 from ray_envcache.checkout.content import Content
 from ray_envcache.errors import ChangedError, DigestError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve.lockfile import LocalPackage
-from ray_envcache.store import facts, key
-from ray_envcache.store.facts import Facts
+from ray_envcache.store import key
 from ray_envcache.store.layout import Entry, layout_of
+from ray_envcache.store.record import Facts, read_facts
 from ray_envcache.system import files
 
 _logger = logging.getLogger(__name__)
@@ -109,10 +109,10 @@ class LayerPlan(Plan):
         }
 
     def facts(self) -> Facts:
-        below, local = facts.read(self.base), [one.identity() for one in self.sources]
+        below, local = read_facts(self.base), [one.identity() for one in self.sources]
         # Of one that is imported from its folder that folder counts too.
         own = {f"content {name}": digest + folder * self.editable for name, folder, digest in local}
-        return below and below | own | facts.of_settings(self.build_settings)
+        return below and below | own | settings_facts(self.build_settings)
 
 
 @dataclass(frozen=True)

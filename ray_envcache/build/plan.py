@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
@@ -17,9 +18,9 @@ from ray_envcache.resolve import export, from_cluster, interpreter, lockfile, uv
 from ray_envcache.resolve.from_cluster import Inherited, additions, located
 from ray_envcache.resolve.interpreter import AnyRay, Interpreter
 from ray_envcache.resolve.lockfile import ResolvedPackage, ResolvedSet
-from ray_envcache.store import facts, key
-from ray_envcache.store.facts import Facts
+from ray_envcache.store import key
 from ray_envcache.store.layout import Entry
+from ray_envcache.store.record import Facts
 from ray_envcache.system.texts import format_size
 
 
@@ -178,7 +179,7 @@ class EnvironmentPlan(Plan):
             found[f"artifact {one.name}"] = key.digest_of(one.identity())
         if self.system_site_packages:
             found["option system site-packages"] = "on"
-        return found | facts.of_settings(self.resolved.build_settings if self.resolved.is_built_here else "")
+        return found | settings_facts(self.resolved.build_settings if self.resolved.is_built_here else "")
 
     def _hashes(self) -> str:
         """Of how many packages the lockfile has the hash. It has none of what the cluster's ray brings."""
@@ -190,6 +191,11 @@ def _artifact(package: ResolvedPackage) -> str:
     """What tells the artifact of a package from another one of its version. Without its URL, which may hold a token."""
     content = key.content_of(package)
     return " ".join(content).strip().removeprefix("sha256:") if package.digest else key.digest_of(content)
+
+
+def settings_facts(settings: str) -> Facts:
+    """The facts of uv's settings, which are JSON. As digests: a value may hold a secret."""
+    return {f"setting {name}": key.digest_of(value) for name, value in json.loads(settings or "{}").items()}
 
 
 def pip_options(entry: Entry) -> list[str]:

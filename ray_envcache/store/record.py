@@ -1,10 +1,10 @@
-"""The records of an entry: the one that proves that it is complete, and the one of its sizes."""
+"""The records of an entry: the one that proves that it is complete, that of its sizes, and its facts."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from ray_envcache.store.layout import Entry
 from ray_envcache.system import files
@@ -14,6 +14,12 @@ from ray_envcache.system.processes import boot_id
 SCHEMA_VERSION = 1
 
 R = TypeVar("R", "ReadyRecord", "MeasuredRecord")
+
+Facts: TypeAlias = dict[str, str]
+"""What the key of an entry is made of, by kind and name: {"package numpy": "2.4.1", "python version": "3.11.7"}.
+
+A layer has those of the environment below it too.
+"""
 
 
 class ReadyRecord(NamedTuple):
@@ -94,6 +100,17 @@ class MeasuredRecord(NamedTuple):
     @classmethod
     def read(cls, entry: Entry) -> MeasuredRecord | None:
         return _recorded(cls, entry.measured)
+
+
+def write_facts(entry: Entry, facts: Facts) -> None:
+    """Note the facts of an entry. Not in its ready record, which each claim reads: those of 300 packages take 40 kB."""
+    files.write_json(entry.facts, {**facts}, durable=False)
+
+
+def read_facts(entry: Entry) -> Facts:
+    """The facts of an entry; {} where an earlier version built it, and where the file is damaged."""
+    found = files.read_json(entry.facts) or {}
+    return {fact: value for fact, value in found.items() if isinstance(value, str)}
 
 
 def _is_same_place(built: str, found: str) -> bool:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 from ray_envcache.errors import FieldValueError
-from ray_envcache.store import facts
 from ray_envcache.store.layout import Layout
+from ray_envcache.store.record import read_facts
 from ray_envcache.survey.inventory import Status
 from ray_envcache.system.texts import from_utc, parse_duration, parse_size
 
@@ -75,7 +75,7 @@ def _has(text: str) -> Filter:
 
     def has(layout: Layout, one: Status) -> bool:
         entry = layout.entry(one.path) if one.state == "ready" else None
-        found = facts.read(entry).get(fact) if entry else None
+        found = read_facts(entry).get(fact) if entry else None
         return found is not None and (not wanted.specifier or wanted.specifier.contains(found.partition(" ")[0], True))
 
     return has

@@ -6,10 +6,8 @@ import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from ray_envcache.store import facts
-from ray_envcache.store.facts import Facts
 from ray_envcache.store.layout import Entry, Layout
-from ray_envcache.store.record import ReadyRecord
+from ray_envcache.store.record import Facts, ReadyRecord, read_facts
 from ray_envcache.survey.inventory import last_used
 
 RECENT = 100
@@ -93,7 +91,7 @@ def why_new(layout: Layout, project: str, wanted: Facts) -> str:
 
 def _compared(entry: Entry, wanted: Facts) -> Nearest | None:
     """The comparison of environments with environments, of layers with layers; None where one has no facts."""
-    record, there = ReadyRecord.read_any(entry), facts.read(entry)
+    record, there = ReadyRecord.read_any(entry), read_facts(entry)
     if not (record and there and wanted) or _is_layer(there) != _is_layer(wanted):
         return None
     return Nearest(entry.key, record.project, os.fspath(entry.path), record.fault(entry), _differences(there, wanted))

@@ -15,7 +15,7 @@ from ray_envcache.acquire import Store
 from ray_envcache.doctor.explain import Explanation, explain
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve.interpreter import installed_ray
-from ray_envcache.store import facts
+from ray_envcache.store.record import read_facts
 from ray_envcache.survey.nearest import Difference
 from tests import support
 from tests.build.test_layers import edit, make_package
@@ -148,7 +148,7 @@ def test_layers(store: Store, acquire: Acquire, tmp_path: Path, wheels: Path) ->
     lease = acquire(app)
     keys = [found.layer.key, found.environment.key]
     assert [one.key for one in lease.entries] == keys
-    assert facts.read(lease.entry).items() > facts.read(lease.entries[1]).items()
+    assert read_facts(lease.entry).items() > read_facts(lease.entries[1]).items()
     found = explained(store, app)
     assert (found.new, found.layer and found.layer.path) == (None, os.fspath(lease.entry.path))
     edit(tmp_path / "lib", "X = 2")

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from ray_envcache.errors import FieldValueError
-from ray_envcache.store import facts
 from ray_envcache.store.layout import Entry, Layout
-from ray_envcache.store.record import ReadyRecord
+from ray_envcache.store.record import ReadyRecord, write_facts
 from ray_envcache.survey.filters import ORDERS, POSSIBLE, parse_filter
 from ray_envcache.survey.inventory import Status, survey
 from ray_envcache.system import flock
@@ -28,7 +27,7 @@ def change(entry: Entry, **fields: object) -> None:
 
 
 def give_packages(entry: Entry, **versions: str) -> None:
-    facts.write(entry, {f"package {name}": version for name, version in versions.items()})
+    write_facts(entry, {f"package {name}": version for name, version in versions.items()})
 
 
 @pytest.fixture

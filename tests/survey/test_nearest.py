@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ray_envcache.store import facts
-from ray_envcache.store.facts import Facts
+from ray_envcache.build.plan import settings_facts
 from ray_envcache.store.layout import Entry, Layout
+from ray_envcache.store.record import Facts, write_facts
 from ray_envcache.survey.nearest import Difference, Nearest, nearest, why_new
 from tests.gc.fabricated import make_entry, make_layout
 from tests.survey.test_filters import change
@@ -30,7 +30,7 @@ def joined(*found: Facts) -> Facts:
 
 def entry_of(layout: Layout, number: int, *found: Facts, project: str = "p") -> Entry:
     entry = make_entry(layout, number)
-    facts.write(entry, joined(*found))
+    write_facts(entry, joined(*found))
     change(entry, project=project)
     return entry
 
@@ -69,7 +69,7 @@ RAY, AA = wheel("ray", "2.60.0"), wheel("aa")
         ([RAY, AA, python(version="3.12.1", build="x")], "Python 3.11.7 -> 3.12.1"),
         ([RAY, AA, python(executable="/opt/py")], "Python's executable /usr/bin/python3.11 -> /opt/py"),
         ([RAY, AA, {"option system site-packages": "on"}], "system site-packages off -> on"),
-        ([RAY, AA, facts.of_settings('{"config-settings": {"token": "secret"}}')], "uv's setting config-settings"),
+        ([RAY, AA, settings_facts('{"config-settings": {"token": "secret"}}')], "uv's setting config-settings"),
         ([RAY, wheel("aa", "1.0 (inherited)", sha="b")], "aa 1.0 -> 1.0 (inherited)"),
     ],
 )
