@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ray_envcache.build import forest, installed
@@ -92,7 +91,8 @@ class LayerPlan(Plan):
     def _require_unchanged(self) -> None:
         """Raise ChangedError where a package was edited since its content was hashed: the key tells what is in it."""
         for one in self.sources:
-            names = one.content.edited_until(one.scan_again())
+            now = Source.of(one.package, editable=one.is_editable)
+            names = one.content.edited_until(now.content)
             if names:
                 raise ChangedError(
                     f"`{one.package.path / names[0]}` was edited while the package was built",
@@ -128,10 +128,8 @@ class Source:
         """The package as it is now. Raises LockfileError where it is not here."""
         content.require_folder(package.path)
         is_editable = editable and package.editable
-        return cls(package, _scan(package.path, is_editable=is_editable), is_editable)
-
-    def scan_again(self) -> Content:
-        return _scan(self.package.path, is_editable=self.is_editable)
+        scan = content.scan_definition if is_editable else content.scan
+        return cls(package, scan(package.path), is_editable)
 
     def arguments(self) -> list[str]:
         """The package as arguments of `uv pip install`."""
@@ -144,10 +142,6 @@ class Source:
     def record(self, entry: Entry) -> str:
         """The digest of its files as they are installed in `entry`."""
         return installed.record_of(entry, self.package.name)
-
-
-def _scan(folder: Path, *, is_editable: bool) -> Content:
-    return content.scan_definition(folder) if is_editable else content.scan(folder)
 
 
 def sources_of(packages: Iterable[LocalPackage], *, editable: bool = False) -> tuple[Source, ...]:
