@@ -130,9 +130,9 @@ def _recorded(kind: type[R], path: Path) -> R | None:
     try:
         # As records have them: tuples, no lists.
         known: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in data.items()
-            if name in kind._fields
+            name: tuple(value) if isinstance(value := data[name], list) else value
+            for name in kind._fields
+            if name in data
         }
         return kind(**known)
     except TypeError:
