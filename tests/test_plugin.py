@@ -25,7 +25,7 @@ from ray_envcache.errors import BuildError, ChangedError, FieldValueError, Inter
 from ray_envcache.field import guard, registration
 from ray_envcache.gc.companion import INTERVAL
 from ray_envcache.plugin import EnvCachePlugin
-from ray_envcache.store import leases
+from ray_envcache.store import journal, leases
 from ray_envcache.store.layout import Entry
 from ray_envcache.system import flock
 from tests import support
@@ -154,6 +154,7 @@ def test_cancelled_build(
     asyncio.run(run())
     assert psutil.Process().children(recursive=True) == []
     support.wait_until(lambda: support.is_gone(int(note.read_text())), "uv is gone")
+    assert journal.read(store.layout).events == []
     if not deaf:
         assert list(store.layout.entries.iterdir()) == list(store.layout.trash.iterdir()) == []
         assert not any(map(flock.is_held, store.layout.flocks.iterdir()))
@@ -174,6 +175,27 @@ def test_build_process_that_dies(plugin: EnvCachePlugin, project: Path, monkeypa
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(BuildError, match=r"Cannot start a process that builds: .*/nowhere/python"):
         asyncio.run(run())
+
+
+def test_build_process_that_is_killed(plugin: EnvCachePlugin, store: Store, tmp_path: Path, wheels: Path) -> None:
+    """The kernel may kill it for its memory: it cannot note any more that the set-up failed, so the agent does."""
+    note = tmp_path / "note"
+    support.make_sdist(wheels, "stuck", code=f"pathlib.Path({str(note)!r}).touch(); time.sleep(600)")
+    project = support.make_project(tmp_path / "project", wheels, ["ray", "stuck"])
+
+    async def run() -> None:
+        creating = create(plugin, project)
+        await asyncio.to_thread(support.wait_until, note.exists, "it is building")
+        for process in psutil.Process().children(recursive=True):
+            process.kill()
+        with pytest.raises(BuildError, match="ended without an answer"):
+            await creating
+
+    asyncio.run(run())
+    (setup,) = journal.read(store.layout).events
+    assert setup.name == "setup"
+    told = {name: setup.fields.get(name) for name in ("result", "error", "path", "kind")}
+    assert told == {"result": "failed", "error": "BuildError", "path": os.fspath(project), "kind": "build"}
 
 
 def test_another_python_by_now(

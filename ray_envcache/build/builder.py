@@ -26,7 +26,7 @@ from ray_envcache.resolve import uv, uv_errors
 from ray_envcache.store import journal
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, Lease, claim, hold
-from ray_envcache.store.record import ReadyRecord
+from ray_envcache.store.record import ReadyRecord, write_facts
 from ray_envcache.survey.nearest import why_new
 from ray_envcache.system import children, disk, files
 from ray_envcache.system.files import file_identity
@@ -127,10 +127,11 @@ class Builder:
                 files.discard(entry.path, self.layout.trash)
 
     def _build(self, flock: int) -> Lease:
-        entry, began = self.layout.next_entry(self.plan.key), time.monotonic()
+        entry, facts, began = self.layout.next_entry(self.plan.key), self.plan.facts(), time.monotonic()
         try:
             with self._start(entry):
-                self.observer.started(replace(self.plan, reason=why_new(self.layout, self.plan.wanted())))
+                self.observer.started(replace(self.plan, reason=why_new(self.layout, self.plan.project, facts)))
+                write_facts(entry, facts)
                 self._fill(entry, flock)
                 self._publish(entry, time.monotonic() - began)
                 lease = self._claim(entry)
@@ -233,12 +234,10 @@ class Builder:
             base_python=self.plan.interpreter.executable,
             base_python_file=identity,
             ray=self.plan.ray,
-            download_bytes=self.plan.download_size,
             build_seconds=round(seconds, 3),
             uv=uv.version_in(self.plan.folder),
             boot_id=boot_id(),
-            inputs={**self.plan.wanted().inputs},
-            **self.plan.facts(entry),
+            **self.plan.recorded(entry),
         )
         entry.building.unlink()
         record.write(entry)

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 
 from ray_envcache.resolve.interpreter import Interpreter
 from ray_envcache.store.layout import Entry, Layout
-from ray_envcache.store.record import LocalBuild, ReadyRecord
+from ray_envcache.store.record import ReadyRecord
 
 # What uv adds to a wheel: notes on where it is from, and scripts, which name the place of their interpreter.
 _ADDED = re.compile(
@@ -27,8 +27,7 @@ def earlier_builds(layout: Layout, interpreter: Interpreter) -> dict[tuple[str, 
     for entry in layout.all_entries():
         record = ReadyRecord.read(entry)  # none where the module that an editable one has compiled is gone
         if record and record.base and record.base_python == interpreter.executable:
-            builds = (LocalBuild(*build) for build in record.local)
-            found |= {build.identity(): build.record for build in builds}
+            found |= {(package, folder, content): built for package, folder, content, built in record.local}
     return found
 
 

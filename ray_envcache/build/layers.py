@@ -11,11 +11,10 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ray_envcache.build import forest, installed
-from ray_envcache.build.plan import EnvironmentPlan, Plan, pip_options, sync_options
+from ray_envcache.build.plan import EnvironmentPlan, Plan, pip_options, settings_facts, sync_options
 from ray_envcache.build.uv_calls import UvCalls
 from ray_envcache.checkout import content
 from ray_envcache.checkout.content import Content
@@ -24,8 +23,7 @@ from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve.lockfile import LocalPackage
 from ray_envcache.store import key
 from ray_envcache.store.layout import Entry, layout_of
-from ray_envcache.store.record import LocalBuild
-from ray_envcache.survey.nearest import Wanted
+from ray_envcache.store.record import Facts, read_facts
 from ray_envcache.system import files
 
 
@@ -90,31 +88,28 @@ class LayerPlan(Plan):
     def _require_unchanged(self) -> None:
         """Raise ChangedError where a package was edited since its content was hashed: the key tells what is in it."""
         for one in self.sources:
-            names = one.content.edited_until(one.scan_again())
+            now = Source.of(one.package, editable=one.is_editable)
+            names = one.content.edited_until(now.content)
             if names:
                 raise ChangedError(
                     f"`{one.package.path / names[0]}` was edited while the package was built",
                     "try again; name what programs write there in .gitignore, or let them write elsewhere",
                 )
 
-    def facts(self, entry: Entry) -> dict[str, Any]:
+    def recorded(self, entry: Entry) -> dict[str, Any]:
         watched = content.extensions([one.package.path for one in self.sources if one.is_editable])
         return {
-            "packages": len(self.sources),
-            "added": (),
-            "hashes": "none",
-            "no_build": False,
             "inherited": tuple((path, *(files.file_identity(path) or (0, 0))) for path in map(os.fspath, watched)),
             "base": os.fspath(self.base.path) if self.base.readonly else self.base.path.name,
             "content": self.digest,
-            "local": tuple(LocalBuild(*one.identity(), one.record(entry)) for one in self.sources),
+            "local": tuple((*one.identity(), one.record(entry)) for one in self.sources),
         }
 
-    def wanted(self) -> Wanted:
+    def facts(self) -> Facts:
+        below, local = read_facts(self.base), [one.identity() for one in self.sources]
         # Of one that is imported from its folder that folder counts too.
-        local = {name: digest + folder * self.editable for name, folder, digest in map(Source.identity, self.sources)}
-        inputs = {"contents": local, "build_settings": self.build_settings}
-        return Wanted(self.key, self.project, inputs, base=self.base)
+        own = {f"content {name}": digest + folder * self.editable for name, folder, digest in local}
+        return below and below | own | settings_facts(self.build_settings)
 
 
 @dataclass(frozen=True)
@@ -130,10 +125,8 @@ class Source:
         """The package as it is now. Raises LockfileError where it is not here."""
         content.require_folder(package.path)
         is_editable = editable and package.editable
-        return cls(package, _scan(package.path, is_editable=is_editable), is_editable)
-
-    def scan_again(self) -> Content:
-        return _scan(self.package.path, is_editable=self.is_editable)
+        scan = content.scan_definition if is_editable else content.scan
+        return cls(package, scan(package.path), is_editable)
 
     def arguments(self) -> list[str]:
         """The package as arguments of `uv pip install`."""
@@ -146,10 +139,6 @@ class Source:
     def record(self, entry: Entry) -> str:
         """The digest of its files as they are installed in `entry`."""
         return installed.record_of(entry, self.package.name)
-
-
-def _scan(folder: Path, *, is_editable: bool) -> Content:
-    return content.scan_definition(folder) if is_editable else content.scan(folder)
 
 
 def sources_of(packages: Iterable[LocalPackage], *, editable: bool = False) -> tuple[Source, ...]:

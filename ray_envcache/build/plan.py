@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
@@ -16,10 +17,10 @@ from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import export, from_cluster, interpreter, lockfile, uv
 from ray_envcache.resolve.from_cluster import Inherited, additions, located
 from ray_envcache.resolve.interpreter import AnyRay, Interpreter
-from ray_envcache.resolve.lockfile import ResolvedSet
-from ray_envcache.store.key import compute_key, inputs_of
+from ray_envcache.resolve.lockfile import ResolvedPackage, ResolvedSet
+from ray_envcache.store import key
 from ray_envcache.store.layout import Entry
-from ray_envcache.survey.nearest import Wanted
+from ray_envcache.store.record import Facts
 from ray_envcache.system.texts import format_size
 
 
@@ -65,12 +66,12 @@ class Plan:
         """Fill the fresh venv of `entry`. Raises BuildError."""
         raise NotImplementedError
 
-    def facts(self, entry: Entry) -> dict[str, Any]:
+    def recorded(self, entry: Entry) -> dict[str, Any]:
         """The fields of `ReadyRecord` that this kind of plan knows, for the `entry` that it has filled."""
         raise NotImplementedError
 
-    def wanted(self) -> Wanted:
-        """What the key is made of, to compare it with what is there."""
+    def facts(self) -> Facts:
+        """What the key is made of, in words; {} where that is not known of the environment below."""
         raise NotImplementedError
 
 
@@ -159,25 +160,42 @@ class EnvironmentPlan(Plan):
             first.unlink()
         run_uv("pip", "sync", "--preview-features=pylock", *pip_options(entry), entry.pylock)
 
-    def facts(self, entry: Entry) -> dict[str, Any]:  # noqa: ARG002  # the other kind needs it
+    def recorded(self, entry: Entry) -> dict[str, Any]:  # noqa: ARG002  # the other kind needs it
         return {
-            "packages": len(self.resolved.packages),
-            "base": "",
-            "content": "",
             "hashes": self._hashes(),
             "no_build": not self.resolved.is_built_here,
             "inherited": tuple(one.watched() for one in self.inherited),
             "added": tuple(f"{name}=={version}" for name, version in sorted(self.added.items())),
         }
 
-    def wanted(self) -> Wanted:
-        inputs = inputs_of(self.resolved, self.interpreter, _outside(self.inherited, self.system_site_packages))
-        return Wanted(self.key, self.project, inputs, [one.artifact for one in self.resolved.packages])
+    def facts(self) -> Facts:
+        python = self.interpreter.identity()
+        found = {f"python {name}": value for name, value in {**python.pop("markers"), **python}.items()}
+        for package in self.resolved.packages:
+            found[f"package {package.name}"] = package.version or "(no version)"
+            found[f"artifact {package.name}"] = _artifact(package)
+        for one in self.inherited:
+            found[f"package {one.name}"] = f"{one.version} (inherited)"
+            found[f"artifact {one.name}"] = key.digest_of(one.identity())
+        if self.system_site_packages:
+            found["option system site-packages"] = "on"
+        return found | settings_facts(self.resolved.build_settings if self.resolved.is_built_here else "")
 
     def _hashes(self) -> str:
         """Of how many packages the lockfile has the hash. It has none of what the cluster's ray brings."""
         pinned = {package.is_pinned for package in self.resolved.packages}
         return "some" if len(pinned) == 2 else "none" if pinned == {False} else "all"
+
+
+def _artifact(package: ResolvedPackage) -> str:
+    """What tells the artifact of a package from another one of its version. Without its URL, which may hold a token."""
+    content = key.content_of(package)
+    return " ".join(content).strip().removeprefix("sha256:") if package.digest else key.digest_of(content)
+
+
+def settings_facts(settings: str) -> Facts:
+    """The facts of uv's settings, which are JSON. As digests: a value may hold a secret."""
+    return {f"setting {name}": key.digest_of(value) for name, value in json.loads(settings or "{}").items()}
 
 
 def pip_options(entry: Entry) -> list[str]:
@@ -202,7 +220,7 @@ def plan_of(spec: EnvSpec, project: Project, executable: str, ray: AnyRay, *, ch
     resolved, added, inherited = from_cluster.split(resolved, added, spec)
     resolved = resolved.with_packages(located(added, python))
     return EnvironmentPlan(
-        key=compute_key(resolved, python, _outside(inherited, spec.system_site_packages)),
+        key=key.compute_key(resolved, python, _outside(inherited, spec.system_site_packages)),
         resolved=resolved,
         added=added,
         interpreter=python,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import click
 
 from ray_envcache.cli import tables
 from ray_envcache.cli.build import field_options, spec_of
-from ray_envcache.doctor.explain import Explanation, Part, explain
+from ray_envcache.doctor.explain import explain
 from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store import readonly
 from ray_envcache.store.layout import SHOWN_DIGITS
@@ -29,13 +30,12 @@ def explain_(*, as_json: bool, **options: Any) -> None:
     found = explain(spec_of(**options), installed_ray(), (own, *below))
     new = found.new
     if as_json:
-        parts = {"environment": _as_json(found, found.environment), "layer": _as_json(found, found.layer)}
-        tables.print_json({"project": found.project, "new": new is not None, **parts})
+        tables.print_json({"new": new is not None, **asdict(found)})
     elif new is None:
         layer = f"layer {found.layer.key[:SHOWN_DIGITS]} on " if found.layer else ""
         tables.say(f"{found.project} is there: {layer}{found.environment.key[:SHOWN_DIGITS]}")
     else:
-        tables.say(f"{found.project} would be {found.reason(new)}")
+        tables.say(f"{found.project} would be {new.reason}")
         if near := new.nearest:
             tables.say(f"Compared with {near.key[:SHOWN_DIGITS]} of {near.project}:")
             rows = [[one.kind, one.name, _shown(one, one.was), _shown(one, one.now)] for one in near.differences]
@@ -46,11 +46,3 @@ def _shown(one: Difference, value: str | None) -> str:
     # The beginnings of digests tell them apart.
     is_digest = value and one.kind in {"artifact", "content", "setting"}
     return "-" if value is None else f"{value[:SHOWN_DIGITS]}…" if is_digest else value
-
-
-def _as_json(found: Explanation, part: Part | None) -> dict[str, Any] | None:
-    if part is None:
-        return None
-    near, reason = part.nearest, None if part.path else found.reason(part)
-    shown = near and {**near._asdict(), "differences": [one._asdict() for one in near.differences]}
-    return {"key": part.key, "path": part.path, "reason": reason, "nearest": shown}

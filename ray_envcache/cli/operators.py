@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import re
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,19 +11,15 @@ from pathlib import Path
 import click
 
 from ray_envcache.cli import tables
-from ray_envcache.errors import EnvCacheError, UnknownKeyError
+from ray_envcache.errors import UnknownKeyError
 from ray_envcache.store import journal, readonly
 from ray_envcache.store.journal import Event, Journal
 from ray_envcache.store.layout import SHOWN_DIGITS, Entry, Layout, newest_first
 from ray_envcache.survey import inventory
-from ray_envcache.survey.metrics import Metric, metrics
+from ray_envcache.survey.metrics import exposition
 from ray_envcache.survey.statistics import Statistics, statistics
 from ray_envcache.system import files
 from ray_envcache.system.texts import format_duration, format_size, parse_duration, utc, without_credentials
-
-PREFIX = "ray_envcache"
-_TYPE = re.compile(r"^# TYPE (\S+_(bytes|seconds)(?:_total)?) .*$", re.MULTILINE)
-_TAIL_BYTES = 64_000
 
 
 @click.command(epilog="Example: ray-envcache stats --since 7d")
@@ -81,41 +76,12 @@ def metrics_(*, output: Path | None) -> None:
     """
     layout, below = readonly.opened()
     noted = journal.read(layout)
-    text = _exposition(metrics(noted, layout, inventory.survey(layout, below)))
+    text = exposition(noted, layout, inventory.survey(layout, below))
     if output is None:
         click.echo(text, nl=False)
     else:
         files.write_whole(output, text.encode(), mode=0o644, replace=True)
     _tell_passed_over(noted)
-
-
-def _exposition(found: list[Metric]) -> str:
-    try:
-        from prometheus_client import CollectorRegistry, generate_latest
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-        from prometheus_client.registry import Collector
-    except ModuleNotFoundError as error:
-        raise EnvCacheError(
-            f"`metrics` needs the package prometheus-client: {error}", 'uv pip install "ray-envcache[metrics]"'
-        ) from error
-
-    kinds = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
-    families = []
-    for one in found:
-        labels = [one.label] if one.label else []
-        family = kinds[one.kind](f"{PREFIX}_{one.name}", one.text, labels=labels, unit=one.unit)
-        for value, number in one.values.items():
-            family.add_metric([value] if labels else [], number)
-        families.append(family)
-
-    class _Found(Collector):
-        def collect(self) -> list[CounterMetricFamily | GaugeMetricFamily]:
-            return families
-
-    registry = CollectorRegistry()
-    registry.register(_Found())
-    # node_exporter reads the older format, which has no UNIT: there it is a comment.
-    return _TYPE.sub(r"\g<0>\n# UNIT \1 \2", generate_latest(registry).decode())
 
 
 @click.command(epilog="Example: ray-envcache log 125a8")
@@ -163,12 +129,10 @@ def _known(prefix: str, noted: Journal, stores: Iterable[Layout]) -> tuple[str, 
 def _tail(entry: Entry, lines: int) -> list[str]:
     """The last lines of what uv said; none where the entry was built without a word."""
     try:
-        with entry.build_log.open("rb") as file:
-            file.seek(max(os.fstat(file.fileno()).st_size - _TAIL_BYTES, 0))
-            text = file.read().decode(errors="replace")
+        with entry.build_log.open(encoding="utf-8", errors="replace") as file:
+            return [without_credentials(line.rstrip("\n")) for line in deque(file, maxlen=lines)]
     except FileNotFoundError:
         return []
-    return without_credentials(text).splitlines()[-lines:] if lines else []
 
 
 def _row(event: Event) -> Sequence[str]:

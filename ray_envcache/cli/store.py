@@ -13,7 +13,6 @@ import click
 from ray_envcache.acquire import Store
 from ray_envcache.cli import tables
 from ray_envcache.cli.listing import refuse_without_sessions, tmpdir_option, usage
-from ray_envcache.cli.timer import timer
 from ray_envcache.gc.collector import Collected, collect
 from ray_envcache.gc.evict import evict
 from ray_envcache.gc.policy import Limits, parse_limit
@@ -117,8 +116,7 @@ def _limit(_context: click.Context, parameter: click.Parameter, value: str | Non
 )
 @tmpdir_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--print-timer", is_flag=True, help="Print a crontab line and a systemd user timer, and do nothing.")
-def gc(*, dry_run: bool, everything: bool, as_json: bool, print_timer: bool, sessions: bool, **limits: Any) -> None:
+def gc(*, dry_run: bool, everything: bool, as_json: bool, sessions: bool, **limits: Any) -> None:
     """Remove environments that are no longer used. Made for cron.
 
     What is in use or pinned stays. The command never waits for a user of an environment, and no user waits for it. If
@@ -128,9 +126,6 @@ def gc(*, dry_run: bool, everything: bool, as_json: bool, print_timer: bool, ses
     of the disk, or 20 GB of a large one, is free. RAY_ENVCACHE_UNUSED_FOR, RAY_ENVCACHE_MAX_USED_SPACE,
     RAY_ENVCACHE_MIN_FREE_SPACE and RAY_ENVCACHE_RESERVED_SPACE change that; the value "off" switches a limit off.
     """
-    if print_timer:
-        click.echo(timer(os.environ))
-        return
     older_than, tmpdir = limits.pop("older_than"), limits.pop("tmpdir")
     given = {name: value for one in limits.values() for name, value in one.items()}
     if sessions:

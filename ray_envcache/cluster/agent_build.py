@@ -27,6 +27,7 @@ from ray_envcache.acquire import Store
 from ray_envcache.errors import BuildError, EnvCacheError, PassingError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve.interpreter import ClusterRay
+from ray_envcache.store import journal
 from ray_envcache.store.leases import Holder, Lease, claim
 
 T = TypeVar("T")
@@ -53,7 +54,7 @@ class AgentBuild:
     ) -> None:
         self.lease: Future[Lease] = Future()
         self.over: Future[None] = Future()
-        self._store, self._holder, self._logger = store, holder, logger
+        self._store, self._path, self._holder, self._logger = store, spec.path, holder, logger
         self._request = {
             "root": os.fspath(store.layout.root),
             "field": spec.to_field(),
@@ -104,9 +105,35 @@ class AgentBuild:
                 child.stdin.write(json.dumps(self._request).encode() + b"\n")
                 child.stdin.flush()
             # The child holds a lease until its stdin closes.
-            return self._claim(_listen(child, self._logger))
+            return self._claim(self._listen(child))
         finally:
             _end(child)
+
+    def _listen(self, child: subprocess.Popen[bytes]) -> str:
+        """Log the child's lines until it names the entry, which is returned. Raises the error that it reports."""
+        assert child.stdout is not None
+        tail: deque[bytes] = deque(maxlen=20)
+        reader = threading.Thread(target=_drain, args=(child.stderr, tail), name="envcache-stderr", daemon=True)
+        # The thread alone closes it: `close` beside a reader waits until all that inherited the pipe have ended.
+        child.stderr = None
+        reader.start()
+        for raw in child.stdout:
+            message = _message(raw)
+            if "error" in message:
+                raise EnvCacheError.from_json(message["error"])
+            if "ready" in message:
+                return str(message["ready"])
+            self._logger.info("%s", message.get("log", ""))
+        reader.join(GRACE_SECONDS)
+        _end(child)
+        if child.returncode < 0 and not self._abandoned:
+            # Killed: else it has noted itself how it ended.
+            about = {"path": self._path, "kind": "build", "cluster": self._holder.cluster}
+            journal.note(self._store.layout, "setup", result="failed", error=BuildError.__name__, **about)
+        output = b"".join(tail).decode(errors="replace")
+        raise BuildError(
+            f"The build process ended without an answer:\n{output[-1500:]}", "was it killed for want of memory?"
+        )
 
     def _claim(self, name: str) -> Lease:
         entry = self._store.layout.entry(name)
@@ -134,28 +161,6 @@ def _start(environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
         raise BuildError(
             f"Cannot start a process that builds: {error}", "has the node memory and processes left? (`ulimit -u`)"
         ) from error
-
-
-def _listen(child: subprocess.Popen[bytes], logger: logging.Logger) -> str:
-    """Log the child's lines until it names the entry, which is returned. Raises the error that it reports."""
-    assert child.stdout is not None
-    tail: deque[bytes] = deque(maxlen=20)
-    reader = threading.Thread(target=_drain, args=(child.stderr, tail), name="envcache-stderr", daemon=True)
-    # The thread alone closes it: `close` beside a reader waits until every process that inherited the pipe has ended.
-    child.stderr = None
-    reader.start()
-    for raw in child.stdout:
-        message = _message(raw)
-        if "error" in message:
-            raise EnvCacheError.from_json(message["error"])
-        if "ready" in message:
-            return str(message["ready"])
-        logger.info("%s", message.get("log", ""))
-    reader.join(GRACE_SECONDS)
-    output = b"".join(tail).decode(errors="replace")
-    raise BuildError(
-        f"The build process ended without an answer:\n{output[-1500:]}", "was it killed for want of memory?"
-    )
 
 
 def _drain(stream: IO[bytes], tail: deque[bytes]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from ray_envcache.build import layers
 from ray_envcache.build.plan import Plan, plan_of
@@ -17,19 +17,25 @@ from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.record import ReadyRecord
 from ray_envcache.survey.nearest import Nearest, nearest
 
+_NOTHING_ALIKE = "new: the store has nothing to compare it with"
 
-class Part(NamedTuple):
-    """The environment, or the layer with the local packages on it: its key, and where it is; None: it would be new.
 
-    Of a new one `nearest` is what the store has instead, None where it has nothing of the kind.
+@dataclass(frozen=True)
+class Part:
+    """The environment, or the layer with the local packages on it: its key, and where it is.
+
+    Where `path` is None it would be new. Then `reason` says why in one line, and `nearest` is what the store has
+    instead, None where it has nothing of the kind.
     """
 
     key: str
     path: str | None
+    reason: str | None = None
     nearest: Nearest | None = None
 
 
-class Explanation(NamedTuple):
+@dataclass(frozen=True)
+class Explanation:
     """What a build of `project` would find. `layer` is None where no local packages are to be installed."""
 
     project: str
@@ -40,10 +46,6 @@ class Explanation(NamedTuple):
     def new(self) -> Part | None:
         """What would be built first; None where all is there. A new environment has a new layer."""
         return next((one for one in (self.environment, self.layer) if one and one.path is None), None)
-
-    def reason(self, part: Part) -> str:
-        """Why this part would be built, in one line."""
-        return part.nearest.reason(self.project) if part.nearest else "new: the store has nothing to compare it with"
 
 
 def explain(spec: EnvSpec, ray: AnyRay, stores: Iterable[Layout]) -> Explanation:
@@ -58,14 +60,15 @@ def explain(spec: EnvSpec, ray: AnyRay, stores: Iterable[Layout]) -> Explanation
     layer = None
     if plan.resolved.local and spec.install_project:
         on = layers.layer_plan(spec, plan, found or stores[0].first_entry(plan.key), editable=False)
-        layer = _part(on, _ready(on.key, stores), stores if found else ())
+        layer = _part(on, _ready(on.key, stores), stores)
     return Explanation(plan.project, environment, layer)
 
 
 def _part(plan: Plan, found: Entry | None, stores: Iterable[Layout]) -> Part:
     if found:
         return Part(plan.key, os.fspath(found.path))
-    return Part(plan.key, None, nearest(stores, plan.wanted()))
+    near = nearest(stores, plan.project, plan.facts())
+    return Part(plan.key, None, near.reason(plan.project) if near else _NOTHING_ALIKE, near)
 
 
 def _ready(key: str, stores: Iterable[Layout]) -> Entry | None:

@@ -83,11 +83,9 @@ def note(layout: Layout, event: str, /, **fields: Value) -> None:
 
 def _line(data: Mapping[str, Any]) -> bytes:
     text = json.dumps(data, separators=(",", ":"), default=str)
-    # Shortened: the long values first, then more. Others than ASCII letters take up to 12 bytes.
-    for length in (400, 40, 10):
-        if len(text) < LINE_BYTES:
-            break
-        short = {name: value if _is_number(value) else f"{value}"[:length] for name, value in data.items()}
+    if len(text) >= LINE_BYTES:
+        # Others than ASCII letters take up to 12 bytes.
+        short = {name: value if _is_number(value) else f"{value}"[:30] for name, value in data.items()}
         text = json.dumps(short, separators=(",", ":"))
     return text.encode() + b"\n"
 

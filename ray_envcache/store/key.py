@@ -27,22 +27,15 @@ def compute_key(resolved: ResolvedSet, interpreter: Interpreter, outside: Sequen
     Everything that changes what is installed changes the key, and nothing else does: not comments, not the order of a
     file, not artifacts for other platforms, not the project's name or place. `outside` is what it uses from elsewhere.
     """
-    packages = [[package.name, package.version, package.kind, _content(package)] for package in resolved.packages]
+    packages = [[package.name, package.version, package.kind, content_of(package)] for package in resolved.packages]
     identity = {
         "schema": SCHEMA,
         "packages": sorted(packages),
-        **inputs_of(resolved, interpreter, outside),
-    }
-    return digest_of(identity)[:KEY_LENGTH]
-
-
-def inputs_of(resolved: ResolvedSet, interpreter: Interpreter, outside: Sequence[Any]) -> dict[str, Any]:
-    """What the key of an environment is made of besides its packages. The ready record keeps it, for `explain`."""
-    return {
         "interpreter": interpreter.identity(),
         "build_settings": resolved.build_settings if resolved.is_built_here else "",
         "outside": list(outside),
     }
+    return digest_of(identity)[:KEY_LENGTH]
 
 
 def layer_key(base: str, content: str, build_settings: str) -> str:
@@ -60,7 +53,7 @@ def digest_of(data: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _content(package: ResolvedPackage) -> list[str]:
+def content_of(package: ResolvedPackage) -> list[str]:
     """What tells the artifact of a package from another one: its digest, else all that is known of its origin."""
     if not package.digest:
         return [json.dumps(package.artifact, sort_keys=True, default=str)]

@@ -64,6 +64,11 @@ class Entry:
         return self.path / "ready.json"
 
     @property
+    def facts(self) -> Path:
+        """What its key is made of, in words."""
+        return self.path / "facts.json"
+
+    @property
     def sealed(self) -> Path:
         """The list of all that should be in the venv, bytecode apart."""
         return self.path / "sealed.csv"

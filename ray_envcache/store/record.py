@@ -1,11 +1,10 @@
-"""The records of an entry: the one that proves that it is complete, and the one of its sizes."""
+"""The records of an entry: the one that proves that it is complete, that of its sizes, and its facts."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from ray_envcache.store.layout import Entry
 from ray_envcache.system import files
@@ -14,18 +13,13 @@ from ray_envcache.system.processes import boot_id
 
 SCHEMA_VERSION = 1
 
+R = TypeVar("R", "ReadyRecord", "MeasuredRecord")
 
-class LocalBuild(NamedTuple):
-    """A local package in a layer: where it was built, the digest of its content, and `record`, that of its files."""
+Facts: TypeAlias = dict[str, str]
+"""What the key of an entry is made of, by kind and name: {"package numpy": "2.4.1", "python version": "3.11.7"}.
 
-    name: str
-    folder: str
-    content: str
-    record: str
-
-    def identity(self) -> tuple[str, str, str]:
-        """What it was built from."""
-        return self.name, self.folder, self.content
+A layer has those of the environment below it too.
+"""
 
 
 class ReadyRecord(NamedTuple):
@@ -35,8 +29,8 @@ class ReadyRecord(NamedTuple):
     (its path, where that is in a read-only store), and `content` the digest of its packages; both are "" for an
     environment. `inherited` are files of packages used from elsewhere: path, size, mtime in ns. `hashes` says of how
     many packages the lockfile has the hash, which uv then insists on: "all", "some" or "none"; with `no_build` nothing
-    was built from source. `local` are the local packages of a layer, see `LocalBuild`. `inputs` are what the key was
-    made of besides the packages; None in earlier records.
+    was built from source. `local` are the local packages of a layer: name, folder, the digest of its content, and that
+    of its files as they were built.
     """
 
     key: str
@@ -48,19 +42,16 @@ class ReadyRecord(NamedTuple):
     base_python: str
     base_python_file: tuple[int, int]
     ray: str
-    packages: int
-    added: tuple[str, ...]
-    download_bytes: int
     build_seconds: float
     uv: str
     boot_id: str
-    base: str
-    content: str
-    hashes: str
-    no_build: bool
     inherited: tuple[tuple[str, int, int], ...]
+    hashes: str = "none"
+    no_build: bool = False
+    base: str = ""
+    content: str = ""
+    added: tuple[str, ...] = ()
     local: tuple[tuple[str, str, str, str], ...] = ()
-    inputs: dict[str, Any] | None = None
 
     def write(self, entry: Entry) -> None:
         """Publish the entry: from now on it is handed out."""
@@ -78,8 +69,7 @@ class ReadyRecord(NamedTuple):
     @classmethod
     def read_any(cls, entry: Entry) -> ReadyRecord | None:
         """The record as it was written, whether or not it still holds; None where there is none, or a damaged one."""
-        values = _recorded(entry.ready, cls._fields, cls._field_defaults)
-        return None if values is None else cls._make(values)
+        return _recorded(cls, entry.ready)
 
     def fault(self, entry: Entry) -> str:
         """Why the entry is not handed out any more: its place, or what it uses from elsewhere, changed. "": it is."""
@@ -109,8 +99,18 @@ class MeasuredRecord(NamedTuple):
 
     @classmethod
     def read(cls, entry: Entry) -> MeasuredRecord | None:
-        values = _recorded(entry.measured, cls._fields, {})
-        return None if values is None else cls._make(values)
+        return _recorded(cls, entry.measured)
+
+
+def write_facts(entry: Entry, facts: Facts) -> None:
+    """Note the facts of an entry. Not in its ready record, which each claim reads: those of 300 packages take 40 kB."""
+    files.write_json(entry.facts, {**facts}, durable=False)
+
+
+def read_facts(entry: Entry) -> Facts:
+    """The facts of an entry; {} where an earlier version built it, and where the file is damaged."""
+    found = files.read_json(entry.facts) or {}
+    return {fact: value for fact, value in found.items() if isinstance(value, str)}
 
 
 def _is_same_place(built: str, found: str) -> bool:
@@ -122,16 +122,18 @@ def _is_same_place(built: str, found: str) -> bool:
         return False
 
 
-def _recorded(path: Path, names: Sequence[str], defaults: Mapping[str, Any]) -> list[Any] | None:
-    """The values with these names in the record at `path`; None where there is none, or not of our schema.
-
-    They are as records have them: tuples, no lists. `defaults` are for what an earlier version did not write.
-    """
+def _recorded(kind: type[R], path: Path) -> R | None:
+    """The record of this kind at `path`; None where there is none, or not of our schema."""
     data = files.read_json(path)
     if data is None or data.get("schema_version") != SCHEMA_VERSION:
         return None
     try:
-        values = [data[name] if name in data else defaults[name] for name in names]
-    except KeyError:
-        return None
-    return [tuple(value) if isinstance(value, list) else value for value in values]
+        # As records have them: tuples, no lists.
+        known: dict[str, Any] = {
+            name: tuple(value) if isinstance(value := data[name], list) else value
+            for name in kind._fields
+            if name in data
+        }
+        return kind(**known)
+    except TypeError:
+        return None  # one is missing

@@ -22,26 +22,30 @@ F = TypeVar("F", bound="Callable[..., Lease | None]")
 
 
 def noted(set_up: F) -> F:
-    """Have a method of `Store` note each set-up, once; a lookup that finds nothing is none."""
+    """Have a method of `Store` note each set-up, once. Of a lookup that finds nothing there is none."""
 
     @wraps(set_up)
     def noting(store: Any, spec: EnvSpec, ray: Any, holder: Holder, *args: Any, **options: Any) -> Lease | None:
         began = time.monotonic()
         about: dict[str, Value] = {"path": spec.path, "kind": holder.kind, "cluster": holder.cluster}
+
+        def note(ended: dict[str, Value]) -> None:
+            journal.note(store.layout, "setup", seconds=round(time.monotonic() - began, 4), **about, **ended)
+
         try:
             lease = set_up(store, spec, ray, holder, *args, **options)
-        except BaseException as error:
-            about |= {"result": _failure(error), "error": type(error).__name__}
-            journal.note(store.layout, "setup", seconds=_since(began), **about)
+        except Exception as error:
+            # No BaseException: a set-up that was cancelled has not failed.
+            note({"result": _failure(error), "error": type(error).__name__})
             raise
         if lease is not None:
-            journal.note(store.layout, "setup", seconds=_since(began), **about, **_found(lease))
+            note(_found(lease))
         return lease
 
     return cast("F", noting)
 
 
-def _failure(error: BaseException) -> str:
+def _failure(error: Exception) -> str:
     """Whether the input was refused, which helps no later attempt either, or something failed."""
     failed = isinstance(error, BuildError | StoreError | BusyError) or getattr(error, "passing", False)
     return "refused" if isinstance(error, EnvCacheError) and not failed else "failed"
@@ -51,11 +55,10 @@ def _found(lease: Lease) -> dict[str, Value]:
     """What a set-up led to. `bytes`: of the environment and all below it, as far as they are measured."""
     entry, *below = lease.entries
     result = "lower" if lease.how == "found" and entry.readonly else lease.how
-    base = below[0].key if below else None
     return {
         "result": result,
         "key": entry.key,
-        "base": base,
+        "base": below[0].key if below else None,
         "project": lease.project,
         "bytes": sum(map(_size, lease.entries)),
     }
@@ -66,7 +69,3 @@ def _size(entry: Entry) -> int:
         record = MeasuredRecord.read(entry)
         return record.size_bytes if record and isinstance(record.size_bytes, int) else 0
     return 0
-
-
-def _since(began: float) -> float:
-    return round(time.monotonic() - began, 4)

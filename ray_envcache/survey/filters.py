@@ -10,8 +10,7 @@ from typing import TypeAlias
 
 from ray_envcache.errors import FieldValueError
 from ray_envcache.store.layout import Layout
-from ray_envcache.store.record import ReadyRecord
-from ray_envcache.survey import packages
+from ray_envcache.store.record import read_facts
 from ray_envcache.survey.inventory import Status
 from ray_envcache.system.texts import from_utc, parse_duration, parse_size
 
@@ -72,11 +71,12 @@ def _has(text: str) -> Filter:
     if wanted.extras or wanted.marker or wanted.url:
         raise FieldValueError(f"Only a name and versions can be asked for: `{text}`", "write has:torch==2.8.0")
 
+    fact = f"package {canonicalize_name(wanted.name)}"
+
     def has(layout: Layout, one: Status) -> bool:
-        entry = layout.entry(one.path if one.readonly else one.path.rpartition("/")[2])
-        record = ReadyRecord.read(entry) if entry else None
-        found = packages.of_entry(entry, record).get(canonicalize_name(wanted.name)) if entry and record else None
-        return found is not None and (not wanted.specifier or wanted.specifier.contains(found.version, True))
+        entry = layout.entry(one.path) if one.state == "ready" else None
+        found = read_facts(entry).get(fact) if entry else None
+        return found is not None and (not wanted.specifier or wanted.specifier.contains(found.partition(" ")[0], True))
 
     return has
 

@@ -2,70 +2,85 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING
 
+from ray_envcache.errors import EnvCacheError
 from ray_envcache.store.journal import Journal
 from ray_envcache.store.layout import Layout
 from ray_envcache.survey.inventory import Status
 from ray_envcache.survey.statistics import RESULTS
 from ray_envcache.system import disk
 
+if TYPE_CHECKING:
+    from prometheus_client import Metric
+
 STATES = ("ready", "building", "broken")
 _RESULT = "How: found, lower (in a read-only store), fetched, built, waited (for another builder), refused, failed."
+_TYPE = re.compile(r"^# TYPE (\S+_(bytes|seconds)(?:_total)?) .*$", re.MULTILINE)
 
 
-class Metric(NamedTuple):
-    """One metric. The name has neither prefix nor suffix; `values` by the value of its label, "" without a label."""
-
-    kind: Literal["counter", "gauge"]
-    name: str
-    unit: str
-    text: str
-    values: dict[str, float]
-    label: str = ""
-
-
-def metrics(journal: Journal, layout: Layout, found: Iterable[Status]) -> list[Metric]:
-    """All metrics of a store, whose environments are `found`."""
+def exposition(journal: Journal, layout: Layout, found: Iterable[Status]) -> str:
+    """The text for a store whose environments are `found`. Raises EnvCacheError where prometheus_client is missing."""
+    try:
+        from prometheus_client import generate_latest
+        from prometheus_client.registry import Collector
+    except ModuleNotFoundError as error:
+        raise EnvCacheError(
+            f"`metrics` needs the package prometheus-client: {error}", 'uv pip install "ray-envcache[metrics]"'
+        ) from error
     ours = [one for one in found if not one.readonly]
-    return [*_counters(journal), *_gauges(layout, ours)]
+
+    class Numbers(Collector):
+        def collect(self) -> Iterator[Metric]:
+            yield from _counters(journal.totals)
+            yield from _gauges(layout, ours)
+
+    # node_exporter reads the older format, which has no UNIT: there it is a comment.
+    return _TYPE.sub(r"\g<0>\n# UNIT \1 \2", generate_latest(Numbers()).decode())
 
 
-def _counters(journal: Journal) -> Iterator[Metric]:
-    def by_result(field: str) -> dict[str, float]:
-        """Of the known results only: labels are not taken from what any process may have written."""
-        return {result: journal.totals.get(f"setup {result} {field}", 0) for result in RESULTS}
+def _counters(totals: dict[str, float]) -> Iterator[Metric]:
+    from prometheus_client.core import CounterMetricFamily as Counter
 
-    def total(event: str, field: str = "count") -> dict[str, float]:
+    setups = Counter("ray_envcache_setups", f"Set-ups of environments. {_RESULT}", labels=["result"])
+    seconds = Counter("ray_envcache_setup_seconds", f"Seconds that set-ups took. {_RESULT}", labels=["result"])
+    # Of the known results only: labels are not taken from what any process may have written.
+    for result in RESULTS:
+        setups.add_metric([result], totals.get(f"setup {result} count", 0))
+        seconds.add_metric([result], totals.get(f"setup {result} seconds", 0))
+
+    def total(event: str, field: str = "count") -> float:
         """The sum over all results of an event."""
-        wanted = (name for name in journal.totals if name.startswith(f"{event} ") and name.endswith(f" {field}"))
-        return {"": sum(map(journal.totals.__getitem__, wanted))}
+        return sum(totals[name] for name in totals if name.startswith(f"{event} ") and name.endswith(f" {field}"))
 
-    setups, seconds = by_result("count"), by_result("seconds")
-    freed = total("removal", "freed_bytes")[""] + total("collection", "swept_bytes")[""]
-    yield Metric("counter", "setups", "", f"Set-ups of environments. {_RESULT}", setups, "result")
-    yield Metric("counter", "setup", "seconds", f"Seconds that set-ups took. {_RESULT}", seconds, "result")
-    yield Metric("counter", "builds", "", "Environments and layers that were built.", total("build"))
-    yield Metric("counter", "build", "seconds", "Seconds that successful builds took.", total("build", "seconds"))
-    yield Metric("counter", "removals", "", "Environments and layers that were removed.", total("removal"))
-    yield Metric("counter", "freed", "bytes", "Bytes that removals and collections freed.", {"": freed})
-    yield Metric("counter", "collections", "", "Runs of the collector.", total("collection"))
+    freed = total("removal", "freed_bytes") + total("collection", "swept_bytes")
+    yield from (setups, seconds)
+    yield Counter("ray_envcache_builds", "Environments and layers that were built.", total("build"))
+    yield Counter("ray_envcache_build_seconds", "Seconds that successful builds took.", total("build", "seconds"))
+    yield Counter("ray_envcache_removals", "Environments and layers that were removed.", total("removal"))
+    yield Counter("ray_envcache_freed_bytes", "Bytes that removals and collections freed.", freed)
+    yield Counter("ray_envcache_collections", "Runs of the collector.", total("collection"))
     failures = total("collection", "failed")
-    yield Metric("counter", "collection_failures", "", "What a collection could not remove.", failures)
-    yield Metric("counter", "verifications", "", "Verifications of environments.", total("verification"))
-    yield Metric("counter", "repairs", "", "Repairs of environments.", total("repair"))
+    yield Counter("ray_envcache_collection_failures", "What a collection could not remove.", failures)
+    yield Counter("ray_envcache_verifications", "Verifications of environments.", total("verification"))
+    yield Counter("ray_envcache_repairs", "Repairs of environments.", total("repair"))
 
 
 def _gauges(layout: Layout, ours: list[Status]) -> Iterator[Metric]:
-    states = {state: float(sum(one.state == state for one in ours)) for state in STATES}
+    from prometheus_client.core import GaugeMetricFamily as Gauge
+
+    states = Gauge("ray_envcache_environments", "Environments and layers in the store.", labels=["state"])
+    for state in STATES:
+        states.add_metric([state], sum(one.state == state for one in ours))
     in_use, pinned = sum(one.in_use for one in ours), sum(one.pinned for one in ours)
     size, reclaimable = sum(one.size_bytes for one in ours), sum(one.reclaimable_bytes for one in ours)
     space = disk.free_space(layout.root)
-    yield Metric("gauge", "environments", "", "Environments and layers in the store.", states, "state")
-    yield Metric("gauge", "environments_in_use", "", "Of these, in use now.", {"": in_use})
-    yield Metric("gauge", "environments_pinned", "", "Of these, pinned.", {"": pinned})
-    yield Metric("gauge", "environments", "bytes", "Their sizes; a shared file counts in each.", {"": size})
-    yield Metric("gauge", "reclaimable", "bytes", "Bytes that removing all would free, at least.", {"": reclaimable})
-    yield Metric("gauge", "disk_free", "bytes", "Free bytes on the disk of the store.", {"": space.free})
-    yield Metric("gauge", "disk_size", "bytes", "All bytes of the disk of the store.", {"": space.total})
+    yield states
+    yield Gauge("ray_envcache_environments_in_use", "Of these, in use now.", in_use)
+    yield Gauge("ray_envcache_environments_pinned", "Of these, pinned.", pinned)
+    yield Gauge("ray_envcache_environments_bytes", "Their sizes; a shared file counts in each.", size)
+    yield Gauge("ray_envcache_reclaimable_bytes", "Bytes that removing all would free, at least.", reclaimable)
+    yield Gauge("ray_envcache_disk_free_bytes", "Free bytes on the disk of the store.", space.free)
+    yield Gauge("ray_envcache_disk_size_bytes", "All bytes of the disk of the store.", space.total)

@@ -66,7 +66,9 @@ class Statistics:
 
 
 @dataclass
-class _Cost:
+class _Known:
+    """Of a key what one copy costs, without those below it; of a key or a path its project."""
+
     size: int = 0
     seconds: float = 0.0
     project: str = ""
@@ -77,15 +79,15 @@ def statistics(journal: Journal, stores: Iterable[Layout], since: str = "", proj
 
     What was swept together with environments of all projects counts only without `project`.
     """
-    costs = _costs(journal.events, stores)
-    projects = _projects(journal.events, costs)
+    known = _known(journal.events, stores)
+    recent = [event for event in journal.events if event.at >= since]
     events = [
-        event for event in journal.events if event.at >= since and (not project or projects[_subject(event)] == project)
+        event for event in recent if not project or known[event.text("key") or event.text("path")].project == project
     ]
     found = Statistics(begins_at=max(since, journal.events[0].at) if journal.events else since)
     _count_setups(found, events)
-    _count_builds(found, [event for event in events if event.name == "build"], projects)
-    _count_savings(found, events, costs)
+    _count_builds(found, (event for event in events if event.name == "build"))
+    _count_savings(found, events, known)
     for event in events:
         found.removed += event.name == "removal"
         found.collections += event.name == "collection"
@@ -93,37 +95,23 @@ def statistics(journal: Journal, stores: Iterable[Layout], since: str = "", proj
     return found
 
 
-def _subject(event: Event) -> str:
-    """What an event is about: a key, or the path of a set-up that came to none."""
-    return event.text("key") or event.text("path")
-
-
-def _costs(events: Iterable[Event], stores: Iterable[Layout]) -> dict[str, _Cost]:
-    """What each environment, without those below it, took at its last build: by its records, or what was noted."""
-    costs: defaultdict[str, _Cost] = defaultdict(_Cost)
+def _known(events: Iterable[Event], stores: Iterable[Layout]) -> defaultdict[str, _Known]:
+    """By key and by path, as the last event and the records tell it."""
+    found: defaultdict[str, _Known] = defaultdict(_Known)
     for event in events:
-        cost = costs[event.text("key")]
+        for name in filter(None, (event.text("key"), event.text("path"))):
+            found[name].project = event.text("project") or found[name].project
         if event.name == "build":
-            cost.seconds = event.number("seconds")
+            found[event.text("key")].seconds = event.number("seconds")
         elif event.name == "removal":
-            cost.size = int(event.number("bytes"))
+            found[event.text("key")].size = int(event.number("bytes"))
     for entry in (entry for store in stores for entry in store.all_entries()):
-        cost = costs[entry.key]
+        one = found[entry.key]
         if ready := ReadyRecord.read(entry):
-            cost.seconds, cost.project = ready.build_seconds, ready.project
+            one.seconds, one.project = ready.build_seconds, ready.project
         if measured := MeasuredRecord.read(entry):
-            cost.size = measured.size_bytes
-    return costs
-
-
-def _projects(events: Iterable[Event], costs: dict[str, _Cost]) -> defaultdict[str, str]:
-    """The project of each key and path, as far as a record or any event has it."""
-    projects = defaultdict(str, {key: cost.project for key, cost in costs.items()})
-    for event in events:
-        if name := event.text("project"):
-            projects |= {event.text("key"): name, event.text("path"): name}
-    projects[""] = ""
-    return projects
+            one.size = measured.size_bytes
+    return found
 
 
 def _count_setups(found: Statistics, events: Iterable[Event]) -> None:
@@ -136,10 +124,8 @@ def _count_setups(found: Statistics, events: Iterable[Event]) -> None:
         found.hit_rate = sum(found.setups[result] for result in _THERE) / handed_out
 
 
-def _count_builds(found: Statistics, events: list[Event], projects: dict[str, str]) -> None:
-    builds = [
-        Build(key, projects[key], event.number("seconds"), event.at) for event in events if (key := event.text("key"))
-    ]
+def _count_builds(found: Statistics, events: Iterable[Event]) -> None:
+    builds = [Build(one.text("key"), one.text("project"), one.number("seconds"), one.at) for one in events]
     found.builds, found.build_seconds = len(builds), sum(one.seconds for one in builds)
     found.slowest = sorted(builds, key=lambda one: -one.seconds)[:SHOWN]
     of_project: defaultdict[str, list[Build]] = defaultdict(list)
@@ -152,7 +138,7 @@ def _count_builds(found: Statistics, events: list[Event], projects: dict[str, st
     found.most_often = sorted(often, key=lambda one: (-one.builds, one.project))[:SHOWN]
 
 
-def _count_savings(found: Statistics, events: Iterable[Event], costs: dict[str, _Cost]) -> None:
+def _count_savings(found: Statistics, events: Iterable[Event], known: dict[str, _Known]) -> None:
     users: defaultdict[str, set[str]] = defaultdict(set)
     builds: defaultdict[str, int] = defaultdict(int)
     for number, event in enumerate(events):
@@ -163,8 +149,8 @@ def _count_savings(found: Statistics, events: Iterable[Event], costs: dict[str, 
     for key, those in users.items():
         copies = max(len(those) - builds[key], 0)
         found.saved_copies += copies
-        found.saved_bytes += copies * costs[key].size
-        found.saved_seconds += copies * costs[key].seconds
+        found.saved_bytes += copies * known[key].size
+        found.saved_seconds += copies * known[key].seconds
     found.saved_seconds = max(found.saved_seconds - found.wait_seconds, 0.0)
 
 

@@ -15,7 +15,7 @@ from ray_envcache.acquire import Store
 from ray_envcache.doctor.explain import Explanation, explain
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve.interpreter import installed_ray
-from ray_envcache.store.layout import Entry
+from ray_envcache.store.record import read_facts
 from ray_envcache.survey.nearest import Difference
 from tests import support
 from tests.build.test_layers import edit, make_package
@@ -115,16 +115,9 @@ def test_the_nearest_is_of_the_same_project(store: Store, acquire: Acquire, proj
     assert reason(explained(store, project)) == "new: aa 1.0 -> 2.0, +2 packages"
 
 
-def as_earlier_versions_wrote_it(entry: Entry) -> None:
-    data = json.loads(entry.ready.read_text())
-    del data["inputs"]
-    entry.ready.write_text(json.dumps(data))
-
-
 def test_records_of_earlier_versions(store: Store, acquire: Acquire, project: Path) -> None:
-    """They stay valid, and are compared with nothing: they do not tell enough."""
-    entry = acquire(project).entry
-    as_earlier_versions_wrote_it(entry)
+    """They stay valid, and are compared with nothing: they have no facts."""
+    acquire(project).entry.facts.unlink()
     assert explained(store, project).new is None
     lock_again(project, "aa==2.0", "bb")
     assert explained(store, project).environment.nearest is None
@@ -155,6 +148,7 @@ def test_layers(store: Store, acquire: Acquire, tmp_path: Path, wheels: Path) ->
     lease = acquire(app)
     keys = [found.layer.key, found.environment.key]
     assert [one.key for one in lease.entries] == keys
+    assert read_facts(lease.entry).items() > read_facts(lease.entries[1]).items()
     found = explained(store, app)
     assert (found.new, found.layer and found.layer.path) == (None, os.fspath(lease.entry.path))
     edit(tmp_path / "lib", "X = 2")

@@ -38,8 +38,8 @@ def publish(entry: Entry) -> None:
     assert identity is not None
     record = ReadyRecord(
         key=entry.key, path=os.fspath(entry.path), created_at=utc_now(), project="p", source="/", python="3.11.7",
-        base_python=sys.executable, base_python_file=identity, ray="2.60.0", packages=1, added=(), download_bytes=0,
-        build_seconds=0.0, uv="", boot_id=boot_id(), base="", content="", hashes="all", no_build=True, inherited=(),
+        base_python=sys.executable, base_python_file=identity, ray="2.60.0", build_seconds=0.0,
+        uv="", boot_id=boot_id(), hashes="all", no_build=True, inherited=(),
     )  # fmt: skip
     files.write_json(entry.ready, {"schema_version": 1, **record._asdict()}, durable=False)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -550,41 +549,6 @@ def test_why_names_processes(store: Store, make: Make, children: list[subprocess
     child.kill()
     child.wait()
     assert "nothing keeps it" in run("why", entry.key[:8]).stdout
-
-
-def test_timer_is_printed(store: Store) -> None:
-    """`gc --print-timer` gives a crontab line and two systemd units with the command's own path."""
-    said = run("gc", "--print-timer").stdout
-    assert f"{sys.executable} -m ray_envcache gc" in said
-    assert "[Timer]" in said
-
-
-def test_timer_cleans_the_store_that_was_chosen(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Cron and systemd know nothing of a shell's variables: the store and its limits travel, however they are spelled."""
-    root = tmp_path / 'it\'s 100% "here"'
-    monkeypatch.setenv("RAY_ENVCACHE_DIR", str(root))
-    monkeypatch.setenv("RAY_ENVCACHE_UNUSED_FOR", "3d")
-    monkeypatch.delenv("RAY_ENVCACHE_MIN_FREE_SPACE")
-    monkeypatch.chdir(Path(sys.executable).parent)
-    said = subprocess.run(["./ray-envcache", "gc", "--print-timer"], capture_output=True, text=True, check=True).stdout
-    line = next(line for line in said.splitlines() if line.startswith("17 "))
-    # As cron does it: the rest of the line is the shell's, and a % is one where a backslash is before it.
-    command = line.split(None, 5)[5].removesuffix(" > /dev/null # ray-envcache-gc").replace("\\%", "%")
-    words = shlex.split(command)
-    assert words == [
-        "env",
-        f"RAY_ENVCACHE_DIR={root}",
-        "RAY_ENVCACHE_UNUSED_FOR=3d",
-        f"{os.getcwd()}/ray-envcache",
-        "gc",
-    ]
-    unit = [line for line in said.splitlines() if line.startswith(("Environment=", "ExecStart="))]
-    escaped = str(root).replace('"', '\\"').replace("%", "%%")
-    assert unit == [
-        f'Environment="RAY_ENVCACHE_DIR={escaped}"',
-        "Environment=RAY_ENVCACHE_UNUSED_FOR=3d",
-        f"ExecStart={os.getcwd()}/ray-envcache gc",
-    ]
 
 
 def test_limits_can_be_switched_off(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from ray_envcache.acquire import Store
+from ray_envcache.build.builder import Observer
+from ray_envcache.build.plan import Plan
 from ray_envcache.errors import BuildError, LockfileError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.collector import collect
@@ -104,6 +107,19 @@ def test_refused_and_failed(tmp_path: Path, wheels: Path, store: Store) -> None:
     assert [event.text("result") for event in events(store)] == ["refused", "failed"]
     assert [event.text("error") for event in events(store)] == ["LockfileError", "BuildError"]
     assert events(store, "build") == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError])
+def test_cancelled(store: Store, project: Path, error: type[BaseException]) -> None:
+    """A set-up that was cancelled has neither failed nor led to anything: the journal has no line of it."""
+
+    class Cancelling(Observer):
+        def started(self, plan: Plan) -> None:
+            raise error(plan.headline)
+
+    with pytest.raises(error):
+        store.acquire(EnvSpec.parse(project), installed_ray(), Holder("run"), Cancelling())
+    assert journal.read(store.layout).events == []
 
 
 def test_found_in_a_readonly_store(tmp_path: Path, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

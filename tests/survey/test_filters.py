@@ -7,14 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
-import tomli_w
 
 from ray_envcache.errors import FieldValueError
 from ray_envcache.store.layout import Entry, Layout
-from ray_envcache.store.record import ReadyRecord
+from ray_envcache.store.record import ReadyRecord, write_facts
 from ray_envcache.survey.filters import ORDERS, POSSIBLE, parse_filter
 from ray_envcache.survey.inventory import Status, survey
-from ray_envcache.system import files, flock
+from ray_envcache.system import flock
 from ray_envcache.system.texts import utc
 from tests.gc.fabricated import add_file, make_entry, make_layout
 
@@ -28,8 +27,7 @@ def change(entry: Entry, **fields: object) -> None:
 
 
 def give_packages(entry: Entry, **versions: str) -> None:
-    tables = [{"name": name, "version": version} for name, version in versions.items()]
-    entry.pylock.write_text(tomli_w.dumps({"lock-version": "1.0", "packages": tables}))
+    write_facts(entry, {f"package {name}": version for name, version in versions.items()})
 
 
 @pytest.fixture
@@ -38,12 +36,12 @@ def layout(tmp_path: Path) -> Layout:
     layout = make_layout(tmp_path / "store")
     old, new, layer, broken = (make_entry(layout, number) for number in (1, 2, 3, 4))
     add_file(old, 3_000_000)
-    give_packages(old, torch="2.8.0+cu128", numpy="2.4.1")
-    give_packages(new, numpy="2.5.0rc1")
+    for entry in (old, layer, broken):
+        give_packages(entry, torch="2.8.0+cu128", numpy="2.4.1", odd="(no version)")
+    give_packages(new, numpy="2.5.0rc1", torch="2.7.1 (inherited)")
     change(old, project="big", created_at=utc(time.time() - 40 * DAY))
     change(layer, base=old.name)
-    outside = [["torch", "2.7.1", "/usr/lib/python3/site-packages", "0" * 64], "system site-packages"]
-    change(new, inputs={"outside": outside}, created_at=utc(time.time() - HOUR))
+    change(new, created_at=utc(time.time() - HOUR))
     os.utime(old.in_use, (time.time() - 10 * DAY,) * 2)
     broken.ready.unlink()
     return layout
@@ -72,6 +70,8 @@ def passing(layout: Layout, text: str) -> str:
         ("has: numpy>=2.4, <2.5", "13"),
         ("has:numpy==2.5.0rc1", "2"),
         ("has:pandas", ""),
+        ("has:odd", "13"),
+        ("has:odd>0", ""),
         ("project:big", "1"),
         ("project:bi", ""),
         ("state:ready", "123"),
@@ -130,12 +130,11 @@ def test_every_filter_that_is_named_works(layout: Layout) -> None:
         passing(layout, text)
 
 
-def test_a_damaged_list_of_packages(layout: Layout) -> None:
-    """One that cannot be read has no packages; the others are shown."""
-    layout.first_entry(f"{2:032x}").pylock.write_text("[[[")
-    files.discard(layout.first_entry(f"{1:032x}").pylock, layout.trash)
-    assert passing(layout, "has:torch") == "2"
-    assert passing(layout, "has:numpy") == ""
+def test_facts_that_are_damaged(layout: Layout) -> None:
+    """An entry whose facts cannot be read, or that has none, has no packages; the others are shown."""
+    layout.first_entry(f"{1:032x}").facts.write_text("[[[")
+    layout.first_entry(f"{2:032x}").facts.unlink()
+    assert passing(layout, "has:torch") == "3"
 
 
 def test_orders(layout: Layout) -> None:

@@ -3,38 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import tomli_w
 
+from ray_envcache.build.plan import settings_facts
 from ray_envcache.store.layout import Entry, Layout
-from ray_envcache.survey.nearest import Difference, Nearest, Wanted, nearest, why_new
-from ray_envcache.survey.packages import of_tables
+from ray_envcache.store.record import Facts, write_facts
+from ray_envcache.survey.nearest import Difference, Nearest, nearest, why_new
 from tests.gc.fabricated import make_entry, make_layout
 from tests.survey.test_filters import change
 
-PYTHON = {"version": "3.11.7", "executable": "/usr/bin/python3.11", "build": "gcc", "markers": {"os_name": "posix"}}
-INPUTS: dict[str, Any] = {"interpreter": PYTHON, "build_settings": "", "outside": []}
-KEY = "f" * 32
+PYTHON = {"version": "3.11.7", "executable": "/usr/bin/python3.11", "build": "gcc", "os_name": "posix"}
 
 
-def wheel(name: str, version: str = "1.0", sha: str = "a", url: str = "https://index/x") -> dict[str, Any]:
-    file = {"name": f"{name}.whl", "url": url, "hashes": {"sha256": sha * 64}}
-    return {"name": name, "version": version, "wheels": [file]}
+def wheel(name: str, version: str = "1.0", sha: str = "a") -> Facts:
+    return {f"package {name}": version, f"artifact {name}": sha * 64}
 
 
-def entry_of(layout: Layout, number: int, *tables: dict[str, Any], project: str = "p", **inputs: Any) -> Entry:
+def python(**changed: str) -> Facts:
+    return {f"python {name}": value for name, value in {**PYTHON, **changed}.items()}
+
+
+def joined(*found: Facts) -> Facts:
+    return {fact: value for one in (python(), *found) for fact, value in one.items()}
+
+
+def entry_of(layout: Layout, number: int, *found: Facts, project: str = "p") -> Entry:
     entry = make_entry(layout, number)
-    entry.pylock.write_text(tomli_w.dumps({"lock-version": "1.0", "packages": tables}))
-    change(entry, project=project, inputs={**INPUTS, **inputs})
+    write_facts(entry, joined(*found))
+    change(entry, project=project)
     return entry
 
 
-def compared(layout: Layout, *tables: dict[str, Any], project: str = "p", **inputs: Any) -> Nearest:
-    found = nearest([layout], Wanted(KEY, project, {**INPUTS, **inputs}, tables))
-    assert found is not None
-    return found
+def compared(layout: Layout, *found: Facts, project: str = "p") -> Nearest:
+    there = nearest([layout], project, joined(*found))
+    assert there is not None
+    return there
 
 
 @pytest.fixture
@@ -45,34 +49,34 @@ def layout(tmp_path: Path) -> Layout:
 def test_an_empty_store(layout: Layout) -> None:
     """There is nothing to compare with, nor in one whose only entry is being built."""
     make_entry(layout, 1, ready=False)
-    assert why_new(layout, Wanted(KEY, "p", INPUTS)) == ""
+    assert why_new(layout, "p", joined()) == ""
+
+
+RAY, AA = wheel("ray", "2.60.0"), wheel("aa")
 
 
 @pytest.mark.parametrize(
-    ("tables", "inputs", "line"),
+    ("wanted", "line"),
     [
-        ([wheel("ray", "2.60.0"), wheel("aa")], {}, "another version of ray-envcache built the one before"),
-        ([wheel("ray", "2.61.0"), wheel("aa")], {}, "ray 2.60.0 -> 2.61.0"),
-        ([wheel("ray", "2.60.0"), wheel("aa", sha="b")], {}, "another file of aa"),
-        ([wheel("ray", "2.60.0"), wheel("aa", url="https://mirror/x"), wheel("bb")], {}, "+bb 1.0"),
-        ([wheel("ray", "2.60.0")], {}, "-aa 1.0"),
-        ([wheel("ray", "2.60.0"), *(wheel(f"a{n}", "2") for n in range(4))], {}, "+4 packages, -aa 1.0"),
-        (None, {"interpreter": {**PYTHON, "version": "3.12.1", "build": "x"}}, "Python 3.11.7 -> 3.12.1"),
-        (
-            None,
-            {"interpreter": {**PYTHON, "executable": "/opt/python"}},
-            "Python's executable /usr/bin/python3.11 -> /opt/python",
-        ),
-        (None, {"outside": ["system site-packages"]}, "system site-packages off -> on"),
-        (None, {"build_settings": '{"config-settings": {"token": "secret"}}'}, "uv's setting config-settings"),
-        ([wheel("ray", "2.60.0")], {"outside": [["aa", "1.0", "/usr", "0"]]}, "aa 1.0 -> 1.0 (inherited)"),
+        ([RAY, AA], "another version of ray-envcache built the one before"),
+        ([RAY, AA, {"a later kind": "x"}], "another version of ray-envcache built the one before"),
+        ([wheel("ray", "2.61.0"), AA], "ray 2.60.0 -> 2.61.0"),
+        ([wheel("ray", "2.60.0", sha="b"), AA], "another file of ray"),
+        ([RAY, wheel("aa", sha="b")], "another file of aa"),
+        ([RAY, AA, wheel("bb")], "+bb 1.0"),
+        ([RAY], "-aa 1.0"),
+        ([RAY, *(wheel(f"a{n}", "2") for n in range(4))], "+4 packages, -aa 1.0"),
+        ([RAY, AA, python(version="3.12.1", build="x")], "Python 3.11.7 -> 3.12.1"),
+        ([RAY, AA, python(executable="/opt/py")], "Python's executable /usr/bin/python3.11 -> /opt/py"),
+        ([RAY, AA, {"option system site-packages": "on"}], "system site-packages off -> on"),
+        ([RAY, AA, settings_facts('{"config-settings": {"token": "secret"}}')], "uv's setting config-settings"),
+        ([RAY, wheel("aa", "1.0 (inherited)", sha="b")], "aa 1.0 -> 1.0 (inherited)"),
     ],
 )
-def test_differences(layout: Layout, tables: list[dict[str, Any]] | None, inputs: dict[str, Any], line: str) -> None:
-    """Each kind, in words; where a file lies is no difference, and no value of a setting is shown."""
-    there = [wheel("ray", "2.60.0"), wheel("aa")]
-    entry_of(layout, 1, *there)
-    found = compared(layout, *(there if tables is None else tables), **inputs)
+def test_differences(layout: Layout, wanted: list[Facts], line: str) -> None:
+    """Each kind, in words; what follows from another difference is none, and no value of a setting is shown."""
+    entry_of(layout, 1, RAY, AA)
+    found = compared(layout, *wanted)
     assert found.reason("p") == f"new: {line}"
     assert "secret" not in str(found)
 
@@ -99,30 +103,26 @@ def test_what_became_useless(layout: Layout) -> None:
     """An entry of the same key that is not handed out any more says why."""
     entry = entry_of(layout, 1, wheel("aa"))
     change(entry, base_python_file=(1, 2))
-    found = nearest([layout], Wanted(entry.key, "p", INPUTS, [wheel("aa")]))
+    found = nearest([layout], "p", joined(wheel("aa")))
     assert found is not None
     assert found.reason("p") == "new: of the earlier one its base Python was changed"
 
 
 def test_layers(layout: Layout) -> None:
     """A layer is compared with layers, by its own packages and by those of what it lies on."""
-    bases = [entry_of(layout, 1, wheel("aa")), entry_of(layout, 2, wheel("aa", "2"))]
-    layer = make_entry(layout, 3)
-    settings = {"build_settings": "{}"}
-    change(layer, base=bases[0].name, inputs={**settings, "contents": {"app": "sha256:1", "lib": "sha256:1"}})
-    wanted = Wanted(KEY, "p", {**settings, "contents": {"app": "sha256:1", "lib": "sha256:2"}}, base=bases[0])
-    found = nearest([layout], wanted)
+    entry_of(layout, 1, wheel("aa"))
+    layer = entry_of(layout, 2, wheel("aa"), {"content app": "sha256:1", "content lib": "sha256:1"})
+    wanted = joined(wheel("aa"), {"content app": "sha256:1", "content lib": "sha256:2"})
+    found = nearest([layout], "p", wanted)
     assert found is not None
     assert (found.key, found.differences) == (layer.key, (Difference("content", "lib", "sha256:1", "sha256:2"),))
-    assert why_new(layout, wanted._replace(base=bases[1])) == "new: the code of lib, aa 1.0 -> 2"
+    assert why_new(layout, "p", {**wanted, "package aa": "2"}) == "new: the code of lib, aa 1.0 -> 2"
 
 
-def test_packages_are_told_apart_as_keys_are() -> None:
-    """By hash, commit and subdirectory; without any of them by all that is known, of which nothing is shown."""
-    vcs = {"name": "a", "vcs": {"url": "https://host/a", "commit-id": "c1", "subdirectory": "x"}}
-    other = {"name": "a", "vcs": {**vcs["vcs"], "subdirectory": "y"}}  # type: ignore[dict-item]
-    loose = {"name": "a", "archive": {"url": "https://host/a.tgz?token=secret"}}
-    assert of_tables([vcs]) == of_tables([{**vcs, "index": "https://index"}])
-    assert of_tables([vcs]) != of_tables([other])
-    assert "secret" not in str(of_tables([loose]))
-    assert of_tables([loose]) != of_tables([{"name": "a", "archive": {"url": "https://host/b.tgz"}}])
+@pytest.mark.parametrize("text", ["", "[[[", "[]", "{}", '{"package aa": 1}'])
+def test_facts_that_are_damaged(layout: Layout, text: str) -> None:
+    """An entry whose facts cannot be read, or that has none, is compared with nothing."""
+    entry_of(layout, 1, wheel("aa")).facts.write_text(text)
+    assert why_new(layout, "p", joined(wheel("aa"))) == ""
+    entry_of(layout, 2, wheel("aa"))
+    assert why_new(layout, "p", {}) == ""
