@@ -108,11 +108,12 @@ class AgentBuild:
         finally:
             _end(child)
 
-    def _claim(self, name: str) -> Lease:
-        entry = self._store.layout.entry(name)
+    def _claim(self, message: dict[str, str]) -> Lease:
+        entry = self._store.layout.entry(message["ready"])
         lease = claim(entry, self._store.layout, self._holder) if entry else None
         if lease is None:
-            raise PassingError(f"The environment `{name}` was removed right after it was built", "try again")
+            raise PassingError(f"`{message['ready']}` was removed right after it was built", "try again")
+        lease.how = message["how"]
         return lease
 
 
@@ -136,8 +137,8 @@ def _start(environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
         ) from error
 
 
-def _listen(child: subprocess.Popen[bytes], logger: logging.Logger) -> str:
-    """Log the child's lines until it names the entry, which is returned. Raises the error that it reports."""
+def _listen(child: subprocess.Popen[bytes], logger: logging.Logger) -> dict[str, str]:
+    """Log the child's lines until it names the entry: that message is returned. Raises the error that it reports."""
     assert child.stdout is not None
     tail: deque[bytes] = deque(maxlen=20)
     reader = threading.Thread(target=_drain, args=(child.stderr, tail), name="envcache-stderr", daemon=True)
@@ -149,7 +150,7 @@ def _listen(child: subprocess.Popen[bytes], logger: logging.Logger) -> str:
         if "error" in message:
             raise EnvCacheError.from_json(message["error"])
         if "ready" in message:
-            return str(message["ready"])
+            return message
         logger.info("%s", message.get("log", ""))
     reader.join(GRACE_SECONDS)
     output = b"".join(tail).decode(errors="replace")
