@@ -55,10 +55,7 @@ def finish_now(layout: Layout, entry: Entry) -> None:
 
 
 def finish_lease_now(layout: Layout, lease: Lease, compiling: Callable[[Path], object] = id) -> None:
-    """Finish all that a lease holds, but for what is in read-only stores, for a user who waits. Raises BuildError.
-
-    `compiling` is told where the bytecode of each appears first.
-    """
+    """Finish what a lease holds of writable stores for a user who waits, and hears of each. Raises BuildError."""
     try:
         for entry in lease.entries:
             if not (entry.readonly or entry.compiled.exists()):
