@@ -18,13 +18,13 @@ from ray_envcache.field.spec import EnvSpec
 from ray_envcache.version import __version__ as __version__  # re-exported
 
 if TYPE_CHECKING:
-    from ray_envcache.api import Collected, Environment, Lease, Store, Verified
+    from ray_envcache.api import Collected, Environment, Lease, Prefetched, Store, Verified, prefetch
     from ray_envcache.sessions.run_directory import clean_sessions
     from ray_envcache.sessions.short_path import short_tmpdir
 
 __all__ = [
-    "Collected", "EnvCacheError", "EnvSpec", "Environment", "Lease", "Store", "Verified", "clean_sessions",
-    "runtime_env", "short_tmpdir",
+    "Collected", "EnvCacheError", "EnvSpec", "Environment", "Lease", "Prefetched", "Store", "Verified",
+    "clean_sessions", "prefetch", "runtime_env", "short_tmpdir",
 ]  # fmt: skip
 
 
@@ -47,7 +47,6 @@ def runtime_env(path: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
 
 
 _LAZY = {
-    **dict.fromkeys(("Collected", "Environment", "Lease", "Store", "Verified"), "ray_envcache.api"),
     "clean_sessions": "ray_envcache.sessions.run_directory",
     "short_tmpdir": "ray_envcache.sessions.short_path",
 }
@@ -55,9 +54,9 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     """Import what is rarely needed when it is asked for."""
-    if name not in _LAZY:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+    return getattr(import_module(_LAZY.get(name, "ray_envcache.api")), name)
 
 
 if sys.platform == "win32":

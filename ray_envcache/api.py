@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ray_envcache import acquire
+from ray_envcache.doctor.findings import Finding, Prefetched, ask
 from ray_envcache.doctor.repair import chosen
+from ray_envcache.field.registration import WORKER_MODULE
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.collector import Collected, collect
 from ray_envcache.gc.policy import Limits, parse_limit
+from ray_envcache.hook import pinned_field
 from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store.leases import Holder, Lease
 from ray_envcache.survey.inventory import Status as Environment
 from ray_envcache.survey.inventory import survey
 from ray_envcache.survey.verification import Verified, verify
 
-__all__ = ["Collected", "Environment", "Lease", "Store", "Verified"]
+__all__ = ["Collected", "Environment", "Lease", "Prefetched", "Store", "Verified", "prefetch"]
 
 
 class Store:
@@ -74,3 +79,24 @@ class Store:
         UnknownKeyError.
         """
         return [verify(entry, quick=quick) for entry in chosen(self._store, keys)]
+
+
+def prefetch(
+    paths: Iterable[str | os.PathLike[str]], address: str | None = None, *, timeout: float = 7200, **options: Any
+) -> list[Prefetched]:
+    """Have every node of a cluster set up the environments of projects: one `Prefetched` for each of them on each node.
+
+    `address`: "auto", or of a GCS; None: the cluster of this program, else "auto". A node may take `timeout` seconds;
+    the `options` are the field's. Raises EnvCacheError where a project is bad, or the cluster cannot be asked.
+    """
+    wanted = [os.path.abspath(os.path.expanduser(path)) for path in paths]
+    fields = {path: pinned_field({**options, "path": path}) for path in wanted}
+    node: Any = getattr(sys.modules.get(WORKER_MODULE), "_global_node", None)
+    rows: dict[tuple[str, str], Prefetched] = {}
+
+    def enter(row: dict[str, Any]) -> None:
+        found = [Finding(**each) for each in row["findings"]]
+        rows[row["node_id"], row["path"]] = Prefetched(**{**row, "findings": found})
+
+    ask(address or (node.gcs_address if node else "auto"), enter, timeout=timeout, fields=fields, follow=False)
+    return [*rows.values()]

@@ -16,7 +16,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeVar
@@ -41,6 +41,14 @@ T = TypeVar("T")
 THREADS = 4
 """How many of the plugin's operations may wait for the disk at the same time."""
 
+PREFETCHES = 2
+"""How many environments are prefetched at once, so that one downloads while one compiles. Both need memory and disk."""
+
+KEPT_SECONDS = 3600.0
+"""How long a prefetched environment is held for the jobs to come: others that need its room cannot push it out."""
+
+_PREFETCHED = "prefetch-"
+
 FAILURE_SECONDS = 10.0
 """How long the plugin repeats a failure instead of trying again: Ray asks three times, a second apart."""
 
@@ -63,8 +71,9 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         # Each lock lives while a set-up uses it.
         self._creating: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._failures: dict[str, EnvCacheError] = {}
+        self._prefetches = asyncio.Semaphore(PREFETCHES)
         # Not the loop's default threads: Ray unpacks working_dirs there, for minutes.
-        self._threads = ThreadPoolExecutor(THREADS, "envcache")
+        self._threads = ThreadPoolExecutor(THREADS + PREFETCHES, "envcache")
         self._companion: int | None = None
         with suppress(RuntimeError):  # the node has no thread left: the next cluster's companion collects
             self._threads.submit(self._start_companion)
@@ -78,7 +87,7 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         if set_by_ray(others.get(guard.EXECUTABLE)):
             del others[guard.EXECUTABLE]
         refuse_combinations(others)
-        EnvSpec.parse(runtime_env_dict[FIELD])
+        EnvSpec.parse(guard.prefetched(runtime_env_dict[FIELD]) or runtime_env_dict[FIELD])
 
     def get_uris(self, runtime_env: Any) -> list[str]:
         """One URI per field value (and working_dir, where the path is relative to it). Reads no file, never raises.
@@ -91,7 +100,8 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         if value is None or guard.is_probe(value):
             return []
         text = json.dumps([value, runtime_env.get("working_dir")], sort_keys=True, default=str)
-        return [f"{FIELD}://{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:32]}"]
+        kind = _PREFETCHED if guard.prefetched(value) else ""
+        return [f"{FIELD}://{kind}{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:32]}"]
 
     async def create(self, uri: str | None, runtime_env: Any, context: Any, logger: logging.Logger) -> float:
         """Find or build the environment and take a lease on it. Cancelled, it leaves no process and no flock."""
@@ -100,11 +110,17 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
             return 1.0
         # Per URI, not per serialized environment: Data, Train and Tune make many of one field value.
         lock = self._creating.setdefault(uri, asyncio.Lock())
-        async with lock:
+        async with lock, self._prefetches if _PREFETCHED in uri else nullcontext():
             if uri in self._failures:
                 raise _again(self._failures[uri])
             if uri not in self._leases:
                 self._leases[uri] = await self._lease(uri, runtime_env, context, logger)
+            if _PREFETCHED in uri:
+                try:
+                    await self._in_thread(partial(_finish, self._leases[uri]), lambda _: None)
+                finally:
+                    asyncio.get_running_loop().call_later(KEPT_SECONDS, self._release, uri, logger)
+                context.env_vars[guard.PROBE_ANSWER] = self._leases[uri].how
         return 1.0
 
     def modify_context(self, uris: list[str], runtime_env: Any, context: Any, logger: logging.Logger) -> None:  # noqa: ARG002
@@ -115,12 +131,16 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
 
     def delete_uri(self, uri: str, logger: logging.Logger) -> float:
         """Release the lease, since this node's last reference to it is gone. Deletes nothing."""
+        if _PREFETCHED not in uri:
+            self._release(uri, logger)
+        return 1.0
+
+    def _release(self, uri: str, logger: logging.Logger) -> None:
         lease = self._leases.pop(uri, None)
         if lease is not None:
             self._threads.submit(_give_back, lease, logger)
             if not self._leases:
                 self._threads.submit(self._collect_soon)
-        return 1.0
 
     def _start_companion(self) -> None:
         from ray_envcache.gc import companion
@@ -135,7 +155,7 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
 
     async def _lease(self, uri: str, runtime_env: Any, context: Any, logger: logging.Logger) -> Lease:
         try:
-            given = EnvSpec.parse(runtime_env[FIELD]).expanded()
+            given = EnvSpec.parse(guard.prefetched(runtime_env[FIELD]) or runtime_env[FIELD]).expanded()
             spec, cluster_ray = _located(given, context), ClusterRay(ray.__version__)
             holder = _holder(logger)
             store, lease = await self._in_thread(partial(self._look_up, spec, cluster_ray, holder), _discard)
@@ -213,6 +233,12 @@ def _give_back(lease: Lease, logger: logging.Logger) -> None:
 def _discard(found: tuple[Store, Lease | None]) -> None:
     if found[1] is not None:
         found[1].release()
+
+
+def _finish(lease: Lease) -> None:
+    from ray_envcache.build import bytecode
+
+    bytecode.finish_lease_now(Layout(default_root()), lease)
 
 
 def _answer_to_probe() -> str:

@@ -81,6 +81,59 @@ def test_given_back_and_taken_again(plugin: EnvCachePlugin, store: Store, entry:
     support.wait_until(lambda: not list(store.layout.leases_of(entry.key).iterdir()), "nobody is told of one")
 
 
+def prefetch(plugin: EnvCachePlugin, project: Path, *, kept: bool) -> dict[str, str]:
+    """Prefetch as an agent does, until the lease is given back if it is not `kept`; returns the worker's variables."""
+    env = RuntimeEnv(envcache=guard.prefetch({"path": os.fspath(project)}, "1"))
+    plugin.validate(env)
+    (uri,) = plugin.get_uris(env)
+    variables: dict[str, str] = {}
+    context = SimpleNamespace(command_prefix=[], env_vars=variables, py_executable="")
+
+    async def run() -> None:
+        try:
+            await plugin.create(uri, env, context, LOGGER)
+            plugin.modify_context([uri], env, context, LOGGER)
+            assert "/v1/entries/" in context.py_executable
+        finally:
+            plugin.delete_uri(uri, LOGGER)
+            if not kept:
+                await asyncio.to_thread(support.wait_until, lambda: not plugin._leases, "it is given back")
+        if kept:
+            # Ray may give it back before its worker starts, and ask again.
+            await plugin.create(uri, env, context, LOGGER)
+
+    asyncio.run(run())
+    return variables
+
+
+def test_prefetch(plugin: EnvCachePlugin, store: Store, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is prefetched has all bytecode before a worker starts, and is kept for a while after Ray gave it back."""
+    assert prefetch(plugin, project, kept=True)[guard.PROBE_ANSWER] == "built"
+    (entry,) = store.layout.all_entries()
+    assert entry.compiled.exists()
+    assert not flock.is_free(entry.in_use)
+    for lease in plugin._leases.values():
+        lease.release()
+    plugin._leases.clear()
+    monkeypatch.setattr("ray_envcache.plugin.KEPT_SECONDS", 0.1)
+    assert prefetch(plugin, project, kept=False)[guard.PROBE_ANSWER] == "found"
+    support.wait_until(lambda: flock.is_free(entry.in_use), "it is released")
+
+
+def test_prefetch_whose_bytecode_fails(
+    plugin: EnvCachePlugin, entry: Entry, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is an error with its cause; the environment is there, and kept no longer than others."""
+    monkeypatch.setattr("ray_envcache.plugin.KEPT_SECONDS", 0.1)
+    monkeypatch.setattr(Store, "finish", lambda *_: None)
+    entry.compiled.unlink()
+    entry.finishing_flock.unlink()
+    entry.finishing_flock.mkdir()
+    with pytest.raises(BuildError, match=r"The bytecode of .* could not be compiled"):
+        prefetch(plugin, project, kept=False)
+    support.wait_until(lambda: flock.is_free(entry.in_use), "it is released")
+
+
 def test_lease_that_cannot_be_listed(
     plugin: EnvCachePlugin,
     entry: Entry,

@@ -12,8 +12,10 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+from ray_envcache.errors import BuildError
 from ray_envcache.inside import pyc
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, Lease, claim
@@ -50,6 +52,20 @@ def finish_now(layout: Layout, entry: Entry) -> None:
     """Finish `entry` for a user who waits: at normal priority, and after a compiler that is at it. Raises OSError."""
     with flock.exclusive_flock(entry.finishing_flock, lambda: None) as descriptor:
         _finish_claimed(layout, entry, descriptor, background=False)
+
+
+def finish_lease_now(layout: Layout, lease: Lease, compiling: Callable[[Path], object] = id) -> None:
+    """Finish what a lease holds of writable stores for a user who waits, and hears of each. Raises BuildError."""
+    try:
+        for entry in lease.entries:
+            if not (entry.readonly or entry.compiled.exists()):
+                compiling(entry.staged_bytecode)
+                finish_now(layout, entry)
+    except OSError as error:
+        raise BuildError(
+            f"The bytecode of {entry.path.name} could not be compiled: {error}",
+            "try again; what is compiled already is kept",
+        ) from error
 
 
 def _finish_claimed(layout: Layout, entry: Entry, descriptor: int, *, background: bool) -> bool:

@@ -15,11 +15,10 @@ from ray_envcache.acquire import Store
 from ray_envcache.build import bytecode
 from ray_envcache.build.progress import observer
 from ray_envcache.cluster import program
-from ray_envcache.errors import BuildError, CommandError, EnvCacheError, FieldValueError, StoreError
+from ray_envcache.errors import CommandError, EnvCacheError, FieldValueError, StoreError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.sessions.run_directory import RunTmpdir
-from ray_envcache.store.layout import Entry
 from ray_envcache.store.leases import Holder
 
 USAGE_ERROR = 2
@@ -83,7 +82,7 @@ def _spec(
 
 
 def field_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The argument and the options that are those of the field."""
+    """The options that are those of the field."""
     for option in (
         click.option("--system-site-packages", is_flag=True, help="Show all packages of the base Python inside."),
         click.option(
@@ -93,7 +92,6 @@ def field_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--python", metavar="VERSION|PATH", help="Use this Python."),
         click.option("--no-build", is_flag=True, help="Refuse packages without a wheel."),
         _selection({}),
-        click.argument("path", type=click.Path()),
     ):
         command = option(command)
     return command
@@ -106,6 +104,7 @@ def spec_of(*, path: str, no_install_project: bool, **options: Any) -> EnvSpec:
 
 @click.command(epilog="Example: ray-envcache build .")
 @field_options
+@click.argument("path", type=click.Path())
 def build(**options: Any) -> None:
     """Build or find an environment, and print its interpreter.
 
@@ -118,29 +117,14 @@ def build(**options: Any) -> None:
         lease = store.acquire(spec, installed_ray(), Holder("cli"), shown, finish=False)
     with lease:
         try:
-            _finish(store, [entry for entry in lease.entries if not (entry.readonly or entry.compiled.exists())])
+            with observer(sys.stderr) as shown:
+                # Now, because a step of an image's build leaves no background process.
+                bytecode.finish_lease_now(store.layout, lease, shown.compiling)
         except KeyboardInterrupt:
             # The environment is ready, and a background process compiles the rest.
             store.finish_all(lease, os.environ)
             raise
         click.echo(os.fsencode(lease.python))  # as bytes: stdout may have an encoding without some of its letters
-
-
-def _finish(store: Store, entries: list[Entry]) -> None:
-    """Compile the bytecode now, because a step of an image's build leaves no background process.
-
-    Raises BuildError where that fails: containers are not handed an entry without bytecode.
-    """
-    try:
-        with observer(sys.stderr) as shown:
-            for entry in entries:
-                shown.compiling(entry.staged_bytecode)
-                bytecode.finish_now(store.layout, entry)
-    except OSError as error:
-        raise BuildError(
-            f"The bytecode of {entry.path.name} could not be compiled: {error}",
-            "run the same command again; what is compiled already is kept",
-        ) from error
 
 
 def _refuse_with(_context: click.Context, _option: click.Parameter, packages: tuple[str, ...]) -> None:

@@ -19,6 +19,7 @@ from ray_envcache.survey.nearest import Difference
 @click.command("explain", epilog="Example: ray-envcache explain .")
 @field_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.argument("path", type=click.Path())
 def explain_(*, as_json: bool, **options: Any) -> None:
     """Show whether `build` would make a new environment, and why.
 

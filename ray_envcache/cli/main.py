@@ -26,6 +26,7 @@ _COMMANDS = {
     "log": "operators.log",
     "metrics": "operators.metrics_",
     "pin": "store.pin",
+    "prefetch": "prefetch.prefetch",
     "purge": "store.purge",
     "rm": "store.rm",
     "run": "build.run",

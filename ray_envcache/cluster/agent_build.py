@@ -109,8 +109,8 @@ class AgentBuild:
         finally:
             _end(child)
 
-    def _listen(self, child: subprocess.Popen[bytes]) -> str:
-        """Log the child's lines until it names the entry, which is returned. Raises the error that it reports."""
+    def _listen(self, child: subprocess.Popen[bytes]) -> dict[str, str]:
+        """Log the child's lines until it names the entry: that message is returned. Raises the error it reports."""
         assert child.stdout is not None
         tail: deque[bytes] = deque(maxlen=20)
         reader = threading.Thread(target=_drain, args=(child.stderr, tail), name="envcache-stderr", daemon=True)
@@ -122,7 +122,7 @@ class AgentBuild:
             if "error" in message:
                 raise EnvCacheError.from_json(message["error"])
             if "ready" in message:
-                return str(message["ready"])
+                return message
             self._logger.info("%s", message.get("log", ""))
         reader.join(GRACE_SECONDS)
         _end(child)
@@ -135,11 +135,12 @@ class AgentBuild:
             f"The build process ended without an answer:\n{output[-1500:]}", "was it killed for want of memory?"
         )
 
-    def _claim(self, name: str) -> Lease:
-        entry = self._store.layout.entry(name)
+    def _claim(self, message: dict[str, str]) -> Lease:
+        entry = self._store.layout.entry(message["ready"])
         lease = claim(entry, self._store.layout, self._holder) if entry else None
         if lease is None:
-            raise PassingError(f"The environment `{name}` was removed right after it was built", "try again")
+            raise PassingError(f"`{message['ready']}` was removed right after it was built", "try again")
+        lease.how = message["how"]
         return lease
 
 

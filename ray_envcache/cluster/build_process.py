@@ -1,8 +1,9 @@
 """The agent's build process: one request on stdin, JSON lines on stdout, and its end when stdin closes.
 
-It says `{"log": ...}` while it works, then `{"ready": <entry>}` or `{"error": ...}`. It holds a lease on the entry
-until its stdin closes: by then the agent has its own. When the agent dies, stdin closes early; when Ray cancels the
-set-up, the agent sends SIGTERM. In both cases the process kills uv with its children and leaves the store as it was.
+It says `{"log": ...}` while it works, then `{"ready": <entry>, "how": <built, ...>}` or `{"error": ...}`. It holds a
+lease on the entry until its stdin closes: by then the agent has its own. When the agent dies, stdin closes early; when
+Ray cancels the set-up, the agent sends SIGTERM. In both cases the process kills uv with its children and leaves the
+store as it was.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def main() -> int:
         return 1
     with lease:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _say({"ready": os.fspath(lease.entry.path)})
+        _say({"ready": os.fspath(lease.entry.path), "how": lease.how})
         abandoned.wait()
     return 0
 

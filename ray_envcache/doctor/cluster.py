@@ -1,8 +1,7 @@
-"""Asks every node of a cluster whether it is set up: a driver, in a process of its own.
+"""Asks every node of a cluster whether it is set up, or to set up environments: a driver, in a process of its own.
 
-`python -m ray_envcache.doctor.cluster REQUEST` prints one JSON object on stdout. On stderr the lines that start with
-`SAYS` are for people, the others are Ray's. A process of its own, because Ray prints, and ends a driver whose cluster
-stops answering.
+`python -m ray_envcache.doctor.cluster REQUEST` answers on stderr, in lines of JSON that start with `SAYS`; the others
+are Ray's. A process of its own, because Ray prints, and ends a driver whose cluster stops answering.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -24,7 +23,8 @@ from ray._private import services, utils
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # its stub lacks what it has
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_envcache.doctor.findings import SAYS, Answer, NodeReport, enter_environment, enter_facts, node_name
+from ray_envcache.doctor import findings
+from ray_envcache.doctor.findings import SAYS, NodeReport, Prefetched
 from ray_envcache.errors import ClusterError, EnvCacheError
 from ray_envcache.field import guard
 from ray_envcache.field.spec import FIELD
@@ -40,26 +40,48 @@ except ImportError:  # Ray before 2.59: local clusters have no token
 _CONNECT_SECONDS = 5
 
 
-def examine(address: str, runtime_env: dict[str, Any] | None, timeout: float) -> dict[str, Any]:
-    """Ask every node that is alive, and have each set up `runtime_env` if there is one. Raises ClusterError."""
+def examine(address: str, timeout: float) -> None:
+    """Ask every node that is alive. Raises ClusterError."""
     _connect(address)
-    nodes = [
-        NodeReport(node["NodeID"], node["NodeManagerAddress"], node["NodeManagerHostname"])
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
-    nodes.sort(key=lambda node: (node.ip, node.node_id))
-    asked = {FIELD: guard.probe(secrets.token_hex(8)), "config": {"setup_timeout_seconds": max(int(timeout), 1)}}
-    for node, answer in _ask(nodes, _task(), asked, timeout):
-        enter_facts(node, answer, timeout)
-    if runtime_env:
-        able = [node for node in nodes if not node.failed]
-        _say(f"Setting up the environment of {runtime_env[FIELD]['path']} on {len(able)} of {len(nodes)} nodes")
-        for node, answer in _ask(able, _task(), runtime_env, None):
-            came = "failed" if answer.error else "done"
-            _say(f"{node_name(node.ip, node.node_id)} {came} after {answer.seconds:.1f} s")
-            enter_environment(node, answer)
-    return {"address": ray.get_runtime_context().gcs_address, "nodes": [asdict(node) for node in nodes]}
+    nodes = _alive()
+    probe = {FIELD: guard.probe(secrets.token_hex(8))}
+    for node, facts, _ in _ask(iter([[(node, probe) for node in nodes]]), timeout):
+        if facts:
+            findings.enter_facts(node, facts)
+    _say({"address": ray.get_runtime_context().gcs_address, "nodes": [asdict(node) for node in nodes]})
+
+
+def prefetch(address: str, timeout: float, fields: dict[str, Any], *, follow: bool) -> None:
+    """Have every node set up all environments, with `follow` also nodes that join later. Raises ClusterError."""
+    _connect(address)
+    rows: list[Prefetched] = []
+    for row, facts, seconds in _ask(_wanted(rows, fields, follow=follow), timeout):
+        row.seconds = round(seconds, 1)
+        if facts:
+            findings.enter_environment(row, facts)
+        _say(asdict(row))
+        if all(one.seconds is not None for one in rows):
+            _say(*map(asdict, findings.find_unequal(rows)))
+
+
+def _wanted(rows: list[Prefetched], fields: dict[str, Any], *, follow: bool) -> Iterator[list[Any]]:
+    """What to ask of new nodes, entered in `rows`; with `follow` until the process that started us ends."""
+    starter = os.getppid()
+    while True:
+        known = {row.node_id for row in rows}
+        nodes = [node for node in _alive() if node.node_id not in known]
+        new = [Prefetched(node.node_id, node.ip, node.host, path) for node in nodes for path in fields]
+        rows += new
+        _say(*map(asdict, new))
+        yield [(row, guard.guarded({FIELD: guard.prefetch(fields[row.path], secrets.token_hex(8))})) for row in new]
+        if not follow or os.getppid() != starter:
+            return
+
+
+def _alive() -> list[NodeReport]:
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    nodes = [NodeReport(node["NodeID"], node["NodeManagerAddress"], node["NodeManagerHostname"]) for node in alive]
+    return sorted(nodes, key=lambda node: (node.ip, node.node_id))
 
 
 def _connect(address: str) -> None:
@@ -124,11 +146,12 @@ def _use_token(address: str) -> None:
 
 
 def _task() -> Any:
-    """A task that says how the workers of its node are started, and in which environment it runs."""
+    """A task that says how the workers of its node are started, in which environment it runs, and what that has."""
     variable = guard.PROBE_ANSWER
 
     # Nested, so that Ray ships its code: the node may lack this package.
     def facts() -> dict[str, Any]:
+        import importlib.metadata
         import importlib.util
         import os
         import platform
@@ -142,52 +165,50 @@ def _task() -> Any:
             "python": platform.python_version(),
             "ray": ray.__version__,
             "prefix": sys.prefix,
+            "platform": " ".join([*sys.version.split(), platform.machine(), *platform.libc_ver()]),
+            "packages": sorted(f"{one.name} {one.version}" for one in importlib.metadata.distributions()),
+            "bytecode": os.path.exists(f"{os.path.dirname(sys.prefix)}/compiled.json"),
         }
 
     return ray.remote(num_cpus=0, max_retries=0)(facts)
 
 
-def _ask(
-    nodes: Iterable[NodeReport], task: Any, runtime_env: dict[str, Any], timeout: float | None
-) -> Iterable[tuple[NodeReport, Answer]]:
-    """Run the task on all nodes at once; yield answers as they come, and at the end a TimeoutError for each lacking."""
-    started = time.monotonic()
-    pending = {}
-    for node in nodes:
-        there = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
-        pending[task.options(scheduling_strategy=there, runtime_env=runtime_env).remote()] = node
-    while pending and (timeout is None or time.monotonic() - started < timeout):
-        for done in ray.wait([*pending], timeout=1)[0]:
-            yield pending.pop(done), _answer(done, time.monotonic() - started)
-    for reference, node in pending.items():
-        ray.cancel(reference, force=True)
-        yield node, Answer(None, TimeoutError(), time.monotonic() - started)
+def _ask(arriving: Iterator[list[Any]], timeout: float) -> Iterator[tuple[Any, dict[str, Any], float]]:
+    """Run the task for all that arrives, pairs of what is about a node and a runtime_env; yield answers and seconds."""
+    task, pending = _task(), dict[Any, tuple[Any, float]]()
+    while (batch := next(arriving, None)) is not None or pending:
+        for about, runtime_env in batch or ():
+            there = NodeAffinitySchedulingStrategy(about.node_id, soft=False)
+            env = {**runtime_env, "config": {"setup_timeout_seconds": max(int(timeout), 1)}}
+            pending[task.options(scheduling_strategy=there, runtime_env=env).remote()] = about, time.monotonic()
+        if not pending:
+            time.sleep(1)
+        ready = {*ray.wait([*pending], num_returns=len(pending), timeout=1)[0]}
+        for reference, (about, started) in [*pending.items()]:
+            seconds = time.monotonic() - started
+            if reference in ready or seconds > timeout:
+                del pending[reference]
+                yield about, _answer(about, reference, timeout), seconds
 
 
-def _answer(reference: Any, seconds: float) -> Answer:
+def _answer(about: NodeReport | Prefetched, reference: Any, timeout: float) -> dict[str, Any]:
+    """What the task returned, {} where it failed, or is not over now: that becomes a finding."""
     try:
-        return Answer(ray.get(reference), None, seconds)
+        return dict(ray.get(reference, timeout=0))
     except ray.exceptions.RayError as error:
-        return Answer(None, error, seconds)
+        ray.cancel(reference, force=True)
+        about.findings.append(findings.failure_of(error, timeout))
+        return {}
 
 
-def _say(text: str) -> None:
-    sys.stderr.write(f"{SAYS}{text}\n")
+def _say(*answers: dict[str, Any]) -> None:
+    sys.stderr.write("".join(f"{SAYS}{json.dumps(answer)}\n" for answer in answers))
     sys.stderr.flush()
 
 
-def main(arguments: list[str]) -> int:
-    """Answer one request."""
-    answers = os.dup(1)
-    os.dup2(2, 1)  # stdout is for the answer: what Ray prints goes to stderr
-    try:
-        answer = examine(**json.loads(arguments[0]))
-    except EnvCacheError as error:
-        answer = {"error": error.to_json()}
-    with os.fdopen(answers, "w", encoding="utf-8") as out:
-        json.dump(answer, out)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    request = json.loads(sys.argv[1])
+    try:
+        prefetch(**request) if "fields" in request else examine(**request)
+    except EnvCacheError as error:
+        _say({"error": error.to_json()})

@@ -1,22 +1,28 @@
-"""Findings: what a check found on this host, and what the nodes of a cluster answered."""
+"""Findings: what a check found on this host, and what the nodes of a cluster answer when they are asked."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
-from collections.abc import Callable
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from ray_envcache.errors import EnvCacheError
+from ray_envcache.errors import ClusterError, EnvCacheError
 from ray_envcache.field import guard
+from ray_envcache.field.registration import UV_RUN
 from ray_envcache.resolve.interpreter import installed_ray
+from ray_envcache.system import children
 from ray_envcache.version import __version__
 
 OK, WARN, ERROR = "ok", "warn", "error"
 SAYS = "ray-envcache: "
-"""The start of a line for people, among the lines of Ray on stderr."""
+"""The start of our own lines, which are JSON, among the lines of Ray on stderr."""
 _ENTRY = re.compile(r"/entries/(?P<key>[0-9a-f]{32})-\d+/venv$")
 _START = 'eval "$(ray-envcache env)"; ray start ...'
 _OURS = re.compile(r"^ray_envcache\.errors\.\w+: (.*?)(?:\nhint: ([^\n]*))?\s*\Z", re.DOTALL | re.MULTILINE)
@@ -61,57 +67,54 @@ class NodeReport:
     ray: str | None = None
     python: str | None = None
     uv: str | None = None
-    key: str | None = None
-    seconds: float | None = None
     findings: list[Finding] = field(default_factory=list)
-
-    @property
-    def failed(self) -> bool:
-        """Whether the node cannot set up environments."""
-        return any(found.state == ERROR for found in self.findings)
 
     def note(self, name: str, state: str, text: str, hint: str = "") -> None:
         """Add a finding."""
         self.findings.append(Finding(name, state, text, hint))
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What the task on a node returned, or the error it ended with, and after how many seconds."""
+@dataclass
+class Prefetched:
+    """One environment on one node, with the fields of the JSON; None: not yet. `ok` once a worker ran from it.
 
-    value: Any
-    error: Exception | None
-    seconds: float
+    `how` it came there is "found", "waited" for another builder, "fetched" or "built"; `bytecode`: all of it is there.
+    """
+
+    node_id: str
+    ip: str
+    host: str
+    path: str
+    ok: bool = False
+    key: str | None = None
+    how: str | None = None
+    seconds: float | None = None
+    bytecode: bool | None = None
+    platform: str | None = None
+    packages: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
 
-def enter_facts(node: NodeReport, answer: Answer, timeout: float) -> None:
-    """Enter what the probe's task returned; or that it failed, or did not return within `timeout` seconds."""
-    if isinstance(answer.error, TimeoutError):
-        hint = "is the node overloaded or dying? See `ray list nodes` and its raylet's log; --timeout waits longer"
-        node.note("answer", ERROR, f"No answer within {timeout:g} s", hint)
-    elif answer.error:
-        _enter_failure(node, "answer", answer.error)
-    elif answer.value["answer"] is None:
-        node.ray, node.python = answer.value["ray"], answer.value["python"]
-        _enter_absence(node, installed=answer.value["installed"])
+def enter_facts(node: NodeReport, facts: dict[str, Any]) -> None:
+    """Enter what the probe's task returned."""
+    if facts["answer"] is None:
+        node.ray, node.python = facts["ray"], facts["python"]
+        node.findings.append(_absence(installed=facts["installed"]))
     else:
-        _enter_answer(node, json.loads(answer.value["answer"]))
+        answer = json.loads(facts["answer"])
+        # With `get`: the node may have another version of this package, with other fields.
+        for name in ("plugin", "store", "free_bytes", "ray", "python", "uv"):
+            setattr(node, name, answer.get(name))
+        for found in answer.get("findings", []):
+            node.note(*(str(found.get(name, "")) for name in ("name", "state", "text", "hint")))
     if node.python:
         _compare(node)
 
 
-def _enter_absence(node: NodeReport, *, installed: bool) -> None:
+def _absence(*, installed: bool) -> Finding:
     first = "" if installed else "python -m pip install ray-envcache there; then "
     text = "The plugin is not loaded: Ray ignores the field there"
-    node.note("plugin", ERROR, text, f"{first}start the node with the variables: {_START}")
-
-
-def _enter_answer(node: NodeReport, facts: dict[str, Any]) -> None:
-    # With `get`: the node may have another version of this package, with other fields.
-    for name in ("plugin", "store", "free_bytes", "ray", "python", "uv"):
-        setattr(node, name, facts.get(name))
-    for found in facts.get("findings", []):
-        node.note(*(str(found.get(name, "")) for name in ("name", "state", "text", "hint")))
+    return Finding("plugin", ERROR, text, f"{first}start the node with the variables: {_START}")
 
 
 def _compare(node: NodeReport) -> None:
@@ -119,38 +122,73 @@ def _compare(node: NodeReport) -> None:
     if node.plugin and node.plugin != __version__:
         hint = "install one version everywhere"
         node.note("plugin", WARN, f"ray-envcache is {node.plugin} there, {__version__} here", hint)
-    for name, there, here in (
-        ("ray", node.ray, installed_ray().version),
-        ("python", node.python, platform.python_version()),
-    ):
+    ours = {"ray": installed_ray().version, "python": platform.python_version()}
+    for name, here in ours.items():
+        there = getattr(node, name)
         if there != here:
             node.note(name, ERROR, f"{name} is {there} there, {here} here", "all nodes of a cluster need the same")
 
 
-def _enter_failure(node: NodeReport, name: str, error: Exception) -> None:
+def failure_of(error: Exception, timeout: float) -> Finding:
+    """Why a task on a node did not run; a TimeoutError: not within `timeout` seconds."""
+    if isinstance(error, TimeoutError):
+        hint = "is the node overloaded or dying? See `ray list nodes` and its raylet's log; --timeout waits longer"
+        return Finding("answer", ERROR, f"No answer within {timeout:g} s", hint)
     if guard.ABSENT in str(error):
         # As a job with the guard in its runtime_env we inherit it, and a node without the plugin refuses our tasks.
-        _enter_absence(node, installed=True)
-        return
-    message, hint = _reason(str(error))
-    node.note(name, ERROR, message, hint or "see runtime_env_setup-*.log and raylet.err on the node")
+        return _absence(installed=True)
+    hint = "is the node alive (`ray list nodes`)? See runtime_env_setup-*.log and raylet.err there"
+    if ours := _OURS.search(str(error)):
+        return Finding("answer", ERROR, ours[1].strip(), ours[2] or hint)
+    # The last line of what Ray says.
+    return Finding("answer", ERROR, str(error).strip().rpartition("\n")[2].strip() or "no reason given", hint)
 
 
-def enter_environment(node: NodeReport, answer: Answer) -> None:
-    """Enter the key of the environment that a task ran in, or why it did not run."""
-    node.seconds = round(answer.seconds, 1)
-    if answer.error:
-        _enter_failure(node, "environment", answer.error)
-    elif found := _ENTRY.search(answer.value["prefix"]):
-        node.key = found["key"]
+def enter_environment(row: Prefetched, facts: dict[str, Any]) -> None:
+    """Enter what a task said of the environment that it ran in."""
+    row.how, row.bytecode = facts["answer"], facts["bytecode"]
+    row.platform, row.packages = facts["platform"], facts["packages"]
+    if found := _ENTRY.search(facts["prefix"]):
+        row.ok, row.key = True, found["key"]
     else:
-        text = f"The task ran outside of any environment, in `{answer.value['prefix']}`"
-        node.note("environment", ERROR, text, "does another plugin set the interpreter?")
+        text = f"The task ran outside of any environment, in `{facts['prefix']}`"
+        row.findings.append(Finding("environment", ERROR, text, "does another plugin set the interpreter?"))
 
 
-def _reason(text: str) -> tuple[str, str]:
-    """Message and hint for a task that could not start: of our own error if Ray's text has one, else its last line."""
-    if ours := _OURS.search(text):
-        return ours[1].strip(), ours[2] or ""
-    lines = text.strip().splitlines()
-    return (lines[-1].strip() if lines else "no reason given"), ""
+def find_unequal(rows: Iterable[Prefetched]) -> Iterator[Prefetched]:
+    """Yield, with a finding, each that has another key than most nodes of the same platform for the same path."""
+    alike = defaultdict(list)
+    for row in rows:
+        alike[row.path, row.platform].append(row)
+    for group in alike.values():
+        usual = max(group, key=lambda row: sum(one.key == row.key for one in group))
+        for row in (row for row in group if row.ok and row.key != usual.key):
+            differ = ", ".join(sorted({*row.packages} ^ {*usual.packages})) or "files or settings of packages"
+            there = f"{usual.key} on {node_name(usual.ip, usual.node_id)}"
+            text = f"The key is {row.key}, but {there}, with the same Python and machine. They differ in {differ}"
+            hint = "do both have the same packages beside ray? `ray-envcache explain` there says what it would build"
+            row.ok = False
+            row.findings.append(Finding("key", ERROR, text, hint))
+            yield row
+
+
+def ask(address: str, on_answer: Callable[[dict[str, Any]], object], **request: Any) -> None:
+    """Ask in a process of its own, because Ray ends a driver whose cluster stops answering. Raises EnvCacheError."""
+
+    def listen(line: str) -> None:
+        if line.startswith(SAYS):
+            answer = json.loads(line.removeprefix(SAYS))
+            if "error" in answer:
+                raise EnvCacheError.from_json(answer["error"])
+            on_answer(answer)
+
+    argv = [sys.executable, "-m", "ray_envcache.doctor.cluster", json.dumps({"address": address, **request})]
+    # `-m` imports what lies in the working directory first: so not in a folder of the user.
+    # Started below `uv run`, Ray would otherwise run the tasks by `uv run` too.
+    done = children.run(argv, environ={**os.environ, UV_RUN: "0"}, cwd=Path("/"), on_line=listen)
+    if done.returncode:
+        end = "\n".join(done.stderr.strip().splitlines()[-5:])
+        raise ClusterError(
+            f"Ray ended with status {done.returncode} while it talked to `{address}`:\n{end}",
+            "is the cluster's head running? See Ray's logs there",
+        )

@@ -10,6 +10,8 @@ run`: the empty one replaces it. And Ray Client, which would set one, leaves a r
 
 The probe. A field value that builds nothing: the plugin answers it by an environment variable of the probe's task. A
 task without that variable runs on a node whose agent has no plugin.
+
+The prefetch. A field value in another one: the plugin completes all bytecode, and says how the environment came there.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ GUARD = (
     "`ray-envcache doctor --address ADDRESS` shows which nodes lack it"
 )
 PROBE_ANSWER = "RAY_ENVCACHE_PROBE"
-_PROBE = "probe"
+_PROBE, _PREFETCH = "probe", "prefetch"
 
 
 def guarded(runtime_env: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,6 +60,16 @@ def probe(nonce: str) -> dict[str, str]:
 def is_probe(value: Any) -> bool:
     """Whether a field value is one of `probe`. Pure, and never raises."""
     return isinstance(value, dict) and value.keys() == {_PROBE}
+
+
+def prefetch(field: Mapping[str, Any], nonce: str) -> dict[str, Any]:
+    """The field value that prefetches the environment of `field`; `nonce` as for a probe."""
+    return {_PREFETCH: field, "nonce": nonce}
+
+
+def prefetched(value: Any) -> Any:
+    """The field value in one of `prefetch`, else None. Pure, and never raises."""
+    return value.get(_PREFETCH) if isinstance(value, dict) else None
 
 
 def encode_answer(facts: dict[str, Any]) -> str:

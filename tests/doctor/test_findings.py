@@ -1,0 +1,81 @@
+"""What nodes answered: from Ray's words to a reason, and whether equal platforms have equal keys."""
+
+from __future__ import annotations
+
+import pytest
+
+from ray_envcache.doctor.findings import Prefetched, enter_environment, failure_of, find_unequal
+from ray_envcache.field.guard import GUARD
+
+FACTS = {"answer": "built", "bytecode": True, "platform": "3.11 x86_64", "packages": ["ray 2.60.0"]}
+
+
+def row(number: int, key: str, *packages: str, platform: str = "3.11 x86_64", path: str = "/app") -> Prefetched:
+    found = Prefetched(f"{number:056}", f"10.0.0.{number}", "host", path)
+    facts = {**FACTS, "prefix": f"/store/v1/entries/{key * 32}-1/venv", "platform": platform, "packages": [*packages]}
+    enter_environment(found, facts)
+    assert (found.ok, found.key) == (True, key * 32)
+    return found
+
+
+def test_ready() -> None:
+    """What a worker said of its environment is in the row; a worker outside of any is no proof."""
+    found = row(1, "a", "numpy 2.0")
+    assert (found.how, found.bytecode, found.packages, found.findings) == ("built", True, ["numpy 2.0"], [])
+    outside = Prefetched("0", "10.0.0.1", "host", "/app")
+    enter_environment(outside, {**FACTS, "prefix": "/usr"})
+    assert (outside.ok, outside.key) == (False, None)
+    assert outside.findings[0].text == "The task ran outside of any environment, in `/usr`"
+
+
+def test_the_odd_one() -> None:
+    """The node whose key is not that of most others is the one with a finding: what differs, and from which node."""
+    odd, *others = [row(1, "b", "numpy 2.1", "ray 2.60.0"), *(row(n, "a", "numpy 2.0", "ray 2.60.0") for n in (2, 3))]
+    assert [*find_unequal([odd, *others])] == [odd]
+    (found,) = odd.findings
+    assert (found.name, odd.ok) == ("key", False)
+    assert f"The key is {'b' * 32}, but {'a' * 32} on 10.0.0.2 (" in found.text
+    assert found.text.endswith(" They differ in numpy 2.0, numpy 2.1")
+    assert [*find_unequal([odd, *others])] == [], "said once"
+    assert all(one.ok for one in others)
+
+
+def test_same_packages_but_another_key() -> None:
+    """Where the packages are the same, what is left is said."""
+    first, second = row(1, "a", "numpy 2.0"), row(2, "b", "numpy 2.0")
+    assert [*find_unequal([first, second])] == [second]
+    assert second.findings[0].text.endswith(" They differ in files or settings of packages")
+
+
+def test_keys_that_may_differ() -> None:
+    """Other platforms and other projects have other keys, and a node that failed has none."""
+    failed = Prefetched("4", "10.0.0.4", "host", "/app")
+    rows = [row(1, "a"), row(2, "b", platform="3.11 aarch64"), row(3, "c", path="/other"), failed]
+    assert [*find_unequal(rows)] == []
+    assert failed.findings == []
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message", "hint"),
+    [
+        ("", "answer", "no reason given", "is the node alive"),
+        ("Traceback ...\n  File ...\nValueError: no\n", "answer", "ValueError: no", "is the node alive"),
+        (
+            "Failed\nray_envcache.errors.DigestError: Node 1: other\nfiles\nhint: update them",
+            "answer",
+            "Node 1: other\nfiles",
+            "update them",
+        ),
+        (f"Invalid URI {GUARD}", "plugin", "The plugin is not loaded: Ray ignores the field there", "start the node"),
+    ],
+)
+def test_reasons(text: str, name: str, message: str, hint: str) -> None:
+    """Of what Ray says the reason is our own error, else the last line."""
+    found = failure_of(RuntimeError(text), 30)
+    assert (found.name, found.state, found.text) == (name, "error", message)
+    assert found.hint.startswith(hint)
+
+
+def test_too_late() -> None:
+    """A node that does not answer is told apart from one that fails."""
+    assert failure_of(TimeoutError(), 30).text == "No answer within 30 s"
