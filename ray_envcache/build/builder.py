@@ -130,7 +130,8 @@ class Builder:
         entry, facts, began = self.layout.next_entry(self.plan.key), self.plan.facts(), time.monotonic()
         try:
             with self._start(entry):
-                self.observer.started(replace(self.plan, reason=why_new(self.layout, self.plan.project, facts)))
+                why = "in place of the damaged one" if self.after else why_new(self.layout, self.plan.project, facts)
+                self.observer.started(replace(self.plan, reason=why))
                 write_facts(entry, facts)
                 self._fill(entry, flock)
                 self._publish(entry, time.monotonic() - began)

@@ -79,6 +79,7 @@ def test_damaged_and_repaired(store: Store, entry: Entry) -> None:
     assert found["differences"][0].keys() == {"kind", "path", "detail", "package"}
     out, err = run("--repair")
     assert f"{entry.short}: repaired, new users get {entry.key}-2" in out
+    assert "  in place of the damaged one" in err
     assert "Building the environment of my-project" in err
     assert "sound" in run()[0]
     (old, new) = sorted(answers(entry.key), key=lambda one: str(one["entry"]))
