@@ -123,6 +123,10 @@ class InUseError(EnvCacheError):
     """An entry cannot be removed because processes use it; the message names them."""
 
 
+class RemoteError(EnvCacheError):
+    """The remote tier does not answer, refuses, or holds something that cannot be used."""
+
+
 class UnknownKeyError(EnvCacheError, LookupError):
     """No entry of the store, or more than one, has this key."""
 

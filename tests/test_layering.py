@@ -15,7 +15,7 @@ PACKAGE = Path(ray_envcache.__file__).parent
 # In the order of an environment's life. Each may import what stands before it: at its top, in a function, for a type.
 ROOMS = (
     *("errors", "version", "inside", "system", "field", "checkout", "resolve", "store", "survey", "sessions", "gc"),
-    *("build", "acquire", "doctor", "cluster", "plugin", "hook", "api", "cli", "__init__", "__main__"),
+    *("remote", "build", "acquire", "doctor", "cluster", "plugin", "hook", "api", "cli", "__init__", "__main__"),
 )
 # The agent's warm path must not import these: they are imported in functions, and nothing else is.
 BEHIND_A_BOUNDARY = ("ray_envcache.build", "ray_envcache.gc", "ray_envcache.doctor")

@@ -13,15 +13,20 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-from ray_envcache.build import venv_files
-from ray_envcache.build.plan import Plan
+from ray_envcache.build import bytecode, venv_files
+from ray_envcache.build.plan import Plan, pip_options
 from ray_envcache.build.uv_calls import UvCalls, disk_full
-from ray_envcache.errors import BuildError, PassingError
+from ray_envcache.errors import BuildError, DiskFullError, PassingError, RemoteError
 from ray_envcache.gc.collector import make_room
 from ray_envcache.inside import check
+from ray_envcache.remote.bucket import Bucket
+from ray_envcache.remote.fetch import find, offered
+from ray_envcache.remote.manifest import Manifest
 from ray_envcache.resolve import uv, uv_errors
 from ray_envcache.store import journal
 from ray_envcache.store.layout import Entry, Layout
@@ -32,7 +37,7 @@ from ray_envcache.system import children, disk, files
 from ray_envcache.system.files import file_identity
 from ray_envcache.system.flock import exclusive_flock, is_free
 from ray_envcache.system.processes import boot_id
-from ray_envcache.system.texts import utc_now
+from ray_envcache.system.texts import format_size, utc_now
 
 UNPACKED = 3.0
 """Bytes on the disk per byte to download: wheels of numpy, pandas, scipy and torch unpack to 1.7 to 3.8 times."""
@@ -133,16 +138,17 @@ class Builder:
                 why = "in place of the damaged one" if self.after else why_new(self.layout, self.plan.project, facts)
                 self.observer.started(replace(self.plan, reason=why))
                 write_facts(entry, facts)
-                self._fill(entry, flock)
-                self._publish(entry, time.monotonic() - began)
+                fetched = self._fill(entry, flock)
+                self._publish(entry, time.monotonic() - began, fetched=fetched)
                 lease = self._claim(entry)
         except BaseException:
             # Also on Ctrl-C and cancellation. Once it is published it is complete, and others may run from it.
             if not entry.ready.exists():
                 self._discard(entry)
             raise
-        lease.how, seconds = "built", time.monotonic() - began
-        journal.note(self.layout, "build", key=entry.key, project=self.plan.project, seconds=round(seconds, 3))
+        lease.how, seconds = "fetched" if fetched else "built", time.monotonic() - began
+        event = "fetch" if fetched else "build"
+        journal.note(self.layout, event, key=entry.key, project=self.plan.project, seconds=round(seconds, 3))
         self.observer.finished(lease, seconds)
         return lease
 
@@ -169,16 +175,46 @@ class Builder:
             raise PassingError(f"Another process removed `{entry.path}` while it was being built", "try again")
         return lease
 
-    def _fill(self, entry: Entry, flock: int) -> None:
-        run_uv = self._uv_calls(entry, flock)
+    def _fill(self, entry: Entry, flock: int) -> bool:
+        """Fill the entry, and say whether from the remote tier. Where that fails for whatever reason, it is built."""
+        run_uv, fetched = self._uv_calls(entry, flock), False
+        try:
+            # What was found damaged is made from the packages themselves.
+            if not self.after and (found := find(self.plan.key, self.plan.versions)):
+                self._make(entry, run_uv, partial(self._fetch, *found))
+                if found[1].packs:
+                    bytecode.compile_all(self.layout, entry, [flock], background=False)
+                fetched = True
+        except (RemoteError, BuildError) as error:
+            if isinstance(error, DiskFullError):
+                raise
+            reason = f"The environment of {self.plan.project} is not fetched, but built: {error.message}"
+            _logger.warning(reason)
+            self.observer.line(reason)
+            journal.note(self.layout, "fetch", result="failed", key=entry.key, error=error.message)
+            for path in (entry.venv, entry.staged_bytecode):
+                files.remove_tree(path)
+        if not fetched:
+            self._make(entry, run_uv, self.plan.install)
+        files.freeze(entry.venv)
+        return fetched
+
+    def _fetch(self, remote: Bucket, manifest: Manifest, entry: Entry, run_uv: UvCalls) -> None:
+        size = format_size(sum(wheel.size for wheel in manifest.wheels))
+        self.observer.line(f"Fetching it from {remote.url}: {len(manifest.wheels)} wheels, {size}")
+        with offered(remote, manifest, entry) as (lines, environ):
+            options = ("--no-index", "--no-offline", "--preview-features=pylock", *pip_options(entry))
+            replace(run_uv, folder=Path("/"), environ=environ)("pip", "sync", *options, lines)
+
+    def _make(self, entry: Entry, run_uv: UvCalls, install: Callable[[Entry, UvCalls], None]) -> None:
         prompt = _UNQUOTED.sub("_", self.plan.project)
         options = [f"--python={self.plan.interpreter.executable}", f"--prompt={prompt}", *self.plan.venv_options]
         run_uv("venv", "--quiet", "--no-project", "--no-config", *options, entry.venv)
-        self.plan.install(entry, run_uv)
+        install(entry, run_uv)
+        self.plan.link(entry)
         venv_files.add_hold(entry)
         venv_files.add_pip_guard(entry)
         self._check(entry)
-        files.freeze(entry.venv)
 
     def _uv_calls(self, entry: Entry, flock: int) -> UvCalls:
         plan, cache = self.plan, uv.cache_directory(entry.path) or self.layout.uv_cache
@@ -221,7 +257,7 @@ class Builder:
                 "a package of the lockfile hangs when ray imports it: `uv run python -X importtime -c 'import ray'`",
             ) from error
 
-    def _publish(self, entry: Entry, seconds: float) -> None:
+    def _publish(self, entry: Entry, seconds: float, *, fetched: bool) -> None:
         identity = file_identity(os.fspath(entry.python))
         if identity is None:
             raise PassingError(f"`{entry.python}` vanished during the build", "try again")
@@ -238,6 +274,7 @@ class Builder:
             build_seconds=round(seconds, 3),
             uv=uv.version_in(self.plan.folder),
             boot_id=boot_id(),
+            fetched=fetched,
             **self.plan.recorded(entry),
         )
         entry.building.unlink()

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from ray_envcache.errors import BuildError
 from ray_envcache.inside import pyc
+from ray_envcache.remote.push import push_built
 from ray_envcache.store.layout import Entry, Layout
-from ray_envcache.store.leases import Holder, Lease, claim
+from ray_envcache.store.leases import Holder, claim
 from ray_envcache.survey import listing, shared_bytecode
 from ray_envcache.survey.inventory import record_sizes
 from ray_envcache.system import capacity, children, files, flock, testpoints
@@ -61,6 +62,7 @@ def finish_lease_now(layout: Layout, lease: Lease, compiling: Callable[[Path], o
             if not (entry.readonly or entry.compiled.exists()):
                 compiling(entry.staged_bytecode)
                 finish_now(layout, entry)
+                push_built(layout, entry)
     except OSError as error:
         raise BuildError(
             f"The bytecode of {entry.path.name} could not be compiled: {error}",
@@ -80,19 +82,22 @@ def _finish_claimed(layout: Layout, entry: Entry, descriptor: int, *, background
         began = time.monotonic()
         # As soon as may be: later changes are to be noticed.
         listing.seal(entry)
-        _compile(layout, lease, descriptor, background=background)
+        tag = compile_all(layout, entry, [descriptor, *lease.descriptors], background=background)
         # From here on the entry survives a crash of the machine, not only of processes; and what it shares.
         files.sync_file_system(entry.path)
         shared_bytecode.publish(entry.staged_bytecode, layout.bytecode)
         files.remove_tree(entry.staged_bytecode)
-        files.write_json(entry.compiled, {"compiled_at": utc_now(), "seconds": round(time.monotonic() - began, 3)})
+        done = {"compiled_at": utc_now(), "seconds": round(time.monotonic() - began, 3), "python": tag}
+        files.write_json(entry.compiled, done)
         record_sizes(layout, entry)
         return True
 
 
-def _compile(layout: Layout, lease: Lease, descriptor: int, *, background: bool) -> None:
-    """Have the entry's own Python compile: ours may be another one. Raises OSError where it could not do all."""
-    entry = lease.entry
+def compile_all(layout: Layout, entry: Entry, kept: list[int], *, background: bool) -> str:
+    """Have the entry's own Python compile, ours may be another one; its tag. Raises OSError where it could not do all.
+
+    If we are killed, it goes on: so it inherits the descriptors `kept`, which keep others away from the entry.
+    """
     request = {
         "top": os.fspath(entry.site_packages),
         "shared": os.fspath(layout.bytecode),
@@ -102,13 +107,12 @@ def _compile(layout: Layout, lease: Lease, descriptor: int, *, background: bool)
     }
     optimized = ["-O"] * sys.flags.optimize
     command: list[str | Path] = [entry.python, "-I", "-S", *optimized, pyc.__file__, json.dumps(request)]
-    # If we are killed, it goes on: so it inherits what keeps collectors and other compilers away.
-    kept = [descriptor, *lease.descriptors]
     done = children.run(command, environ=children.clean_environ(), cwd=Path("/"), pass_fds=kept)
     if done.returncode != 0:
         reason = done.killed or done.stderr.strip()[-1500:]
         number = int(done.stdout) if done.stdout.isdigit() else None
         raise OSError(number, reason) if number else ChildProcessError(f"`{entry.python}` cannot compile: {reason}")
+    return done.stdout
 
 
 def _workers(*, background: bool) -> int:
@@ -128,7 +132,8 @@ def main(arguments: list[str]) -> int:
     # The cluster that waited for this environment starts now. Beside it on two processors the compiler would cost its
     # first task 0.2 of 3.4 s, at whatever priority.
     capacity.wait_for_idle(PATIENCE)
-    finish(layout, entry)
+    if finish(layout, entry):
+        push_built(layout, entry)
     return 0
 
 

@@ -62,6 +62,8 @@ class LayerPlan(Plan):
             if stale:
                 self._install(entry, call, stale)
         self._require_unchanged()
+
+    def link(self, entry: Entry) -> None:
         forest.link(self.base, entry)
 
     def _install(self, entry: Entry, run_uv: UvCalls, anew: list[Source]) -> None:

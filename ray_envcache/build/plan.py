@@ -62,8 +62,17 @@ class Plan:
         """Whether uv downloads and unpacks nothing for an environment at `near`: then it needs next to no room."""
         return True
 
+    @property
+    def versions(self) -> dict[str, str]:
+        """The version of each package, "" where that is not known; {} where the key is that of their contents."""
+        return {}
+
     def install(self, entry: Entry, run_uv: UvCalls) -> None:
-        """Fill the fresh venv of `entry`. Raises BuildError."""
+        """Install its packages into the fresh venv of `entry`. Raises BuildError."""
+        raise NotImplementedError
+
+    def link(self, entry: Entry) -> None:
+        """Link the rest, after uv, which would remove links that it did not make."""
         raise NotImplementedError
 
     def recorded(self, entry: Entry) -> dict[str, Any]:
@@ -123,13 +132,18 @@ class EnvironmentPlan(Plan):
         found = {*(package.name for package in self.resolved.packages), *(one.name for one in self.inherited)}
         return tuple(sorted(found - self.added.keys()))
 
+    @property
+    def versions(self) -> dict[str, str]:
+        return {package.name: package.version for package in self.resolved.packages}
+
     def install(self, entry: Entry, run_uv: UvCalls) -> None:
         entry.pylock.write_text(venv_files.pylock_text(self.resolved), encoding="utf-8")
         if self.selection is not None:
             self._sync(entry, run_uv, self.selection)
         elif self.resolved.packages:
             self._sync_list(entry, run_uv)
-        # After uv, which would remove links that it did not make.
+
+    def link(self, entry: Entry) -> None:
         forest.link_inherited(self.inherited, entry.site_packages)
 
     def _sync(self, entry: Entry, run_uv: UvCalls, selection: tuple[str, ...]) -> None:

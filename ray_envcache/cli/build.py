@@ -1,4 +1,4 @@
-"""`build` and `run`: build or find an environment, for images and CI or for an unmodified Ray program."""
+"""`build`, `push` and `run`: environments for images and CI, for other hosts, or for an unmodified Ray program."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ import click
 from ray_envcache.acquire import Store
 from ray_envcache.build import bytecode
 from ray_envcache.build.progress import observer
+from ray_envcache.cli import tables
 from ray_envcache.cluster import program
 from ray_envcache.errors import CommandError, EnvCacheError, FieldValueError, StoreError
 from ray_envcache.field.spec import EnvSpec
+from ray_envcache.remote import bucket
+from ray_envcache.remote.push import push
 from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.sessions.run_directory import RunTmpdir
 from ray_envcache.store.leases import Holder
+from ray_envcache.system.texts import format_size
 
 USAGE_ERROR = 2
 """The exit code of a run that fails before its command starts, unless the error has a more exact one."""
@@ -125,6 +129,34 @@ def build(**options: Any) -> None:
             store.finish_all(lease, os.environ)
             raise
         click.echo(os.fsencode(lease.python))  # as bytes: stdout may have an encoding without some of its letters
+
+
+@click.command("push", epilog="Example: ray-envcache push . --to s3://bucket/envcache")
+@field_options
+@click.option("--to", metavar="URL", envvar=bucket.VARIABLE, help=f"Publish there; default: ${bucket.VARIABLE}.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with sizes in bytes.")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(), metavar="PATH...")
+def push_(*, paths: tuple[str, ...], to: str | None, as_json: bool, **options: Any) -> None:
+    """Publish environments in object storage: s3://, gs://, az://, file://.
+
+    Each PATH is one as for `build`, and is built first where it is not in the store. What is there already is not
+    uploaded again. Hosts with $RAY_ENVCACHE_REMOTE fetch the environments from there instead of building them.
+    """
+    if not to:
+        raise FieldValueError("Publish where?", f"--to s3://bucket/prefix, or set {bucket.VARIABLE}")
+    store, target, done = Store.open(), bucket.Bucket(to, writes=True), list[dict[str, Any]]()
+    for path in paths:
+        with observer(sys.stderr) as shown:
+            lease = store.acquire(spec_of(path=path, **options), installed_ray(), Holder("cli"), shown, finish=False)
+        with lease, observer(sys.stderr) as shown:
+            bytecode.finish_lease_now(store.layout, lease, shown.compiling)
+            for one in push(store.layout, lease.entries, target):
+                done.append({"key": one.entry.key, "uploads": one.uploads, "bytes": one.size, "present": one.present})
+                if not as_json:
+                    sent = f"{one.uploads} uploaded, {format_size(one.size)}"
+                    tables.say(f"{one.entry.key}: {sent}; {one.present} were there")
+    if as_json:
+        tables.print_json({"remote": target.url, "envs": done})
 
 
 def _refuse_with(_context: click.Context, _option: click.Parameter, packages: tuple[str, ...]) -> None:

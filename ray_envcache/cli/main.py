@@ -28,6 +28,7 @@ _COMMANDS = {
     "pin": "store.pin",
     "prefetch": "prefetch.prefetch",
     "purge": "store.purge",
+    "push": "build.push_",
     "rm": "store.rm",
     "run": "build.run",
     "stats": "operators.stats",

@@ -37,7 +37,7 @@ class _Reporter(Observer):
         _say({"log": text})
 
     def finished(self, lease: Lease, seconds: float) -> None:
-        _say({"log": f"Built {lease.entry.path.name} in {seconds:.1f} s"})
+        _say({"log": f"{lease.how.capitalize()} {lease.entry.path.name} in {seconds:.1f} s"})
 
 
 def main() -> int:

@@ -11,10 +11,11 @@ from ray_envcache.errors import FieldValueError
 from ray_envcache.field import guard, registration
 from ray_envcache.gc.policy import VARIABLES, Limits
 from ray_envcache.system.testpoints import FOLDER
-from ray_envcache.system.texts import is_off, parse_duration
+from ray_envcache.system.texts import is_off, parse_duration, without_credentials
 
 _PREFIX = "RAY_ENVCACHE_"
-_OTHERS = ("DIR", "READONLY_DIRS", "ALLOW_NETWORK_FS", "GC_INTERVAL")
+_REMOTE = ("REMOTE", "REMOTE_PUSH", "REMOTE_SIGN", "REMOTE_TRUST")
+_OTHERS = ("DIR", "READONLY_DIRS", "ALLOW_NETWORK_FS", "GC_INTERVAL", *_REMOTE)
 SETTINGS = (*(f"{_PREFIX}{name}" for name in _OTHERS), *VARIABLES)
 """The variables that people set."""
 _INTERNAL = frozenset({guard.PROBE_ANSWER, FOLDER})
@@ -26,7 +27,8 @@ def settings(environ: Mapping[str, str]) -> Iterator[Finding]:
     wrong = [finding for name in names if (finding := _setting(name, environ[name]))]
     yield from wrong
     if not wrong:
-        yield Finding("settings", OK, ", ".join(f"{name}={environ[name]}" for name in names) or "the defaults")
+        text = without_credentials(", ".join(f"{name}={environ[name]}" for name in names))
+        yield Finding("settings", OK, text or "the defaults")
 
 
 def of_python(environ: Mapping[str, str]) -> Iterator[Finding]:
@@ -71,7 +73,7 @@ def _setting(name: str, value: str) -> Finding | None:
 def _parse(name: str, value: str) -> None:
     if name == f"{_PREFIX}GC_INTERVAL" and value.strip() and not is_off(value):
         parse_duration(value)
-    if name == f"{_PREFIX}ALLOW_NETWORK_FS" and value not in {"", "0", "1"}:
+    if name in {f"{_PREFIX}ALLOW_NETWORK_FS", f"{_PREFIX}REMOTE_PUSH"} and value not in {"", "0", "1"}:
         raise FieldValueError(f"Neither 0 nor 1: `{value}`", "1 allows it, anything else does not")
     Limits.from_environ({name: value})
 

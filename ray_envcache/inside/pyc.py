@@ -273,7 +273,7 @@ def lower_priority() -> None:
 
 
 def main(request: str) -> int:
-    """Compile as the request says. A failure is told by its number on stdout, and 1 is returned."""
+    """Compile as the request says, and print the tag. A failure is told by its number on stdout, and 1 is returned."""
     asked = json.loads(request)
     if asked["background"]:
         lower_priority()
@@ -284,6 +284,7 @@ def main(request: str) -> int:
         sys.stdout.write(str(error.errno or ""))
         sys.stderr.write(f"{error}\n")
         return 1
+    sys.stdout.write(tag())
     return 0
 
 

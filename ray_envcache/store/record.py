@@ -30,7 +30,7 @@ class ReadyRecord(NamedTuple):
     environment. `inherited` are files of packages used from elsewhere: path, size, mtime in ns. `hashes` says of how
     many packages the lockfile has the hash, which uv then insists on: "all", "some" or "none"; with `no_build` nothing
     was built from source. `local` are the local packages of a layer: name, folder, the digest of its content, and that
-    of its files as they were built.
+    of its files as they were built. `fetched` is what came from the remote tier.
     """
 
     key: str
@@ -52,6 +52,7 @@ class ReadyRecord(NamedTuple):
     content: str = ""
     added: tuple[str, ...] = ()
     local: tuple[tuple[str, str, str, str], ...] = ()
+    fetched: bool = False
 
     def write(self, entry: Entry) -> None:
         """Publish the entry: from now on it is handed out."""

@@ -1,0 +1,147 @@
+"""Fetching an environment: uv installs its published wheels, and their bytecode is there before it is handed out.
+
+uv gets the wheels from a proxy on loopback, at addresses that are the same on all hosts and for all keys. It unpacks
+while it downloads, compares hashes itself, and keeps what it has unpacked: it never asks twice for a wheel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import os
+import zipfile
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import unquote
+
+from ray_envcache.errors import BuildError, DiskFullError, RemoteError
+from ray_envcache.inside import pyc
+from ray_envcache.remote import bucket
+from ray_envcache.remote.bucket import Bucket
+from ray_envcache.remote.manifest import PLACE, Blob, Manifest, parsed, require_signature
+from ray_envcache.store.layout import Entry
+from ray_envcache.system import testpoints
+
+PART = 8_000_000
+_PARTS = 3  # of one wheel at once: with the downloads at once this bounds memory to 400 MB
+_DOWNLOADS = 16
+_CONSTANT = "http://envcache.invalid/"
+
+
+def find(key: str, versions: Mapping[str, str]) -> tuple[Bucket, Manifest] | None:
+    """The bucket and its manifest of `key`, None where it has none. Its packages have to be those of `Plan.versions`.
+
+    One request. Raises RemoteError where there is no answer, or not one to be used.
+    """
+    url = os.environ.get(bucket.VARIABLE)
+    remote = Bucket(url) if url else None
+    content = remote.read(PLACE.format(key)) if remote else None
+    if remote is None or content is None:
+        return None
+    require_signature(content, key)
+    found = parsed(content, key)
+    has = {wheel.name: wheel.version for wheel in found.wheels}
+    if versions and has != {name: version or has.get(name) for name, version in versions.items()}:
+        raise RemoteError(f"The manifest of {key} has other packages than the lockfile", "ray-envcache push")
+    return remote, found
+
+
+@contextmanager
+def offered(remote: Bucket, manifest: Manifest, entry: Entry) -> Iterator[tuple[Path, Mapping[str, str]]]:
+    """A list from which uv can install the wheels while the context lasts, and the variables that this takes.
+
+    Meanwhile the bytecode goes where the compiler of `entry` looks. Raises RemoteError, and OSError where the disk is
+    full.
+    """
+    lines, errors, pack_errors = entry.path / "pylock.fetched.toml", list[RemoteError](), list[Exception]()
+    lines.write_text(manifest.text.replace('path = "../', f'url = "{_CONSTANT}'), encoding="utf-8")
+    packs = Thread(target=_fetch_packs, args=(remote, manifest, entry, pack_errors), daemon=True)
+    packs.start()
+    with ThreadingHTTPServer(("127.0.0.1", 0), _handler(remote, manifest, errors)) as server:
+        Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        testpoints.reach("fetch-serving")
+        proxy = dict.fromkeys(("HTTP_PROXY", "http_proxy"), f"http://127.0.0.1:{server.server_port}")
+        # Longer than the bucket waits for progress: uv sees of a part nothing before its end.
+        limits = {"UV_HTTP_TIMEOUT": "120", "UV_CONCURRENT_DOWNLOADS": str(_DOWNLOADS)}
+        try:
+            yield lines, {**proxy, "NO_PROXY": "", "no_proxy": "", **limits}
+        except DiskFullError:
+            raise
+        except BuildError as error:
+            raise (errors or [RemoteError(error.message, error.hint)])[0] from error
+        finally:
+            server.shutdown()
+            lines.unlink()
+    packs.join()
+    testpoints.reach("fetch-installed")
+    if pack_errors:
+        raise pack_errors[0]
+
+
+def _handler(remote: Bucket, manifest: Manifest, errors: list[RemoteError]) -> type[BaseHTTPRequestHandler]:
+    """The answers to uv. Other users of the host, who do not know the hashes, get none."""
+    blobs = {_CONSTANT + wheel.path.removeprefix("v1/"): wheel for wheel in manifest.wheels}
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            blob = blobs.get(unquote(self.path), Blob("", "", 0))
+            self.send_response(HTTPStatus.OK if blob.path else HTTPStatus.NOT_FOUND)
+            self.send_header("Content-Length", str(blob.size))
+            self.send_header("Cache-Control", "public, max-age=31536000, immutable")
+            self.end_headers()
+            try:
+                asyncio.run(self._send(blob))
+            except (RemoteError, ConnectionError) as error:
+                self.close_connection = True  # uv is gone, or sees an answer that is cut off
+                errors.extend([error] if isinstance(error, RemoteError) else [])
+
+        async def _send(self, blob: Blob) -> None:
+            starts = range(0, blob.size, PART)
+            ranges = [(blob.path, start, min(start + PART, blob.size)) for start in starts]
+            async for content in _parts(remote, ranges, _PARTS):
+                self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    return Handler
+
+
+async def _parts(remote: Bucket, ranges: list[tuple[str, int, int]], at_once: int) -> AsyncIterator[memoryview]:
+    for first in range(0, len(ranges), at_once):
+        for content in await asyncio.gather(*(remote.part(*one) for one in ranges[first : first + at_once])):
+            yield content
+
+
+def _fetch_packs(remote: Bucket, manifest: Manifest, entry: Entry, errors: list[Exception]) -> None:
+    folder = entry.staged_bytecode / manifest.python
+
+    async def fetch() -> None:
+        ranges, packs = [(pack.path, 0, pack.size) for pack in manifest.packs], iter(manifest.packs)
+        async for content in _parts(remote, ranges, _DOWNLOADS):
+            if hashlib.sha256(content).hexdigest() != (pack := next(packs)).sha256:
+                raise RemoteError(f"`{remote.url}` has something else at {pack.path}", "remove that object")
+            _unpack(content, folder)
+
+    try:
+        folder.mkdir(parents=True)
+        asyncio.run(fetch())
+    except (RemoteError, OSError) as error:
+        errors.append(error)
+
+
+def _unpack(content: memoryview, folder: Path) -> None:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for name in archive.namelist():
+            bytecode, path = archive.read(name), folder / name
+            # Several packages may have the same module, mostly an empty one.
+            if name == f"{pyc.proven_source(bytecode)}.pyc" and not path.exists():
+                with open(path, "xb", opener=lambda path, flags: os.open(path, flags, 0o444)) as file:
+                    file.write(bytecode)
