@@ -19,7 +19,7 @@ from ray_envcache.errors import BuildError
 from ray_envcache.inside import pyc
 from ray_envcache.remote.push import push_built
 from ray_envcache.store.layout import Entry, Layout
-from ray_envcache.store.leases import Holder, claim
+from ray_envcache.store.leases import Holder, Lease, claim
 from ray_envcache.survey import listing, shared_bytecode
 from ray_envcache.survey.inventory import record_sizes
 from ray_envcache.system import capacity, children, files, flock, testpoints

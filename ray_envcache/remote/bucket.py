@@ -36,10 +36,10 @@ class Bucket:
             return bytes(self._store.get(name).bytes())
         return None
 
-    async def part(self, name: str, start: int, end: int) -> memoryview:
+    def part(self, name: str, start: int, end: int) -> memoryview:
         """A part of an object, all of it."""
         with self._explained():
-            found = memoryview(await self._store.get_range_async(name, start=start, end=end))
+            found = memoryview(self._store.get_range(name, start=start, end=end))
             if len(found) != end - start:
                 raise ValueError(f"{name} ends early")
             return found
