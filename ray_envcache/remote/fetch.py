@@ -123,14 +123,14 @@ def _fetch_packs(remote: Bucket, manifest: Manifest, entry: Entry, errors: list[
     try:
         folder.mkdir(parents=True)
         for pack, content in zip(manifest.packs, _parts(remote, ranges, _DOWNLOADS), strict=True):
-            if hashlib.sha256(content).hexdigest() != pack.sha256:
-                raise RemoteError(f"`{remote.url}` has something else at {pack.path}", "remove that object")
-            _unpack(content, folder)
+            _unpack(pack, content, folder)
     except (RemoteError, OSError) as error:
         errors.append(error)
 
 
-def _unpack(content: memoryview, folder: Path) -> None:
+def _unpack(pack: Blob, content: memoryview, folder: Path) -> None:
+    if hashlib.sha256(content).hexdigest() != pack.sha256:
+        raise RemoteError(f"There is something else at {pack.path}", "remove that object, and publish it again")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         for name in archive.namelist():
             bytecode, path = archive.read(name), folder / name
