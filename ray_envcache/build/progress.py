@@ -66,7 +66,7 @@ class _Shown(Observer):
 
     def finished(self, lease: Lease, seconds: float) -> None:
         self.close()
-        self._say(f"{lease.how.capitalize()} in {seconds:.1f} s: {lease.entry.venv}")
+        self._say(f"{'Fetched' if lease.how == 'fetched' else 'Built'} in {seconds:.1f} s: {lease.entry.venv}")
 
     def compiling(self, staged: Path) -> None:
         self._staged = staged

@@ -77,11 +77,12 @@ if remaining:
 
 # By the process that is killed, not by the environment's Python that it starts.
 COMPILE_HERE = """
-def compile_here(layout, lease, descriptor, *, background):
-    places = pyc.Places.of_this_python(str(layout.bytecode), str(lease.entry.staged_bytecode))
-    pyc.compile_tree(str(lease.entry.site_packages), places, 1)
+def compile_here(layout, entry, kept, *, background):
+    places = pyc.Places.of_this_python(str(layout.bytecode), str(entry.staged_bytecode))
+    pyc.compile_tree(str(entry.site_packages), places, 1)
+    return pyc.tag()
 
-bytecode._compile = compile_here
+bytecode.compile_all = compile_here
 """
 OPERATIONS = {
     "build": "Store.open(root).acquire(EnvSpec.parse(project), installed_ray(), Holder('test')).release()",
