@@ -176,7 +176,7 @@ class Builder:
         return lease
 
     def _fill(self, entry: Entry, flock: int) -> bool:
-        """Fill the entry, and say whether from the remote tier. Where that fails for whatever reason, it is built."""
+        """Fill the entry, and say whether from the remote tier. Where that fails, it is built."""
         run_uv, fetched = self._uv_calls(entry, flock), False
         try:
             # What was found damaged is made from the packages themselves.

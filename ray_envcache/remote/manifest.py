@@ -108,7 +108,7 @@ def require_signature(content: bytes, key: str) -> None:
             public = load(trusted.encode() if trusted.startswith("ssh-") else Path(trusted).read_bytes())
             # Strictly: else lines after the signature would be taken for signed.
             public.verify(base64.b64decode(signature.removesuffix(b"\n"), validate=True), _message(body, key))
-        except Exception as error:  # of the library too: whatever is wrong, the key did not sign this
+        except Exception as error:  # of the library too: in each case the key did not sign this
             what = f"The manifest of {key} is not signed by the key of {TRUST}: {type(error).__name__} {error}"
             raise RemoteError(what, f"publish it again with {SIGN}") from error
 

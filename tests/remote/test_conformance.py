@@ -53,7 +53,7 @@ def long_folder() -> Iterator[Path]:
 
 
 def test_scripts_of_long_places(tmp_path: Path, wheels: Path, long_folder: Path) -> None:
-    """Scripts run on a host where the path of the store is short, and on one where it is long, whoever published."""
+    """Scripts run on a host where the path of the store is short, and on one where it is long, from whichever it comes."""
     scripts = {"hello": "#!python\nimport one\nprint(one.__file__)\n", "plain": "#!/bin/sh\necho plain\n"}
     modules = {"one.py": "", **{f"one-1.0.data/scripts/{name}": text for name, text in scripts.items()}}
     support.make_wheel(wheels, "one", modules=modules, scripts={"entry": "one:main"})

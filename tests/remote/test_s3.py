@@ -76,7 +76,7 @@ def test_requests(tmp_path: Path, project: Path, s3: dict[str, str]) -> None:
 def test_trouble(
     trouble: str, tmp_path: Path, project: Path, s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is the matter, the environment is built, soon, with one line in the journal that has no secret in it."""
+    """In all these cases the environment is built, soon, with one line in the journal that has no secret in it."""
     published(tmp_path, project, s3)
     monkeypatch.setitem(bucket_module._READER, "read_timeout", "1s")
     with gateway.relayed(s3) as (relay, environ):
