@@ -13,7 +13,6 @@ from ray_envcache.store.layout import Layout
 from tests import support
 from tests.cluster.conftest import NEWEST, Host
 from tests.cluster.test_nodes import run
-from tests.support import RAY_VERSION
 
 pytestmark = [pytest.mark.cluster, pytest.mark.pypi, pytest.mark.parametrize("python", [NEWEST], indirect=True)]
 
@@ -100,7 +99,8 @@ def _check_mixed(host: Host, status: int, out: str, err: str) -> None:
     ready = [row for row in rows if row["ok"]]
     keys = {(Path(row["path"]).parent.name, row["key"]) for row in ready}
     assert (len(ready), len(keys)) == (6, 2)
-    assert all(row["bytecode"] and row["seconds"] > 0 and f"ray {RAY_VERSION}" in row["packages"] for row in ready)
+    assert all(row["bytecode"] and row["seconds"] > 0 for row in ready)
+    assert all(any(one.startswith("ray 2.") for one in row["packages"]) for row in ready)
     wrong = [(found["name"], found["text"], found["hint"]) for row in rows for found in row["findings"]]
     assert sorted(name for name, *_ in wrong) == ["answer", "answer", "key", "key", "plugin", "plugin"]
     assert all(hint for *_, hint in wrong)
