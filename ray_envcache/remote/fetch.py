@@ -10,8 +10,9 @@ import hashlib
 import io
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -110,11 +111,17 @@ def _handler(remote: Bucket, manifest: Manifest, errors: list[RemoteError]) -> t
     return Handler
 
 
-def _parts(remote: Bucket, ranges: list[tuple[str, int, int]], at_once: int) -> Iterator[memoryview]:
+def _parts(remote: Bucket, ranges: Iterable[tuple[str, int, int]], at_once: int) -> Iterator[memoryview]:
+    """Parts of objects in this order, of which so many are on their way at once."""
     # By threads: at the end of a process, what asyncio has left of obstore aborts Python (3.11, obstore 0.12).
     with ThreadPoolExecutor(at_once) as pool:
-        for first in range(0, len(ranges), at_once):
-            yield from pool.map(remote.part, *zip(*ranges[first : first + at_once], strict=True))
+        coming = deque[Future[memoryview]]()
+        for one in ranges:
+            coming.append(pool.submit(remote.part, *one))
+            if len(coming) == at_once:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 def _fetch_packs(remote: Bucket, manifest: Manifest, entry: Entry, errors: list[Exception]) -> None:
