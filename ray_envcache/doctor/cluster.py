@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_envcache.doctor import findings
 from ray_envcache.doctor.findings import SAYS, NodeReport, Prefetched
+from ray_envcache.doctor.variables import place_of_token
 from ray_envcache.errors import ClusterError, EnvCacheError
 from ray_envcache.field import guard
 from ray_envcache.field.spec import FIELD
@@ -113,10 +114,9 @@ def _connect(address: str) -> None:
 
 def _hint(reason: str) -> str:
     if "uthentication" in reason:
-        place = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
         return (
-            f"Ray looks for the token in `{place}`, with RAY_AUTH_MODE=token: copy the token of the user who started "
-            "the cluster there, or name its file in RAY_AUTH_TOKEN_PATH"
+            f"Ray looks for the token in `{place_of_token(os.environ)}`, with RAY_AUTH_MODE=token: copy the token of "
+            "the user who started the cluster there, or name its file in RAY_AUTH_TOKEN_PATH"
         )
     return (
         "is its head running? Give the address of its GCS, as for `ray status` (10.0.0.7:6379); or run the doctor on "

@@ -17,6 +17,7 @@ from ray_envcache.errors import ClusterError, EnvCacheError
 from ray_envcache.field import guard
 from ray_envcache.field.registration import UV_RUN
 from ray_envcache.resolve.interpreter import installed_ray
+from ray_envcache.store.layout import default_root
 from ray_envcache.system import children
 from ray_envcache.version import __version__
 
@@ -122,6 +123,11 @@ def _compare(node: NodeReport) -> None:
     if node.plugin and node.plugin != __version__:
         hint = "install one version everywhere"
         node.note("plugin", WARN, f"ray-envcache is {node.plugin} there, {__version__} here", hint)
+    here, there = os.fspath(default_root()), node.store
+    if there and there != here and node.host == os.uname().nodename:
+        # Silent otherwise: the driver builds in the one, and the node once more in the other.
+        hint = "start the node, and programs, with the same RAY_ENVCACHE_DIR"
+        node.note("store", WARN, f"the node uses the store at {there}, a program started here the one at {here}", hint)
     ours = {"ray": installed_ray().version, "python": platform.python_version()}
     for name, here in ours.items():
         there = getattr(node, name)

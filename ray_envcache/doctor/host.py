@@ -31,7 +31,6 @@ from ray_envcache.system.texts import format_size
 from ray_envcache.version import __version__
 
 T = TypeVar("T")
-_NOEXEC = getattr(os, "ST_NOEXEC", 0)  # Linux only
 _FEW_INODES = 10_000  # one environment may have as many files
 
 
@@ -57,6 +56,7 @@ def examine() -> Facts:
     """Check this host, with the environment variables of this process. Makes a missing store; raises nothing."""
     layout = Layout(default_root())
     findings = [*_store(layout), *_tools(), *variables.settings(os.environ), *variables.of_python(os.environ)]
+    findings += variables.token(os.environ)
     return Facts(
         plugin=__version__,
         store=os.fspath(layout.root),
@@ -84,9 +84,6 @@ def _root(layout: Layout) -> Finding:
     kind = disk.free_space(layout.root).kind
     mode = stat.S_IMODE(layout.root.stat().st_mode)
     text = f"{layout.root}: {kind or 'unknown file system'}, yours, mode {mode:o}"
-    if os.statvfs(layout.root).f_flag & _NOEXEC:
-        hint = "mount it without noexec, or choose another disk: RAY_ENVCACHE_DIR=/path/to/store"
-        return Finding("store", ERROR, f"{text}; mounted noexec: no program or library can run from there", hint)
     if not disk.is_network(kind):
         return Finding("store", OK, text)
     text += "; a file system between hosts or virtual machines, allowed by RAY_ENVCACHE_ALLOW_NETWORK_FS"

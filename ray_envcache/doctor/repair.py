@@ -98,7 +98,8 @@ def _planned_again(layout: Layout, entry: Entry, ray: AnyRay, held: ExitStack) -
     """The plan of an entry, from the files that it was built from. Raises BuildError where they lead elsewhere."""
     record = ReadyRecord.read(entry)
     if record is None:
-        raise UnknownKeyError(f"The environment {entry.name} was removed", "ray-envcache list shows the rest")
+        what = f"The environment {entry.name} was removed, or repaired by another process"
+        raise UnknownKeyError(what, "ray-envcache list shows the rest")
     base = entry.base(record.base)
     if base and (below := claim(base, layout, Holder("repair"))):
         held.enter_context(below)

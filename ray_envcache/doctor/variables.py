@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping
 
 from ray_envcache.doctor.findings import ERROR, OK, WARN, Finding
@@ -37,6 +38,23 @@ def of_python(environ: Mapping[str, str]) -> Iterator[Finding]:
         if environ.get(name):
             text = f"{name}={environ[name]}: programs, nodes and workers inherit it, and may import other packages"
             yield Finding(name, WARN, text, f"unset {name} before a program or a node starts")
+
+
+def token(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """Which token Ray sends, where there is one, or where nodes and drivers are told to ask for one."""
+    mode, place = environ.get("RAY_AUTH_MODE"), place_of_token(environ)
+    if place == "$RAY_AUTH_TOKEN" or os.path.isfile(place):
+        yield Finding("token", OK, f"{place}, RAY_AUTH_MODE={mode or 'is not set'}")
+    elif mode == "token":
+        hint = "`ray get-auth-token --generate` makes one; all nodes and drivers of a cluster need the same"
+        yield Finding("token", ERROR, f"RAY_AUTH_MODE=token, and there is none at {place}", hint)
+
+
+def place_of_token(environ: Mapping[str, str]) -> str:
+    """Where Ray looks for its token: the variable itself, or a path."""
+    if environ.get("RAY_AUTH_TOKEN"):
+        return "$RAY_AUTH_TOKEN"
+    return environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
 
 
 def registered(environ: Mapping[str, str]) -> Finding:

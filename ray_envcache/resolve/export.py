@@ -144,7 +144,7 @@ def require_current(project: Project, executable: str) -> None:
         return
     lock, source = project.lock_files()[-1].name, project.file.name if script else "pyproject.toml"
     what = f"{lock} in `{project.folder}` no longer matches {source}"
-    hint = f"run `uv lock{f' --script {source}' if script else ''}`"
+    hint = f"run `uv lock{f' --script {source}' if script else ''}` there"
     if "not found in the cache" in done.stderr:
         # A package was added. uv, which was to ask no index, calls that a conflict: there is none.
         raise LockfileError(what, hint)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ray_envcache.errors import StoreError
 from ray_envcache.store.layout import Entry, Layout, default_root, layout_of
-from ray_envcache.store.root import prepare_root, require_usable_name
+from ray_envcache.store.root import is_noexec, prepare_root, require_usable_name
 from ray_envcache.system import flock
 
 VARIABLE = "RAY_ENVCACHE_READONLY_DIRS"
@@ -121,8 +121,8 @@ def _is_there(layout: Layout) -> bool:
             _require_trusted(layout, directory)
         # Both to read and to enter.
         os.close(os.open(f"{layout.entries}/.", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-        # Some container runtimes mount image volumes so. Workers that cannot load ray are started again for ever.
-        if os.statvfs(layout.root).f_flag & getattr(os, "ST_NOEXEC", 0):
+        # Some container runtimes mount image volumes so.
+        if is_noexec(layout.root):
             raise StoreError(
                 f"The read-only store at `{layout.root}` is mounted noexec: no library can be loaded from there",
                 f"mount it without noexec, or take it out of {VARIABLE}",

@@ -78,8 +78,18 @@ def require_usable_name(root: Path, variable: str = "RAY_ENVCACHE_DIR") -> None:
         )
 
 
+def is_noexec(root: Path) -> bool:
+    """Whether no program or library can be loaded from there: workers would be started again for ever."""
+    return bool(os.statvfs(root).f_flag & getattr(os, "ST_NOEXEC", 0))  # Linux only
+
+
 @cache
 def _require_local(root: str, _device: int) -> None:
+    if is_noexec(Path(root)):
+        raise StoreError(
+            f"The store at `{root}` is mounted noexec: no program or library can be loaded from there",
+            "mount it without noexec, or choose another disk: RAY_ENVCACHE_DIR=/path/to/store",
+        )
     kind = disk.free_space(Path(root)).kind
     if disk.is_network(kind) and os.environ.get("RAY_ENVCACHE_ALLOW_NETWORK_FS") != "1":
         raise StoreError(

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+import platform
+
 import pytest
 
-from ray_envcache.doctor.findings import Prefetched, enter_environment, failure_of, find_unequal
+from ray_envcache.doctor.findings import (
+    NodeReport,
+    Prefetched,
+    enter_environment,
+    enter_facts,
+    failure_of,
+    find_unequal,
+)
 from ray_envcache.field.guard import GUARD
+from ray_envcache.resolve.interpreter import installed_ray
+from ray_envcache.version import __version__
 
 FACTS = {"answer": "built", "bytecode": True, "platform": "3.11 x86_64", "packages": ["ray 2.60.0"]}
 
@@ -16,6 +29,17 @@ def row(number: int, key: str, *packages: str, platform: str = "3.11 x86_64", pa
     enter_environment(found, facts)
     assert (found.ok, found.key) == (True, key * 32)
     return found
+
+
+def test_another_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node of this host with another store than programs started here would use is a warning that names both."""
+    monkeypatch.setenv("RAY_ENVCACHE_DIR", "/mine")
+    answer = {"plugin": __version__, "ray": installed_ray().version, "python": platform.python_version()}
+    for host, store, count in ((os.uname().nodename, "/other", 1), (os.uname().nodename, "/mine", 0), ("far", "/x", 0)):
+        node = NodeReport("0" * 56, "10.0.0.1", host)
+        enter_facts(node, {"answer": json.dumps({**answer, "store": store})})
+        assert [(one.name, one.state) for one in node.findings] == [("store", "warn")] * count
+        assert all("/other" in one.text and "/mine" in one.text for one in node.findings)
 
 
 def test_ready() -> None:

@@ -106,7 +106,24 @@ def test_store_mounted_noexec(tmp_path: Path) -> None:
     environ = {**os.environ, "RAY_ENVCACHE_DIR": str(tmp_path / "store")}
     done = subprocess.run([*command, script], env=environ, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "")
-    assert "; mounted noexec: no program or library can run from there\n       hint: mount it without" in done.stdout
+    assert "is mounted noexec: no program or library can be loaded from there\n       hint: mount it" in done.stdout
+
+
+def test_token(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Ray's token is; that it is missing is an error only where it is asked for."""
+    assert store.layout.root.is_dir()
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "token" not in findings()
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert (findings()["token"].state, f"{tmp_path}/.ray/auth_token" in findings()["token"].text) == ("error", True)
+    file = tmp_path / "token"
+    file.write_text("secret")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
+    assert (findings()["token"].state, findings()["token"].text) == ("ok", f"{file}, RAY_AUTH_MODE=token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    assert findings()["token"].text == "$RAY_AUTH_TOKEN, RAY_AUTH_MODE=token"
 
 
 @pytest.mark.parametrize("name", ["PYTHONPATH", "PYTHONHOME"])

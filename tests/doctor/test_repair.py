@@ -241,11 +241,15 @@ def test_killed(
     assert [one.name for one in collect(store.layout, Limits()).removed] == [entry.name]
 
 
-def test_two_at_once(store: Store, entry: Entry, project: Path) -> None:
+def test_two_at_once(store: Store, entry: Entry, tmp_path: Path) -> None:
     """Two repairs of one environment build one."""
     damage(entry)
-    command = [sys.executable, "-c", PROGRAM, entry.name]
-    both = [subprocess.Popen(command) for _ in range(2)]
+    stop, reached = tmp_path / "stop-repair-cleaned", tmp_path / "reached-repair-cleaned"
+    stop.touch()
+    environ = {**os.environ, "RAY_ENVCACHE_TEST_POINTS": str(tmp_path)}
+    both = [subprocess.Popen([sys.executable, "-c", PROGRAM, entry.name], env=environ) for _ in range(2)]
+    support.wait_until(lambda: reached.exists() and len(reached.read_text().split()) == 2, "both are there")
+    stop.unlink()
     assert [child.wait() for child in both] == [0, 0]
     assert sorted(path.name for path in store.layout.entries.iterdir()) == [entry.name, f"{entry.key}-2"]
 

@@ -90,7 +90,7 @@ def test_lockfile_without_what_was_added(tmp_path: Path, wheels: Path, store: St
         project = lock_from_index(tmp_path, served)
         support.make_wheel(wheels, "unheard-of")
         project.write_text(project.read_text().replace("'wanted'", "'wanted', 'unheard-of'"))
-        refused(store, project, errors.LockfileError, r"no longer matches pyproject.toml\nhint: run `uv lock`$")
+        refused(store, project, errors.LockfileError, r"no longer matches pyproject.toml\nhint: run `uv lock` there$")
 
 
 @pytest.mark.parametrize("name", ["environment.yml", "requirements.in", "Pipfile.lock", "pylock.a.b.toml"])
