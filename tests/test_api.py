@@ -1,4 +1,4 @@
-"""The store for programs: `ray_envcache.Store`, by the examples of the README and beyond."""
+"""The store for programs: `ray_envcache.Store`, by the examples of its page and beyond."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ray_envcache.errors import FieldValueError
 from tests import support
 from tests.gc.fabricated import add_file, make_entry, make_layout
 
-README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
-SECTION = README.partition("### From Python\n")[2].partition("\n## ")[0]
+PAGE = (Path(__file__).parents[1] / "ray_envcache" / "README.md").read_text("utf-8")
+SECTION = PAGE.partition("\n# From Python\n")[2].partition("\n# ")[0]
 
 
 @pytest.mark.host
-def test_the_examples_of_the_readme(store: Store, tmp_path: Path, wheels: Path) -> None:
+def test_the_examples_of_the_page(store: Store, tmp_path: Path, wheels: Path) -> None:
     """Each example runs as it stands, one after the other, in a process of its own."""
     support.make_wheel(wheels, "numpy", "2.4.1", modules={"numpy.py": "__version__ = '2.4.1'\n"})
     project = support.make_project(tmp_path / "project", wheels, ["ray", "numpy"])

@@ -7,6 +7,7 @@ target was missed.
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 import tempfile
@@ -34,6 +35,7 @@ def main() -> int:
         return 0
     if arguments.draw:
         print(*pictures.draw_file(arguments.draw, arguments.pictures or Path.cwd()), sep="\n")
+        print("", *pictures.bars(json.loads(arguments.draw.read_text("utf-8"))), sep="\n")
         return 0
     signal.signal(signal.SIGTERM, _end)
     # A shell that started us in the background would have our children ignore it too.
@@ -99,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pictures", type=Path, metavar="FOLDER", help="with --json or --draw: write SVG pictures there"
     )
-    parser.add_argument("--draw", type=Path, metavar="FILE", help="only draw the pictures of an earlier run's JSON")
+    parser.add_argument(
+        "--draw", type=Path, metavar="FILE", help="only draw the pictures of an earlier run's JSON, as text too"
+    )
     parser.add_argument(
         "--dir", type=Path, metavar="DIR", help=f"a short path on a disk (default: {tempfile.gettempdir()})"
     )

@@ -1,4 +1,4 @@
-"""Pictures for the README, drawn from the JSON of a run: SVG of a few lines, for light and dark pages."""
+"""Pictures from the JSON of a run: SVG of a few lines, for light and dark pages, and bars of text for the README."""
 
 from __future__ import annotations
 
@@ -89,6 +89,25 @@ def svg(chart: Chart) -> str:
         parts += _curve(chart, line)
     parts += _labels(chart)
     return "\n".join([*parts, "</svg>", ""])
+
+
+def bars(data: dict[str, Any]) -> list[str]:
+    """A block of text for each picture, with a bar per alternative: its value at the most clusters that all of them had.
+
+    An index page shows text where it cannot show pictures of a repository.
+    """
+    return [_bars(chart) for _, chart in _charts(data)]
+
+
+def _bars(chart: Chart) -> str:
+    count = max(set.intersection(*(set(line.xs) for line in chart.lines)))
+    values = {line.name.partition(") ")[2]: line.ys[list(line.xs).index(count)] for line in chart.lines}
+    scale = 40 / max(values.values())
+    rows = [
+        f"{name:<26}{value:>6,.0f}  {'█' * round(value * scale) or '▏'}"
+        for name, value in sorted(values.items(), key=lambda item: item[1])
+    ]
+    return "\n".join([f"{chart.title}, {count:g} at once, {chart.unit}", chart.subtitle, "", *rows, ""])
 
 
 def _charts(data: dict[str, Any]) -> Iterator[tuple[str, Chart]]:
