@@ -193,7 +193,8 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 def _kill_tree(pid: int) -> None:
     with suppress(psutil.NoSuchProcess):
-        # Not by process group: uv leads another one.
-        for process in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
+        # Not by process group: uv leads another one. The process first: it would note uv's end as a failure.
+        child = psutil.Process(pid)
+        for process in [child, *child.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
