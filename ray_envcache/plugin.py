@@ -73,7 +73,9 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         self._failures: dict[str, EnvCacheError] = {}
         self._prefetches = asyncio.Semaphore(PREFETCHES)
         # Not the loop's default threads: Ray unpacks working_dirs there, for minutes.
-        self._threads = ThreadPoolExecutor(THREADS + PREFETCHES, "envcache")
+        self._threads = ThreadPoolExecutor(THREADS, "envcache")
+        # Apart: a prefetch that Ray gives up, and begins again, goes on compiling.
+        self._compilers = ThreadPoolExecutor(PREFETCHES, "envcache-compiler")
         self._companion: int | None = None
         with suppress(RuntimeError):  # the node has no thread left: the next cluster's companion collects
             self._threads.submit(self._start_companion)
@@ -117,7 +119,7 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
                 self._leases[uri] = await self._lease(uri, runtime_env, context, logger)
             if _PREFETCHED in uri:
                 try:
-                    await self._in_thread(partial(_finish, self._leases[uri]), lambda _: None)
+                    await self._in_thread(partial(_finish, self._leases[uri]), lambda _: None, self._compilers)
                 finally:
                     asyncio.get_running_loop().call_later(KEPT_SECONDS, self._release, uri, logger)
                 context.env_vars[guard.PROBE_ANSWER] = self._leases[uri].how
@@ -199,9 +201,11 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
             raise
         return build.lease.result()
 
-    async def _in_thread(self, work: Callable[[], T], discard: Callable[[T], None]) -> T:
+    async def _in_thread(
+        self, work: Callable[[], T], discard: Callable[[T], None], threads: ThreadPoolExecutor | None = None
+    ) -> T:
         """Do `work`, which touches the disk, in a thread. If cancelled, its result is discarded when it comes."""
-        done = self._threads.submit(work)
+        done = (threads or self._threads).submit(work)
         waited = asyncio.wrap_future(done)
         try:
             await asyncio.wait([waited])

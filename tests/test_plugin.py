@@ -24,7 +24,7 @@ from ray_envcache.cluster import agent_build
 from ray_envcache.errors import BuildError, ChangedError, FieldValueError, InterpreterError, LockfileError
 from ray_envcache.field import guard, registration
 from ray_envcache.gc.companion import INTERVAL
-from ray_envcache.plugin import EnvCachePlugin
+from ray_envcache.plugin import PREFETCHES, THREADS, EnvCachePlugin
 from ray_envcache.store import journal, leases
 from ray_envcache.store.layout import Entry
 from ray_envcache.system import flock
@@ -132,6 +132,33 @@ def test_prefetch_whose_bytecode_fails(
     with pytest.raises(BuildError, match=r"The bytecode of .* could not be compiled"):
         prefetch(plugin, project, kept=False)
     support.wait_until(lambda: flock.is_free(entry.in_use), "it is released")
+
+
+def test_prefetch_that_ray_gives_up(
+    plugin: EnvCachePlugin, entry: Entry, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on compiling, and tasks of the node are set up meanwhile, however often Ray asks again."""
+    monkeypatch.setattr(Store, "finish", lambda *_: None)
+    entry.compiled.unlink()
+    held = flock.try_flock(entry.finishing_flock, exclusive=True, flags=os.O_RDWR | os.O_CREAT)
+    assert held is not None
+
+    async def run() -> None:
+        for nonce in range(THREADS + PREFETCHES):
+            env = {"envcache": guard.prefetch({"path": os.fspath(project)}, str(nonce))}
+            context = SimpleNamespace(command_prefix=[], env_vars={})
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(plugin.create(f"envcache://prefetch-{nonce}", env, context, LOGGER), 0.3)
+        await asyncio.wait_for(create(plugin, project), 10)
+
+    try:
+        asyncio.run(run())
+    finally:
+        os.close(held)
+    support.wait_until(entry.compiled.exists, "it is compiled")
+    plugin.delete_uri(URI, LOGGER)
+    for lease in plugin._leases.values():
+        lease.release()
 
 
 def test_lease_that_cannot_be_listed(

@@ -206,7 +206,7 @@ def _link(place: Path, target: str) -> ShortTmpdir:
 
 def _remove(folder: Path) -> None:
     """Remove a link and its directory, unless a process names it: a cluster may outlive its driver. Raises OSError."""
-    if f"/{folder.name}" not in find_mentions(_NAMED).by_name:
+    if {*os.listdir(folder)} <= {_LINK} and f"/{folder.name}" not in find_mentions(_NAMED).by_name:
         if (folder / _LINK).is_symlink():
             (folder / _LINK).unlink()
         folder.rmdir()

@@ -71,6 +71,11 @@ class Entry:
     @property
     def sealed(self) -> Path:
         """The list of all that should be in the venv, bytecode apart."""
+        return self.path / "seal.csv"
+
+    @property
+    def sealed_before(self) -> Path:
+        """A list that an earlier version wrote, of what no RECORD has."""
         return self.path / "sealed.csv"
 
     @property

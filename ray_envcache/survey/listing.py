@@ -67,8 +67,9 @@ def seal(entry: Entry) -> None:
 
 def listed_in(entry: Entry) -> dict[str, Listed]:
     """What the seal lists, by path below the venv. Raises OSError, ValueError or csv.Error where it is damaged."""
+    modes = 0o177777  # other numbers `stat` refuses
     rows = _rows(entry.sealed)
-    return {path: Listed(content, int(size), int(mode, 8), package) for path, content, size, mode, package in rows}
+    return {path: Listed(text, int(size), int(mode, 8) & modes, package) for path, text, size, mode, package in rows}
 
 
 def _recorded(entry: Entry, tree: Tree) -> dict[str, tuple[str, str, str]]:

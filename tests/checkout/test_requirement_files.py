@@ -98,6 +98,7 @@ def test_options_and_folders(tmp_path: Path) -> None:
     (tmp_path / "local").mkdir()
     options = "\ufeff--index-url https://example.org/simple\n--pre\n-e ./local\n"
     assert read(tmp_path, f"{options}./local\nl @ file://{tmp_path}/local\n") == {"": set(), "l": set()}
+    assert read(tmp_path, ".\n..\n.[extra] ; python_version > '3'\n") == {"": set()}
 
 
 def test_variables_in_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,6 +204,7 @@ def test_foreign_things_are_not_swept(long: Path, place: Path) -> None:
     (place / "re-aaaaaaaa").chmod(0o755)
     (place / "re-bbbbbbbb").mkdir(mode=0o700)
     (place / "re-bbbbbbbb" / "thesis").touch()
+    (place / "re-bbbbbbbb" / "t").symlink_to("thesis")
     (place / "re-cccccccc").symlink_to(long)
     (place / "re-dddddddd").touch()
     (place / "re-training").mkdir(mode=0o700)
@@ -212,6 +213,7 @@ def test_foreign_things_are_not_swept(long: Path, place: Path) -> None:
     short_path.sweep_links([place])
     assert [path.name[3] for path in links(place)] == ["a", "b", "c", "d", "t"]
     assert (place / "re-training" / "t").read_text() == "hours of work"
+    assert (place / "re-bbbbbbbb" / "t").exists()
 
 
 def test_rays_link_through_ours_goes(long: Path) -> None:

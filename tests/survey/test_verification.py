@@ -125,10 +125,26 @@ def test_damaged_seal(entry: Entry) -> None:
     lines = entry.sealed.read_text().splitlines(keepends=True)
     entry.sealed.write_text("".join(line for line in lines if "/tool/data" not in line))
     assert kinds(look(entry)) == {("foreign", "tool/data"), ("foreign", "share/tool/data")}
+    for mode in ("-1", "7" * 30):
+        entry.sealed.write_text(f"pyvenv.cfg,,1,{mode},\n")
+        assert ("changed", "pyvenv.cfg") in kinds(look(entry))
     entry.sealed.write_text("no list")
-    assert kinds(look(entry)) == {("record", "../sealed.csv")}
+    assert kinds(look(entry)) == {("record", "../seal.csv")}
     entry.sealed.unlink()
-    assert kinds(look(entry)) == {("record", "../sealed.csv")}
+    assert kinds(look(entry)) == {("record", "../seal.csv")}
+
+
+def test_seal_of_an_earlier_version(store: Store, entry: Entry) -> None:
+    """It had another form: an entry that an earlier version finished is not damaged, one that it began is sealed."""
+    entry.sealed.rename(entry.sealed_before)
+    entry.sealed_before.write_text("pyvenv.cfg,sha256=abc,3\n")
+    found = look(entry)
+    assert (found.state, found.differences) == ("skipped", ())
+    assert "earlier version" in found.reason
+    entry.compiled.unlink()
+    assert "not finished" in look(entry).reason
+    bytecode.finish_now(store.layout, entry)
+    assert look(entry).state == "sound"
 
 
 def test_damage_before_the_seal(store: Store, entry: Entry) -> None:
