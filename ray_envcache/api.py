@@ -98,5 +98,5 @@ def prefetch(
         found = [Finding(**each) for each in row["findings"]]
         rows[row["node_id"], row["path"]] = Prefetched(**{**row, "findings": found})
 
-    ask(address or (node.gcs_address if node else "auto"), enter, timeout=timeout, fields=fields, follow=False)
+    ask(address or (node.gcs_address if node else "auto"), enter, timeout=timeout, fields=fields, follow=0)
     return [*rows.values()]

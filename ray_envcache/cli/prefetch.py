@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Mapping
@@ -51,7 +52,7 @@ def prefetch(*, address: str, follow: bool, timeout: int, as_json: bool, paths: 
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how supervisors interrupt
     with suppress(KeyboardInterrupt), Live(get_renderable=lambda: _table(rows), console=console, transient=True):
-        ask(address, enter, timeout=timeout, fields=fields, follow=follow)
+        ask(address, enter, timeout=timeout, fields=fields, follow=follow and os.getpid())
     found = [*rows.values()]
     ready = sum(row["ok"] for row in found)
     ok = 0 < ready == len(found)

@@ -52,8 +52,11 @@ def examine(address: str, timeout: float) -> None:
     _say({"address": ray.get_runtime_context().gcs_address, "nodes": [asdict(node) for node in nodes]})
 
 
-def prefetch(address: str, timeout: float, fields: dict[str, Any], *, follow: bool) -> None:
-    """Have every node set up all environments, with `follow` also nodes that join later. Raises ClusterError."""
+def prefetch(address: str, timeout: float, fields: dict[str, Any], *, follow: int) -> None:
+    """Have every node set up all environments. Raises ClusterError.
+
+    Also nodes that join as long as the process `follow`, which started us, is there; with 0 those that are there now.
+    """
     _connect(address)
     rows: list[Prefetched] = []
     for row, facts, seconds in _ask(_wanted(rows, fields, follow=follow), timeout):
@@ -65,9 +68,8 @@ def prefetch(address: str, timeout: float, fields: dict[str, Any], *, follow: bo
             _say(*map(asdict, findings.find_unequal(rows)))
 
 
-def _wanted(rows: list[Prefetched], fields: dict[str, Any], *, follow: bool) -> Iterator[list[Any]]:
-    """What to ask of new nodes, entered in `rows`; with `follow` until the process that started us ends."""
-    starter = os.getppid()
+def _wanted(rows: list[Prefetched], fields: dict[str, Any], *, follow: int) -> Iterator[list[Any]]:
+    """What to ask of new nodes, entered in `rows`; see `prefetch`."""
     while True:
         known = {row.node_id for row in rows}
         nodes = [node for node in _alive() if node.node_id not in known]
@@ -75,7 +77,7 @@ def _wanted(rows: list[Prefetched], fields: dict[str, Any], *, follow: bool) -> 
         rows += new
         _say(*map(asdict, new))
         yield [(row, guard.guarded({FIELD: guard.prefetch(fields[row.path], secrets.token_hex(8))})) for row in new]
-        if not follow or os.getppid() != starter:
+        if os.getppid() != follow:
             return
 
 

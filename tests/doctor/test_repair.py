@@ -13,7 +13,7 @@ import pytest
 
 from ray_envcache.acquire import Store
 from ray_envcache.build.builder import Observer
-from ray_envcache.doctor.repair import Repaired, repair
+from ray_envcache.doctor.repair import Repaired, chosen, repair
 from ray_envcache.errors import BuildError, ReadOnlyError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.collector import collect
@@ -239,6 +239,19 @@ def test_killed(
         assert look(new).state == "sound"
     assert handed_out(store, project) == new
     assert [one.name for one in collect(store.layout, Limits()).removed] == [entry.name]
+
+
+def test_two_builds_that_are_damaged(store: Store, entry: Entry) -> None:
+    """As a repair that was killed leaves them: in the order in which they are repaired one sound one takes the place of both."""
+    record = entry.ready.read_bytes()
+    damage(entry)
+    newer = repaired(store, entry).sound
+    entry.ready.write_bytes(record)
+    damage(newer)
+    assert chosen(store, []) == [newer, entry]
+    sound = [repaired(store, one).sound for one in chosen(store, [])]
+    assert [one.name for one in sound] == [f"{entry.key}-3"] * 2
+    assert (look(sound[0]).state, newer.ready.exists(), entry.ready.exists()) == ("sound", False, False)
 
 
 def test_two_at_once(store: Store, entry: Entry, tmp_path: Path) -> None:
