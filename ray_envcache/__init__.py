@@ -42,7 +42,7 @@ def runtime_env(path: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
 
     # A string stays one, and is refused: its letters are no names.
     listed = {name: [*given] if isinstance(given, set | Iterator) else given for name, given in options.items()}
-    value = {**listed, "path": os.path.abspath(os.path.expanduser(path))}
+    value = {**listed, "path": os.path.abspath(os.path.expanduser(path)) if path else path}
     return guarded({"envcache": pinned_field(value)})
 
 

@@ -54,7 +54,7 @@ class Store:
         The options are those of the field: `extras`, `groups`, `python` and so on. As long as the lease is held the
         environment stays. Raises EnvCacheError where the input is bad or the build fails.
         """
-        spec = EnvSpec.parse({**options, "path": os.path.abspath(os.path.expanduser(path))})
+        spec = EnvSpec.parse({**options, "path": os.path.abspath(os.path.expanduser(path)) if path else path})
         return self._store.acquire(spec, installed_ray(), Holder("program"))
 
     def environments(self) -> list[Environment]:

@@ -49,7 +49,7 @@ class LayerPlan(Plan):
 
     @property
     def headline(self) -> str:
-        names = ", ".join(os.path.basename(one.package.path) for one in self.sources)
+        names = ", ".join(one.package.name for one in self.sources)
         return f"Building the local packages of {self.project}: {names}"
 
     def install(self, entry: Entry, run_uv: UvCalls) -> None:
@@ -109,9 +109,10 @@ class LayerPlan(Plan):
 
     def facts(self) -> Facts:
         below, local = read_facts(self.base), [one.identity() for one in self.sources]
-        # Of one that is imported from its folder that folder counts too.
-        own = {f"content {name}": digest + folder * self.editable for name, folder, digest in local}
-        return below and below | own | settings_facts(self.build_settings)
+        own = {f"content {name}": digest for name, _, digest in local}
+        # Such a layer is good for one checkout only: its folder is what differs, not the code.
+        place = {"option editable": os.fspath(self.folder)} if self.editable else {}
+        return below and below | own | place | settings_facts(self.build_settings)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,9 @@ USAGE_ERROR = 2
 
 
 def absolute(path: str) -> str:
-    """The absolute path of what a person named. Raises FieldValueError if the working directory is gone."""
+    """The absolute path of what a person named. Raises FieldValueError where it is empty, or the directory is gone."""
+    if not path:  # of an unset variable; for Python it is the current directory
+        raise FieldValueError("The path is empty", "name a project's folder, or `.` for this one")
     try:
         return os.path.abspath(path)
     except FileNotFoundError as error:
@@ -137,10 +139,11 @@ def build(**options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with sizes in bytes.")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(), metavar="PATH...")
 def push_(*, paths: tuple[str, ...], to: str | None, as_json: bool, **options: Any) -> None:
-    """Publish environments in object storage: s3://, gs://, az://, file://.
+    """Publish environments in a bucket, for other hosts.
 
-    Each PATH is one as for `build`, and is built first where it is not in the store. What is there already is not
-    uploaded again. Hosts with $RAY_ENVCACHE_REMOTE fetch the environments from there instead of building them.
+    The bucket is s3://, gs://, az:// or file://. Each PATH is one as for `build`, and is built first where it is not in
+    the store. What is there already is not uploaded again. Hosts with $RAY_ENVCACHE_REMOTE fetch the environments from
+    there instead of building them.
     """
     if not to:
         raise FieldValueError("Publish where?", f"--to s3://bucket/prefix, or set {bucket.VARIABLE}")
@@ -193,14 +196,14 @@ def run(
     command: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Run a Ray program from the cached environment of its project, as `uv run` does.
+    """Run a Ray program from the environment of its project.
 
-    The program and every cluster it starts run from there; the program needs no changes. The project's own packages are
-    imported from where they are developed. Options that choose packages are those of uv. At the end the session
-    directories of its clusters are removed; after a failed run the logs stay.
+    As with `uv run`: the program and every cluster it starts run from there, and the program needs no changes. The
+    project's own packages are imported from where they are developed. Options that choose packages are those of uv. At
+    the end the session directories of its clusters are removed; after a failed run the logs stay.
     """
     try:
-        folder = absolute(project) if project else os.fspath(program.find_project(Path(absolute("."))))
+        folder = absolute(project) if project is not None else os.fspath(program.find_project(Path(absolute("."))))
         words = ["python", "-m", *command] if module else program.command_of(command)
         status = _run(_spec(folder, by_default=True, **options), tmpdir, words, keep=keep_session)
     except EnvCacheError as error:

@@ -27,7 +27,7 @@ from ray_envcache.system.texts import format_duration, format_size, parse_durati
 @click.option("--project", metavar="NAME", default="", help="Count what was done for one project, as `list` names it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with sizes in bytes and times in UTC.")
 def stats(*, since: str | None, project: str, as_json: bool) -> None:
-    """Show what the store did: set-ups by result, builds, waits, savings and removals.
+    """Show what the store did: set-ups, builds, savings, removals.
 
     Of the environments handed out, the hit rate is the share that was there already. Saved is what the clusters would
     have without sharing, a copy each, less what was built. A cluster counts once for each environment and each layer,
@@ -71,8 +71,8 @@ def _print_statistics(found: Statistics) -> None:
 def metrics_(*, output: Path | None) -> None:
     """Print the store's numbers for Prometheus.
 
-    Counters never go back while the journal is there, gauges are of this moment. With --output a file is replaced at
-    once, which everybody may read: for the textfile collector of node_exporter.
+    Counters never go back while the journal is there, gauges are of this moment. With --output a file that all users
+    may read is replaced at once: for the textfile collector of node_exporter.
     """
     layout, below = readonly.opened()
     noted = journal.read(layout)
@@ -86,10 +86,12 @@ def metrics_(*, output: Path | None) -> None:
 
 @click.command(epilog="Example: ray-envcache log 125a8")
 @click.argument("key")
-@click.option("--lines", type=click.IntRange(min=0), default=20, show_default=True, help="So many of the build log.")
+@click.option(
+    "--lines", type=click.IntRange(0), default=20, metavar="N", help="Last lines of the build log; default: 20."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def log(*, key: str, lines: int, as_json: bool) -> None:
-    """Show what happened to an environment, and the end of its build log.
+    """Show the history of an environment, and the end of its build log.
 
     KEY is the start of a key, as `list` shows it; it may be of an environment that was removed.
     """
@@ -104,7 +106,7 @@ def log(*, key: str, lines: int, as_json: bool) -> None:
     else:
         columns = ("AT", "EVENT", "RESULT", "KIND", "PROJECT", "SECONDS", "SIZE", "CLUSTER", "REASON")
         tables.print_table(columns, map(_row, events), {"SECONDS", "SIZE"})
-        tables.say(f"{len(events)} events of {full[:SHOWN_DIGITS]}")
+        tables.say(f"{tables.count(len(events), 'event')} of {full[:SHOWN_DIGITS]}")
         if tail:
             tables.say(f"{entries[0].build_log} ends with:")
         for line in tail:

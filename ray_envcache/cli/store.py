@@ -86,7 +86,7 @@ def rm(*, keys: tuple[str, ...]) -> None:
 @click.command(epilog="Example: ray-envcache purge --yes")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def purge(*, yes: bool) -> None:
-    """Remove all environments except those in use or pinned, and the journal."""
+    """Remove the journal, and all environments not in use or pinned."""
     store = Store.open()
     if not yes:
         _confirm(f"Remove all environments in {store.layout.root}?")
@@ -112,7 +112,7 @@ def _limit(_context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option("--all", "everything", is_flag=True, help="Remove everything that is neither in use nor pinned.")
 @click.option("--sessions", is_flag=True, help="Remove Ray's session directories of dead clusters instead.")
 @click.option(
-    "--older-than", type=usage(parse_duration), metavar="1d", help="With --sessions: not written to this long."
+    "--older-than", type=usage(parse_duration), metavar="1d", help="With --sessions: not written to for so long."
 )
 @tmpdir_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -62,10 +62,10 @@ def print_environments(found: list[Status], *, of: int, grouped: bool) -> None:
     total, reclaimable = sum(one.size_bytes for one in ours), sum(one.reclaimable_bytes for one in ours)
     # A file that several environments share is in the size of each, and is freed with the last of them.
     shared, least = (" (shared files counted in each)", "at least ") if len(ours) > 1 else ("", "")
-    count = _count(len(ours), "environment")
+    counted = count(len(ours), "environment")
     below = f"; in read-only stores {len(lower)}, {format_size(sum(one.size_bytes for one in lower))}" if lower else ""
     shown = f"{len(found)} of {of} shown: " if len(found) < of else ""
-    say(f"{shown}{count}, {format_size(total)}{shared}, {least}{format_size(reclaimable)} reclaimable{below}")
+    say(f"{shown}{counted}, {format_size(total)}{shared}, {least}{format_size(reclaimable)} reclaimable{below}")
 
 
 def print_uv_caches(found: Iterable[UvCache]) -> None:
@@ -101,7 +101,7 @@ def _layers_below_their_environments(found: list[Status]) -> list[Status]:
 
 def print_users(status: Status) -> None:
     """Print what keeps one environment."""
-    reasons = _count(len(status.users), "user") + (", pinned" if status.pinned else "")
+    reasons = count(len(status.users), "user") + (", pinned" if status.pinned else "")
     say(f"{status.key[:SHOWN_DIGITS]} of {status.project or '-'}: {status.state}, {reasons}")
     if status.users:
         print_users_of(status.users)
@@ -136,7 +136,7 @@ def print_report(report: Collected, *, dry_run: bool) -> None:
     freed = f"{'free' if dry_run else 'freed'} {least}{format_size(report.freed_bytes)}"
     stays = f"{report.in_use} in use, {report.pinned} pinned, {len(report.failed)} failed"
     logical = format_size(report.logical_bytes)
-    say(f"{verb} {_count(len(report.removed), 'environment')}, {freed} ({logical} logical); {stays}")
+    say(f"{verb} {count(len(report.removed), 'environment')}, {freed} ({logical} logical); {stays}")
 
 
 def print_sessions(found: list[Session]) -> None:
@@ -147,7 +147,7 @@ def print_sessions(found: list[Session]) -> None:
     print_table(columns, (_session(one, by_path=by_path) for one in found), numeric={"SIZE"})
     dead = [one for one in found if one.state == "dead"]
     total, freed = sum(one.size_bytes for one in found), sum(one.reclaimable_bytes for one in dead)
-    say(f"{_count(len(found), 'session')}, {format_size(total)}; {len(dead)} dead, {format_size(freed)}")
+    say(f"{count(len(found), 'session')}, {format_size(total)}; {len(dead)} dead, {format_size(freed)}")
 
 
 def _session(one: Session, *, by_path: bool) -> Sequence[str]:
@@ -167,11 +167,12 @@ def print_session_report(report: SessionReport, *, dry_run: bool) -> None:
     freed = f"{'free' if dry_run else 'freed'} {least}{format_size(report.freed_bytes)}"
     stays = f"{len(report.alive)} alive, {len(report.in_doubt)} in doubt"
     kept = f", {len(report.kept)} dead but younger" if report.kept else ""
-    counted = _count(len(report.removed), "session")
+    counted = count(len(report.removed), "session")
     say(f"{verb} {counted}, {freed}; {stays}{kept}, {len(report.failed)} failed")
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """A number of things, as people write it."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 

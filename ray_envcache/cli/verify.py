@@ -29,11 +29,11 @@ SHOWN = 10
 @click.option("--repair", "repairs", is_flag=True, help="Build a sound environment in place of each damaged one.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with all differences.")
 def verify_(*, keys: tuple[str, ...], quick: bool, repairs: bool, as_json: bool) -> None:
-    """Compare environments with what was installed: files, links, modes and bytecode.
+    """Compare environments with what was installed.
 
-    KEY is the start of a key, as `list` shows it; without one all environments are verified, those of read-only stores
-    too. Files are compared by the hashes that their packages bring. The exit code is 1 where something differs and was
-    not repaired.
+    That is files, links, modes and bytecode. KEY is the start of a key, as `list` shows it; without one all are
+    verified, those of read-only stores too. The hashes are those of the packages. The exit code is 1 where something
+    differs and was not repaired.
 
     A repair builds the same environment beside the damaged one. New users get it at once; processes that run from the
     damaged one are shown, and keep it until they end. Then `gc` removes it.
@@ -53,6 +53,8 @@ def verify_(*, keys: tuple[str, ...], quick: bool, repairs: bool, as_json: bool)
         answers.append(_as_json(found, done))
     if as_json:
         tables.print_json({"envs": answers})
+    elif not answers:
+        tables.say("The store has no environments")
     sys.exit(1 if damaged else 0)
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from ray_envcache.errors import RemoteError
-from ray_envcache.system.texts import without_credentials
+from ray_envcache.system.texts import needs_extra, without_credentials
 
 VARIABLE = "RAY_ENVCACHE_REMOTE"
 _CLIENT = {"allow_http": True, "connect_timeout": "3s", "timeout": "10m"}
@@ -25,6 +25,10 @@ class Bucket:
 
     def __init__(self, url: str, *, writes: bool = False) -> None:
         self.url, open_url = without_credentials(url), library("obstore.store").from_url
+        if not re.match(r"file:///|(?!file:)[a-z0-9]+://[^/]", url):
+            raise RemoteError(
+                f"Not the address of a bucket: `{self.url}`", "write s3://bucket/prefix or file:///folder"
+            )
         self._errors = (library("obstore.exceptions").BaseError, OSError, ValueError)
         client = {"client_options": _CLIENT if writes else _READER, "retry_config": {"max_retries": 1}}
         with self._explained():
@@ -72,5 +76,4 @@ def library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        hint = 'python -m pip install "ray-envcache[remote]"'
-        raise RemoteError(f"The remote tier needs the library {name.partition('.')[0]}", hint) from error
+        raise RemoteError(f"Buckets need the library {name.partition('.')[0]}", needs_extra("remote")) from error

@@ -185,4 +185,4 @@ def _require_all(spec: EnvSpec, locked: Collection[str], found: Collection[str])
     for pattern in spec.inherit:
         if not fnmatch.filter(found, pattern):
             where = "installed in the cluster's Python" if fnmatch.filter(locked, pattern) else "in the lockfile"
-            raise InheritError(f"Nothing to inherit: `{pattern}` is not {where}", "see the option `inherit`")
+            raise InheritError(f"Nothing to inherit: `{pattern}` is not {where}", "inherit names what both have")

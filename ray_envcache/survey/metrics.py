@@ -12,6 +12,7 @@ from ray_envcache.store.layout import Layout
 from ray_envcache.survey.inventory import Status
 from ray_envcache.survey.statistics import RESULTS
 from ray_envcache.system import disk
+from ray_envcache.system.texts import needs_extra
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -28,7 +29,7 @@ def exposition(journal: Journal, layout: Layout, found: Iterable[Status]) -> str
         from prometheus_client.registry import Collector
     except ModuleNotFoundError as error:
         raise EnvCacheError(
-            f"`metrics` needs the package prometheus-client: {error}", 'uv pip install "ray-envcache[metrics]"'
+            f"`metrics` needs the package prometheus-client: {error}", needs_extra("metrics")
         ) from error
     ours = [one for one in found if not one.readonly]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -74,6 +76,11 @@ def parse_duration(text: str | float) -> float:
     if not parts or _PART.sub("", written).strip():
         raise FieldValueError(f"Not a duration: `{text}`", 'write "14d", "36h", "90m", "45s" or a number of seconds')
     return sum(float(number) * _SECONDS[unit.lower()] for number, unit in parts)
+
+
+def needs_extra(extra: str) -> str:
+    """The hint that brings an extra of ray-envcache into the Python that runs it, also below `uv tool`."""
+    return f'uv pip install --python {shlex.quote(sys.executable)} "ray-envcache[{extra}]"'
 
 
 def is_off(text: str) -> bool:

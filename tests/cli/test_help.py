@@ -39,3 +39,8 @@ def test_help_ends_with_an_example(command: list[str]) -> None:
 def test_help_names_the_actor(command: list[str]) -> None:
     """No help says nobody, somebody, whoever or whatever instead of the name of an actor."""
     assert not re.search(r"nobody|somebody|anybody|whoever|whatever", help_of(command), re.IGNORECASE)
+
+
+def test_help_of_all_cuts_no_sentence() -> None:
+    """The list of commands has the first sentence of each, whole."""
+    assert "..." not in help_of([]).partition("Commands:")[2]

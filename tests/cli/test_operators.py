@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -149,7 +150,7 @@ def test_metrics_without_their_package(layout: Layout) -> None:
         )
         assert done.returncode == status
     assert "`metrics` needs the package prometheus-client" in done.stderr
-    assert 'hint: uv pip install "ray-envcache[metrics]"' in done.stderr
+    assert f'hint: uv pip install --python {shlex.quote(sys.executable)} "ray-envcache[metrics]"' in done.stderr
 
 
 def test_log_of_a_removed_environment(layout: Layout) -> None:

@@ -15,6 +15,7 @@ from ray_envcache.acquire import Store
 from ray_envcache.doctor.explain import Explanation, explain
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve.interpreter import installed_ray
+from ray_envcache.store.leases import Holder
 from ray_envcache.store.record import read_facts
 from ray_envcache.survey.nearest import Difference
 from tests import support
@@ -136,6 +137,8 @@ def test_layers(store: Store, acquire: Acquire, tmp_path: Path, wheels: Path) ->
     """Of a new layer the local packages are named whose content changed; one on a new environment is new as that is."""
     make_package(tmp_path / "lib", "lib")
     app = make_package(tmp_path / "app", "app", dependencies=["ray", "lib"])
+    with (app / "backend.py").open("a") as file:
+        file.write("build_editable = build_wheel\n")
     with (app / "pyproject.toml").open("a") as file:
         file.write(f'[tool.uv]\nno-index = true\nfind-links = ["{wheels}"]\n[tool.uv.sources]\n')
         file.write('lib = { path = "../lib" }\n')
@@ -157,6 +160,12 @@ def test_layers(store: Store, acquire: Acquire, tmp_path: Path, wheels: Path) ->
     assert [(one.kind, one.name) for one in differences(found)] == [("content", "lib")]
     assert reason(found) == "new: the code of lib"
     assert [one.key for one in acquire(app).entries] == [found.new.key if found.new else "", keys[1]]
+    with store.acquire(EnvSpec.parse(app), installed_ray(), Holder("test"), finish=False, editable=True) as edited:
+        was, now = read_facts(acquire(app).entry), read_facts(edited.entry)
+    # The lockfile has `lib` as a copy, whose code is what it was; of `app` only the definition counts.
+    changed = {fact for fact in {*was, *now} if was.get(fact) != now.get(fact)}
+    assert changed <= {"option editable", "content app"}
+    assert now["option editable"] == os.fspath(app)
 
 
 def test_the_reason_is_in_the_progress_of_a_build(acquire: Acquire, project: Path) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import pathlib
+from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ray_envcache
+from ray_envcache.cli.main import cli
 from ray_envcache.errors import FieldValueError
 from ray_envcache.field.spec import OPTIONS, EnvSpec, refuse_combinations, set_by_ray
 
@@ -205,3 +209,17 @@ def test_other_py_executable(executable: str) -> None:
     assert not set_by_ray(executable)
     with pytest.raises(FieldValueError, match=r"`py_executable` beside `envcache`(?s:.*)`extras` and `groups`"):
         refuse_combinations({"envcache": "x", "py_executable": executable})
+
+
+@pytest.mark.parametrize("path", ["", None])
+def test_no_path_is_not_the_current_directory(path: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A path out of a variable that is not set is an error, and not the project in the current directory."""
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "here"\nversion = "1"\n')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FieldValueError, match="no usable path"):
+        ray_envcache.runtime_env(path)
+    with pytest.raises(FieldValueError, match="no usable path"):
+        ray_envcache.Store.open(tmp_path / "store").acquire(path)
+    for command in (["build", path or ""], ["run", "--project", path or "", "true"]):
+        done = CliRunner().invoke(cli, command)
+        assert "The path is empty" in f"{done.exception}{done.stderr}"
