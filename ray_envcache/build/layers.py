@@ -110,7 +110,7 @@ class LayerPlan(Plan):
     def facts(self) -> Facts:
         below, local = read_facts(self.base), [one.identity() for one in self.sources]
         own = {f"content {name}": digest for name, _, digest in local}
-        # Such a layer is good for one checkout only: its folder is what differs, not the code.
+        # For one checkout only.
         place = {"option editable": os.fspath(self.folder)} if self.editable else {}
         return below and below | own | place | settings_facts(self.build_settings)
 

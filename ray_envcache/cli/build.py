@@ -141,9 +141,8 @@ def build(**options: Any) -> None:
 def push_(*, paths: tuple[str, ...], to: str | None, as_json: bool, **options: Any) -> None:
     """Publish environments in a bucket, for other hosts.
 
-    The bucket is s3://, gs://, az:// or file://. Each PATH is one as for `build`, and is built first where it is not in
-    the store. What is there already is not uploaded again. Hosts with $RAY_ENVCACHE_REMOTE fetch the environments from
-    there instead of building them.
+    The bucket is s3://, gs://, az:// or file://. A PATH, as for `build`, is built first where it is not in the store.
+    What is there is not uploaded again. Hosts with $RAY_ENVCACHE_REMOTE fetch it instead of building it.
     """
     if not to:
         raise FieldValueError("Publish where?", f"--to s3://bucket/prefix, or set {bucket.VARIABLE}")

@@ -86,9 +86,7 @@ def metrics_(*, output: Path | None) -> None:
 
 @click.command(epilog="Example: ray-envcache log 125a8")
 @click.argument("key")
-@click.option(
-    "--lines", type=click.IntRange(0), default=20, metavar="N", help="Last lines of the build log; default: 20."
-)
+@click.option("--lines", type=click.IntRange(0), default=20, metavar="N", help="So many of the log; default: 20.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def log(*, key: str, lines: int, as_json: bool) -> None:
     """Show the history of an environment, and the end of its build log.

@@ -29,9 +29,7 @@ _COLUMNS = ("NODE", "HOST", "ENVIRONMENT", "STATE", "KEY", "SECONDS", "BYTECODE"
 @click.command(epilog="Example: ray-envcache prefetch --address auto training serving")
 @click.option("--address", default="auto", metavar="ADDR", help='The cluster: host:port of its GCS; default: "auto".')
 @click.option("--follow", is_flag=True, help="Go on with nodes that join, until interrupted.")
-@click.option(
-    "--timeout", type=click.IntRange(1), default=7200, metavar="SECONDS", help="For each node; default: 7200."
-)
+@click.option("--timeout", type=click.IntRange(1), default=7200, metavar="SECONDS", help="Per node; default: 7200.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @field_options
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True)

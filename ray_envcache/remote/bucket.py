@@ -26,9 +26,7 @@ class Bucket:
     def __init__(self, url: str, *, writes: bool = False) -> None:
         self.url, open_url = without_credentials(url), library("obstore.store").from_url
         if not re.match(r"file:///|(?!file:)[a-z0-9]+://[^/]", url):
-            raise RemoteError(
-                f"Not the address of a bucket: `{self.url}`", "write s3://bucket/prefix or file:///folder"
-            )
+            raise RemoteError(f"Not a bucket: `{self.url}`", "write s3://bucket/prefix, or file:///folder")
         self._errors = (library("obstore.exceptions").BaseError, OSError, ValueError)
         client = {"client_options": _CLIENT if writes else _READER, "retry_config": {"max_retries": 1}}
         with self._explained():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -80,7 +79,7 @@ def parse_duration(text: str | float) -> float:
 
 def needs_extra(extra: str) -> str:
     """The hint that brings an extra of ray-envcache into the Python that runs it, also below `uv tool`."""
-    return f'uv pip install --python {shlex.quote(sys.executable)} "ray-envcache[{extra}]"'
+    return f'uv pip install --python "{sys.executable}" "ray-envcache[{extra}]"'
 
 
 def is_off(text: str) -> bool:

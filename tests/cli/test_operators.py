@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import stat
 import subprocess
@@ -150,7 +149,7 @@ def test_metrics_without_their_package(layout: Layout) -> None:
         )
         assert done.returncode == status
     assert "`metrics` needs the package prometheus-client" in done.stderr
-    assert f'hint: uv pip install --python {shlex.quote(sys.executable)} "ray-envcache[metrics]"' in done.stderr
+    assert f'hint: uv pip install --python "{sys.executable}" "ray-envcache[metrics]"' in done.stderr
 
 
 def test_log_of_a_removed_environment(layout: Layout) -> None:

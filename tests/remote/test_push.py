@@ -169,7 +169,7 @@ def test_nothing_to_publish_to(tmp_path: Path) -> None:
         Bucket("ftp://user:password@host/x", writes=True)
     assert "password" not in str(caught.value)
     for url in ("bucket/prefix", "s3:bucket", "s3:///prefix", "file://folder"):
-        with pytest.raises(RemoteError, match="Not the address of a bucket") as caught:
+        with pytest.raises(RemoteError, match="Not a bucket") as caught:
             Bucket(url, writes=True)
         assert "s3://bucket/prefix" in caught.value.hint
     assert push(Layout(tmp_path), [], Bucket(f"file://{tmp_path}/new", writes=True)) == []
