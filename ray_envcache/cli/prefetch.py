@@ -68,7 +68,7 @@ def prefetch(*, address: str, follow: bool, timeout: int, as_json: bool, paths: 
 def _table(rows: Mapping[Any, dict[str, Any]]) -> Table:
     table = Table(*_COLUMNS, box=None)
     for row in sorted(rows.values(), key=lambda row: row["ok"]):  # a terminal may be too short for those that are ready
-        table.add_row(*(Text(printable(cell)) for cell in _cells(row)))
+        table.add_row(*(Text(printable(cell), overflow="fold") for cell in _cells(row)))
     return table
 
 

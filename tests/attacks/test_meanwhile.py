@@ -163,13 +163,13 @@ def test_edit_beside_the_build_of_a_layer(app: Path, store: Store, acquire: Acqu
 
 def test_what_we_write_beside_the_code_is_no_edit(app: Path) -> None:
     """The log of the command, and the store itself, may lie in a package whose files are all its content."""
-    folder = app.parent
+    folder = app.parent.rename(app.parent.parent / "clone")
     environ = {**os.environ, "RAY_ENVCACHE_DIR": str(folder / ".cache" / "store")}
     with open(folder / "build.log", "w") as log:
         command: list[str | Path] = [sys.executable, "-m", "ray_envcache", "build", folder]
         subprocess.run(command, env=environ, stdout=log, stderr=log, check=True)
     said = (folder / "build.log").read_text()
-    assert "Building the local packages" in said
+    assert "Building the local packages of app: app\n" in said  # not the name of its folder
     assert version_in(Path(said.splitlines()[-1]), "app") == "1"
 
 
