@@ -53,8 +53,6 @@ def verify_(*, keys: tuple[str, ...], quick: bool, repairs: bool, as_json: bool)
         answers.append(_as_json(found, done))
     if as_json:
         tables.print_json({"envs": answers})
-    elif not answers:
-        tables.say("The store has no environments")
     sys.exit(1 if damaged else 0)
 
 

@@ -47,11 +47,6 @@ def entry(store: Store, project: Path) -> Entry:
     return support.build_finished(store, project)
 
 
-def test_nothing_to_verify(store: Store) -> None:
-    """An empty store is sound, and the command says that it is empty."""
-    assert run() == ("The store has no environments\n", "")
-
-
 def test_sound(store: Store, entry: Entry) -> None:
     """Without a key all environments are looked at, with one that; both are noted in the journal."""
     out, err = run()
