@@ -82,14 +82,15 @@ class Store:
 
 
 def prefetch(
-    paths: Iterable[str | os.PathLike[str]], address: str | None = None, *, timeout: float = 7200, **options: Any
+    paths: str | Iterable[str | os.PathLike[str]], address: str | None = None, *, timeout: float = 7200, **options: Any
 ) -> list[Prefetched]:
     """Have every node of a cluster set up the environments of projects: one `Prefetched` for each of them on each node.
 
     `address`: "auto", or of a GCS; None: the cluster of this program, else "auto". A node may take `timeout` seconds;
     the `options` are the field's. Raises EnvCacheError where a project is bad, or the cluster cannot be asked.
     """
-    wanted = [os.path.abspath(os.path.expanduser(path)) for path in paths]
+    given = [paths] if isinstance(paths, str) else paths
+    wanted = [os.path.abspath(os.path.expanduser(path)) for path in given]
     fields = {path: pinned_field({**options, "path": path}) for path in wanted}
     node: Any = getattr(sys.modules.get(WORKER_MODULE), "_global_node", None)
     rows: dict[tuple[str, str], Prefetched] = {}
