@@ -21,7 +21,7 @@ from pathlib import Path
 from ray_envcache.build import bytecode, venv_files
 from ray_envcache.build.plan import Plan, pip_options
 from ray_envcache.build.uv_calls import UvCalls, disk_full
-from ray_envcache.errors import BuildError, DiskFullError, PassingError, RemoteError
+from ray_envcache.errors import BuildError, DiskFullError, EnvCacheError, PassingError
 from ray_envcache.gc.collector import make_room
 from ray_envcache.inside import check
 from ray_envcache.remote.bucket import Bucket
@@ -185,7 +185,7 @@ class Builder:
                 if found[1].packs:
                     bytecode.compile_all(self.layout, entry, [flock], background=False)
                 fetched = True
-        except (RemoteError, BuildError) as error:
+        except EnvCacheError as error:
             if isinstance(error, DiskFullError):
                 raise
             reason = f"The environment of {self.plan.project} is not fetched, but built: {error.message}"
@@ -204,7 +204,9 @@ class Builder:
         self.observer.line(f"Fetching it from {remote.url}: {len(manifest.wheels)} wheels, {size}")
         with offered(remote, manifest, entry) as (lines, environ):
             options = ("--no-index", "--no-offline", "--preview-features=pylock", *pip_options(entry))
-            replace(run_uv, folder=Path("/"), environ=environ)("pip", "sync", *options, lines)
+            # Without the user's settings: a proxy in a uv.toml counts more than variables.
+            apart = replace(run_uv, folder=Path("/"), environ=environ, scope=uv.Scope.PROJECT)
+            apart("pip", "sync", *options, lines)
 
     def _make(self, entry: Entry, run_uv: UvCalls, install: Callable[[Entry, UvCalls], None]) -> None:
         prompt = _UNQUOTED.sub("_", self.plan.project)

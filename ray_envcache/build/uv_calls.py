@@ -26,6 +26,7 @@ class UvCalls:
     flock: int
     on_line: Callable[[str], None]
     environ: Mapping[str, str] = field(default_factory=dict)
+    scope: uv.Scope = uv.Scope.REACH
 
     def __call__(self, *arguments: str | os.PathLike[str]) -> None:
         """Run uv to its end. Raises BuildError where it fails."""
@@ -40,7 +41,13 @@ class UvCalls:
             # `uv sync` installs there; `uv pip` is told by an option.
             environ = {**self.environ, "UV_PROJECT_ENVIRONMENT": os.fspath(self.entry.venv)}
             done = uv.run(
-                arguments, cwd=self.folder, cache=self.cache, on_line=listen, pass_fds=[self.flock], more=environ
+                arguments,
+                cwd=self.folder,
+                cache=self.cache,
+                on_line=listen,
+                pass_fds=[self.flock],
+                scope=self.scope,
+                more=environ,
             )
         if done.returncode != 0:
             raise self._error(done)

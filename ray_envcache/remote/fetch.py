@@ -97,9 +97,10 @@ def _handler(remote: Bucket, manifest: Manifest, errors: list[RemoteError]) -> t
             self.send_header("Content-Length", str(blob.size))
             self.send_header("Cache-Control", "public, max-age=31536000, immutable")
             self.end_headers()
-            starts = range(0, blob.size, PART)
+            # Not a list: a size that is not true may be any number.
+            ranges = ((blob.path, at, min(at + PART, blob.size)) for at in range(0, blob.size, PART))
             try:
-                for content in _parts(remote, [(blob.path, at, min(at + PART, blob.size)) for at in starts], _PARTS):
+                for content in _parts(remote, ranges, _PARTS):
                     self.wfile.write(content)
             except (RemoteError, ConnectionError) as error:
                 self.close_connection = True  # uv is gone, or sees an answer that is cut off

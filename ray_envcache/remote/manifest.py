@@ -27,6 +27,7 @@ SIGN = "RAY_ENVCACHE_REMOTE_SIGN"
 PLACE = "v1/{}/pylock.toml"
 _MARK = b"# ed25519: "
 _KEYS = "cryptography.hazmat.primitives.serialization"
+_LARGEST = 1 << 40  # of the bytes of an object
 _TAG = re.compile(r"[\w-][\w.-]*")
 
 
@@ -41,7 +42,7 @@ class Blob(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """What is published of one environment. `python` tells whose bytecode the packs have, see `inside.pyc.tag`."""
+    """What is published of one environment; `text` is for uv. `python` tells whose bytecode the packs have, see `inside.pyc.tag`."""
 
     python: str
     wheels: list[Blob]
@@ -51,6 +52,10 @@ class Manifest(NamedTuple):
 
 def written(key: str, python: str, wheels: list[Blob], packs: list[Blob]) -> bytes:
     """The manifest of `key`, signed where $RAY_ENVCACHE_REMOTE_SIGN says so. Raises RemoteError."""
+    return signed(_text(key, python, wheels, packs).encode(), key)
+
+
+def _text(key: str, python: str, wheels: list[Blob], packs: list[Blob]) -> str:
     packages = []
     for one in wheels:
         place = {"name": os.path.basename(one.path), "path": f"../{one.path.removeprefix('v1/')}", "size": one.size}
@@ -58,20 +63,20 @@ def written(key: str, python: str, wheels: list[Blob], packs: list[Blob]) -> byt
         packages.append({"name": one.name, "version": one.version, "wheels": [table]})
     own = {"key": key, "python": python, "packs": [{"sha256": one.sha256, "size": one.size} for one in packs]}
     data = {"lock-version": "1.0", "created-by": "ray-envcache", "packages": packages, "tool": {"ray-envcache": own}}
-    return signed(tomli_w.dumps(data).encode(), key)
+    return tomli_w.dumps(data)
 
 
 def parsed(content: bytes, key: str) -> Manifest:
     """The manifest of `key`. Raises RemoteError where it is damaged, or of another environment."""
     try:
-        text = content.decode()
-        data = tomli.loads(text)
+        data = tomli.loads(content.decode())
         own, wheels = data["tool"]["ray-envcache"], [_wheel(package) for package in data["packages"]]
-        packs = [Blob(f"v1/bytecode/{one['sha256']}.zip", one["sha256"], +one["size"]) for one in own["packs"]]
+        packs = [Blob(f"v1/bytecode/{one['sha256']}.zip", one["sha256"], _size(one)) for one in own["packs"]]
         if own["key"] == key and _TAG.fullmatch(own["python"]):
-            return Manifest(own["python"], wheels, packs, text)
+            # Written anew: uv would heed markers too, and other places of a package.
+            return Manifest(own["python"], wheels, packs, _text(key, own["python"], wheels, packs))
         reason = "is that of another environment"
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = f"is damaged: {error!r}"[:200]
     raise RemoteError(f"The manifest `{PLACE.format(key)}` {reason}", "publish it again: ray-envcache push")
 
@@ -79,7 +84,13 @@ def parsed(content: bytes, key: str) -> Manifest:
 def _wheel(package: dict[str, Any]) -> Blob:
     table = package["wheels"][0]
     path = f"v1/{table['path'].removeprefix('../')}"
-    return Blob(path, table["hashes"]["sha256"], +table["size"], package["name"], package["version"])
+    return Blob(path, table["hashes"]["sha256"], _size(table), str(package["name"]), package["version"])
+
+
+def _size(table: dict[str, Any]) -> int:
+    if not isinstance(size := table["size"], int) or not 0 <= size < _LARGEST:
+        raise ValueError(f"an object of {size!r} bytes")
+    return size
 
 
 def signed(body: bytes, key: str) -> bytes:

@@ -56,6 +56,10 @@ def test_one_builds_for_all(tmp_path: Path, wheels: Path, bucket: Path) -> None:
     for host in hosts:
         # uv believes it has no network: the bucket is none of its business.
         host.environ |= {"UV_OFFLINE": "1", "HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": "*"}
+        settings = Path(host.environ["HOME"], "config", "uv")
+        settings.mkdir(parents=True)
+        (settings / "uv.toml").write_text('http-proxy = "http://127.0.0.1:9"\nno-proxy = ["*"]\n')
+        host.environ["XDG_CONFIG_HOME"] = str(settings.parent)
         with host.acquired(folder) as lease:
             assert lease.how == "fetched"
             assert len([*lease.entry.site_packages.glob("*/__pycache__/*.pyc")]) >= 1
