@@ -15,6 +15,8 @@ VARIABLE = "RAY_ENVCACHE_REMOTE"
 _CLIENT = {"allow_http": True, "connect_timeout": "3s", "timeout": "10m"}
 # Without progress. Writers have none: an upload gets no answer before its end.
 _READER = {**_CLIENT, "read_timeout": "10s"}
+# A manifest is small: a server that sends it byte by byte must not keep a node from building.
+_ASKING = {**_READER, "timeout": "30s"}
 
 
 class Bucket:
@@ -28,14 +30,16 @@ class Bucket:
         if not re.match(r"file:///|(?!file:)[a-z0-9]+://[^/]", url):
             raise RemoteError(f"Not a bucket: `{self.url}`", "write s3://bucket/prefix, or file:///folder")
         self._errors = (library("obstore.exceptions").BaseError, OSError, ValueError)
-        client = {"client_options": _CLIENT if writes else _READER, "retry_config": {"max_retries": 1}}
         with self._explained():
-            self._store = open_url(url, **({"mkdir": writes} if url.startswith("file:") else client))
+            self._asked, self._store = (
+                open_url(url, **({"mkdir": writes} if url.startswith("file:") else _client(options)))
+                for options in (_ASKING, _CLIENT if writes else _READER)
+            )
 
     def read(self, name: str) -> bytes | None:
         """A small object, None where there is none."""
         with self._explained(), suppress(FileNotFoundError):
-            return bytes(self._store.get(name).bytes())
+            return bytes(self._asked.get(name).bytes())
         return None
 
     def part(self, name: str, start: int, end: int) -> memoryview:
@@ -67,6 +71,10 @@ class Bucket:
             reason = " ".join(without_credentials(text).split())[:400]
             hint = f"see whether this host reaches ${VARIABLE}, and has credentials and a region for it"
             raise RemoteError(f"`{self.url}`: {type(error).__name__}: {reason}", hint) from None
+
+
+def _client(options: dict[str, Any]) -> dict[str, Any]:
+    return {"client_options": options, "retry_config": {"max_retries": 1}}
 
 
 def library(name: str) -> Any:

@@ -42,7 +42,7 @@ class Blob(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """What is published of one environment; `text` is for uv. `python` tells whose bytecode the packs have, see `inside.pyc.tag`."""
+    """What is published of one environment; `text` is for uv. `python` tells whose bytecode it is, see `pyc.tag`."""
 
     python: str
     wheels: list[Blob]
