@@ -39,15 +39,9 @@ class UvCalls:
                 self.on_line(line)
 
             # `uv sync` installs there; `uv pip` is told by an option.
-            environ = {**self.environ, "UV_PROJECT_ENVIRONMENT": os.fspath(self.entry.venv)}
+            more, kept = {**self.environ, "UV_PROJECT_ENVIRONMENT": os.fspath(self.entry.venv)}, [self.flock]
             done = uv.run(
-                arguments,
-                cwd=self.folder,
-                cache=self.cache,
-                on_line=listen,
-                pass_fds=[self.flock],
-                scope=self.scope,
-                more=environ,
+                arguments, cwd=self.folder, cache=self.cache, on_line=listen, pass_fds=kept, scope=self.scope, more=more
             )
         if done.returncode != 0:
             raise self._error(done)

@@ -17,6 +17,7 @@ _CLIENT = {"allow_http": True, "connect_timeout": "3s", "timeout": "10m"}
 _READER = {**_CLIENT, "read_timeout": "10s"}
 # A manifest is small: a server that sends it byte by byte must not keep a node from building.
 _ASKING = {**_READER, "timeout": "30s"}
+_RETRIES = {"retry_config": {"max_retries": 1}}
 
 
 class Bucket:
@@ -30,11 +31,10 @@ class Bucket:
         if not re.match(r"file:///|(?!file:)[a-z0-9]+://[^/]", url):
             raise RemoteError(f"Not a bucket: `{self.url}`", "write s3://bucket/prefix, or file:///folder")
         self._errors = (library("obstore.exceptions").BaseError, OSError, ValueError)
+        clients = [{"client_options": one, **_RETRIES} for one in (_ASKING, _CLIENT if writes else _READER)]
         with self._explained():
-            self._asked, self._store = (
-                open_url(url, **({"mkdir": writes} if url.startswith("file:") else _client(options)))
-                for options in (_ASKING, _CLIENT if writes else _READER)
-            )
+            ways = [{"mkdir": writes}] * 2 if url.startswith("file:") else clients
+            self._asked, self._store = (open_url(url, **way) for way in ways)
 
     def read(self, name: str) -> bytes | None:
         """A small object, None where there is none."""
@@ -71,10 +71,6 @@ class Bucket:
             reason = " ".join(without_credentials(text).split())[:400]
             hint = f"see whether this host reaches ${VARIABLE}, and has credentials and a region for it"
             raise RemoteError(f"`{self.url}`: {type(error).__name__}: {reason}", hint) from None
-
-
-def _client(options: dict[str, Any]) -> dict[str, Any]:
-    return {"client_options": options, "retry_config": {"max_retries": 1}}
 
 
 def library(name: str) -> Any:

@@ -27,7 +27,7 @@ SIGN = "RAY_ENVCACHE_REMOTE_SIGN"
 PLACE = "v1/{}/pylock.toml"
 _MARK = b"# ed25519: "
 _KEYS = "cryptography.hazmat.primitives.serialization"
-_LARGEST = 1 << 40  # of the bytes of an object
+_SIZES = range(1 << 40)  # of objects
 _TAG = re.compile(r"[\w-][\w.-]*")
 
 
@@ -71,11 +71,12 @@ def parsed(content: bytes, key: str) -> Manifest:
     try:
         data = tomli.loads(content.decode())
         own, wheels = data["tool"]["ray-envcache"], [_wheel(package) for package in data["packages"]]
-        packs = [Blob(f"v1/bytecode/{one['sha256']}.zip", one["sha256"], _size(one)) for one in own["packs"]]
-        if own["key"] == key and _TAG.fullmatch(own["python"]):
+        packs = [Blob(f"v1/bytecode/{one['sha256']}.zip", one["sha256"], +one["size"]) for one in own["packs"]]
+        is_true = all(one.size in _SIZES for one in wheels + packs)
+        if is_true and own["key"] == key and _TAG.fullmatch(own["python"]):
             # Written anew: uv would heed markers too, and other places of a package.
             return Manifest(own["python"], wheels, packs, _text(key, own["python"], wheels, packs))
-        reason = "is that of another environment"
+        reason = "is that of another environment, or has impossible sizes"
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = f"is damaged: {error!r}"[:200]
     raise RemoteError(f"The manifest `{PLACE.format(key)}` {reason}", "publish it again: ray-envcache push")
@@ -84,13 +85,7 @@ def parsed(content: bytes, key: str) -> Manifest:
 def _wheel(package: dict[str, Any]) -> Blob:
     table = package["wheels"][0]
     path = f"v1/{table['path'].removeprefix('../')}"
-    return Blob(path, table["hashes"]["sha256"], _size(table), str(package["name"]), package["version"])
-
-
-def _size(table: dict[str, Any]) -> int:
-    if not isinstance(size := table["size"], int) or not 0 <= size < _LARGEST:
-        raise ValueError(f"an object of {size!r} bytes")
-    return size
+    return Blob(path, table["hashes"]["sha256"], +table["size"], str(package["name"]), package["version"])
 
 
 def signed(body: bytes, key: str) -> bytes:
