@@ -27,7 +27,7 @@ SIGN = "RAY_ENVCACHE_REMOTE_SIGN"
 PLACE = "v1/{}/pylock.toml"
 _MARK = b"# ed25519: "
 _KEYS = "cryptography.hazmat.primitives.serialization"
-_SIZES = range(1 << 40)  # of objects
+_TOO_LARGE = 1 << 40  # for an object
 _TAG = re.compile(r"[\w-][\w.-]*")
 
 
@@ -72,7 +72,7 @@ def parsed(content: bytes, key: str) -> Manifest:
         data = tomli.loads(content.decode())
         own, wheels = data["tool"]["ray-envcache"], [_wheel(package) for package in data["packages"]]
         packs = [Blob(f"v1/bytecode/{one['sha256']}.zip", one["sha256"], +one["size"]) for one in own["packs"]]
-        is_true = all(one.size in _SIZES for one in wheels + packs)
+        is_true = all(type(one.size) is int and 0 <= one.size < _TOO_LARGE for one in wheels + packs)
         if is_true and own["key"] == key and _TAG.fullmatch(own["python"]):
             # Written anew: uv would heed markers too, and other places of a package.
             return Manifest(own["python"], wheels, packs, _text(key, own["python"], wheels, packs))
