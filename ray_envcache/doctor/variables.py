@@ -93,6 +93,8 @@ def _parse(name: str, value: str) -> None:
         parse_duration(value)
     if name in {f"{_PREFIX}ALLOW_NETWORK_FS", f"{_PREFIX}REMOTE_PUSH"} and value not in {"", "0", "1"}:
         raise FieldValueError(f"Neither 0 nor 1: `{value}`", "1 allows it, anything else does not")
+    if name == f"{_PREFIX}REMOTE" and value and importlib.util.find_spec("obstore") is None:
+        raise FieldValueError("The remote tier needs the library obstore", 'install "ray-envcache[remote]"')
     Limits.from_environ({name: value})
 
 
