@@ -145,7 +145,11 @@ class _Check(NamedTuple):
         if found.st_mtime <= self.believed and stat.S_ISREG(found.st_mode):
             return ""
         try:
-            return self._change_of_bytecode(path, listed) if module else self._change_of_content(path, found, listed)
+            return (
+                self._change_of_bytecode(path, module, listed)
+                if module
+                else self._change_of_content(path, found, listed)
+            )
         except OSError as error:
             return f"cannot be read: {error}"
 
@@ -155,9 +159,15 @@ class _Check(NamedTuple):
             return ""
         return f"leads to `{content[len(LINK) :]}`" if content.startswith(LINK) else "has other content"
 
-    def _change_of_bytecode(self, path: str, module: Listed) -> str:
-        text = pyc.proven_source(b"".join(listing.chunks_of(f"{self.venv}/{path}")))
+    def _change_of_bytecode(self, path: str, module: str, listed: Listed) -> str:
+        data = b"".join(listing.chunks_of(f"{self.venv}/{path}"))
+        text = pyc.proven_source(data)
         # Behind a link is a module of the environment below, whose digest is in the seal of that.
-        is_proven = text if module.content.startswith(LINK) else module.content == listing.as_recorded(text)
-        # An interpreter with -O that may write there, as root, makes its own.
-        return "" if is_proven or ".opt-" in path else "is not what our compiler made of its module"
+        if text if listed.content.startswith(LINK) else listed.content == listing.as_recorded(text):
+            return ""
+        # Root may write there: an interpreter that imports beside the compiler, or with -O, makes its own, which has
+        # the time and the size of its module (PEP 3147).
+        found = os.stat(f"{self.venv}/{module}")
+        times = (0, int(found.st_mtime) & 0xFFFF_FFFF, found.st_size & 0xFFFF_FFFF)
+        is_own = data[4:16] == b"".join(number.to_bytes(4, "little") for number in times)
+        return "" if is_own else "is not what our compiler made of its module"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import py_compile
 import subprocess
 import sys
 from pathlib import Path
@@ -205,11 +206,19 @@ def test_bytecode(entry: Entry) -> None:
 
 
 def test_bytecode_of_an_interpreter_with_options(entry: Entry) -> None:
-    """What an interpreter with other options than the compiler's has written there, as root, is its own business."""
+    """What an interpreter has written there, as root, beside the compiler or with other options, is sound too."""
     subprocess.run([entry.python, "-O", "-c", "import tool"], check=True)
     made = {str(path.relative_to(entry.site_packages)) for path in entry.site_packages.rglob("*.opt-1.pyc")}
     assert bool(made) == (os.geteuid() == 0)
     assert look(entry).state == "sound"
+    mine, module = cached(entry, "same"), entry.site_packages / "tool" / "same.py"
+    mine.parent.chmod(0o700)
+    mine.unlink()
+    py_compile.compile(str(module), str(mine), invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP)
+    mine.parent.chmod(0o500)
+    assert look(entry).state == "sound"
+    os.utime(mine.parent.parent / "same.py", (1, 1))
+    assert kinds(look(entry)) == {("changed", f"tool/__pycache__/{mine.name}")}
 
 
 def test_damaged_shared_bytecode(store: Store, entry: Entry) -> None:
