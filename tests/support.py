@@ -177,6 +177,25 @@ def run_uv(*arguments: str | os.PathLike[str], cwd: Path, **more: str) -> str:
     return run(uv.find_uv_bin(), *arguments, cwd=cwd, env=environ)
 
 
+def variables_of_ray_start(shell: str, command: str, programs: Path, before: Mapping[str, str]) -> dict[str, str]:
+    """The variables of `ray start`, as a real shell starts it by `command` where the caller had `before`.
+
+    The `ray` in the folder `programs` says them and starts nothing.
+    """
+    texts = {
+        "ray": "#!/bin/sh\necho $1 && exec env -0\n",
+        "ray-envcache": f'#!/bin/sh\nexec "{sys.executable}" -m ray_envcache "$@"\n',
+    }
+    for name, text in texts.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    environ = {"PATH": f"{programs}:{os.environ['PATH']}", **before}
+    done = subprocess.run([shell, "-c", command], env=environ, capture_output=True, text=True, check=True)
+    verb, _, dump = done.stdout.partition("\n")
+    assert verb == "start"
+    return dict(pair.split("=", 1) for pair in dump.split("\0") if pair)
+
+
 def run_python(
     code: str, *arguments: str, environ: Mapping[str, str] | None = None, python: Path | str = sys.executable
 ) -> str:

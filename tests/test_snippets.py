@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ import yaml
 from ray_envcache.cli.main import cli
 from ray_envcache.field import registration
 from ray_envcache.field.spec import EnvSpec
+from tests import support
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = {name: (REPOSITORY / name / "README.md").read_text("utf-8") for name in (".", "ray_envcache", "examples")}
@@ -39,20 +37,9 @@ def node_starts() -> list[tuple[str, str]]:
 
 
 def started(shell: str, command: str, programs: Path, **before: str) -> dict[str, str]:
-    """The variables of `ray start`, as a real shell starts it by `command` where the caller had `before`."""
-    texts = {
-        "ray": "#!/bin/sh\necho $1 && exec env -0\n",
-        "ray-envcache": f'#!/bin/sh\nexec "{sys.executable}" -m ray_envcache "$@"\n',
-    }
-    for name, text in texts.items():
-        (programs / name).write_text(text)
-        (programs / name).chmod(0o755)
-    environ = {"PATH": f"{programs}:{os.environ['PATH']}", **before}
-    done = subprocess.run([shell, "-c", command], env=environ, capture_output=True, text=True, check=True)
-    verb, _, dump = done.stdout.partition("\n")
-    assert verb == "start"
-    found = dict(pair.split("=", 1) for pair in dump.split("\0") if pair)
+    """Ours of the variables of `ray start`, as a real shell starts it by `command` where the caller had `before`."""
     ours = {*VARIABLES, STORE}
+    found = support.variables_of_ray_start(shell, command, programs, before)
     return {name: value for name, value in found.items() if name in ours}
 
 

@@ -107,15 +107,23 @@ def _link(path: str, places: Places) -> bool:
 def _code_of(twin: str, text: bytes) -> bytes:
     """The code that Python keeps of `twin`, b"" where it has none, or not of this text and valid (PEP 3147, 552)."""
     try:
-        found, bytecode, stat = _read(twin), _read(cache_from_source(twin)), os.stat(twin)
-        times = (int(stat.st_mtime) & 0xFFFF_FFFF, stat.st_size & 0xFFFF_FFFF)
-        valid = MAGIC_NUMBER + b"\0\0\0\0" + b"".join(number.to_bytes(4, "little") for number in times)
+        found, bytecode, valid = _read(twin), _read(cache_from_source(twin)), MAGIC_NUMBER + stamp_of(twin)
         code = bytecode[len(valid) :] if found == text and bytecode.startswith(valid) else b""
         if code:
             marshal.loads(code)  # noqa: S302  # ours; a full disk may have cut it off (gh-126606 of CPython)
     except (OSError, EOFError, ValueError, TypeError):
         return b""
     return code
+
+
+def stamp_of(module: str) -> bytes:
+    """What Python itself notes behind the magic number of a module's bytecode: no flags, its time and size (PEP 552).
+
+    Raises OSError.
+    """
+    found = os.stat(module)
+    numbers = (0, int(found.st_mtime) & 0xFFFF_FFFF, found.st_size & 0xFFFF_FFFF)
+    return b"".join(number.to_bytes(4, "little") for number in numbers)
 
 
 def _compiled(path: str, text: bytes) -> bytes:

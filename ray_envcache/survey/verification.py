@@ -166,8 +166,6 @@ class _Check(NamedTuple):
         if text if listed.content.startswith(LINK) else listed.content == listing.as_recorded(text):
             return ""
         # Root may write there: an interpreter that imports beside the compiler, or with -O, makes its own, which has
-        # the time and the size of its module (PEP 3147).
-        found = os.stat(f"{self.venv}/{module}")
-        times = (0, int(found.st_mtime) & 0xFFFF_FFFF, found.st_size & 0xFFFF_FFFF)
-        is_own = data[4:16] == b"".join(number.to_bytes(4, "little") for number in times)
+        # the time and the size of its module.
+        is_own = data[4:16] == pyc.stamp_of(f"{self.venv}/{module}")
         return "" if is_own else "is not what our compiler made of its module"

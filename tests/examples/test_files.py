@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from importlib import resources, util
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import pytest
 
 from ray_envcache.cli.main import cli
 from ray_envcache.field import registration
+from tests import support
 from tests.examples.nodes import EXAMPLES, RECIPES, ROLES, document, node, unit_environ, unit_of
 
 VARIABLES = registration.exports({})
@@ -36,26 +36,11 @@ def test_node_has_its_variables(recipe: str, role: str, tmp_path: Path) -> None:
     """`ray start`, as a real shell starts it there, has the plugin, a store and a token, quotes and all."""
     environ, command = node(recipe, role)
     assert not any("$" in value for value in environ.values())
-    found = started(command.replace("/opt/app/.venv/bin/", ""), tmp_path, environ)
+    before = {"RAY_HEAD_IP": "10.0.0.1", **environ}
+    found = support.variables_of_ray_start("sh", command.replace("/opt/app/.venv/bin/", ""), tmp_path, before)
     assert found.items() >= VARIABLES.items()
     assert os.path.isabs(found[STORE])
     assert found["RAY_AUTH_MODE"] == "token"
-
-
-def started(command: str, programs: Path, environ: dict[str, str]) -> dict[str, str]:
-    """The variables of `ray start`, by `sh`."""
-    texts = {
-        "ray": "#!/bin/sh\necho $1 && exec env -0\n",
-        "ray-envcache": f'#!/bin/sh\nexec "{sys.executable}" -m ray_envcache "$@"\n',
-    }
-    for name, text in texts.items():
-        (programs / name).write_text(text)
-        (programs / name).chmod(0o755)
-    environ = {"PATH": f"{programs}:{os.environ['PATH']}", "RAY_HEAD_IP": "10.0.0.1", **environ}
-    done = subprocess.run(["sh", "-c", command], env=environ, capture_output=True, text=True, check=True)
-    verb, _, dump = done.stdout.partition("\n")
-    assert verb == "start"
-    return dict(pair.split("=", 1) for pair in dump.split("\0") if pair)
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,11 @@ def test_two_publishers_at_once(
         assert host.state_of(lease) == "sound"
 
 
-def _kill_at(point: str, child: subprocess.Popen[str], points: Path) -> None:
+def _kill_at(point: str, start: Callable[..., subprocess.Popen[str]], points: Path) -> None:
+    """Start a command by `start`, which gets its variables, and kill it at this point."""
+    points.mkdir()
+    (points / f"stop-{point}").touch()
+    child = start(**{testpoints.FOLDER: str(points)})
     support.wait_until(lambda: (points / f"reached-{point}").exists() or child.poll() is not None, point)
     assert child.poll() is None, child.communicate()[1]
     os.killpg(child.pid, signal.SIGKILL)
@@ -147,12 +152,8 @@ def test_killed_publishers(
     point: str, tmp_path: Path, project: Path, s3: dict[str, str], children: list[subprocess.Popen[str]]
 ) -> None:
     """What a publisher that was killed left is no environment, no rubbish in its store, and is used by the next one."""
-    points = tmp_path / "points"
-    points.mkdir()
-    (points / f"stop-{point}").touch()
     publisher = host_with(tmp_path / "publisher", s3)
-    child = publisher.start(children, "push", project, **{testpoints.FOLDER: str(points)})
-    _kill_at(point, child, points)
+    _kill_at(point, partial(publisher.start, children, "push", project), tmp_path / "points")
     with host_with(tmp_path / "early", s3).acquired(project) as lease:
         assert lease.how == "built"
     assert not [path for path in publisher.root.iterdir() if path.name.startswith("tmp")]
@@ -168,12 +169,8 @@ def test_killed_hosts(
 ) -> None:
     """A host that was killed while it fetched has no half environment: the next process sweeps, and fetches."""
     published(tmp_path, project, s3)
-    points = tmp_path / "points"
-    points.mkdir()
-    (points / f"stop-{point}").touch()
     host = host_with(tmp_path / "host", s3)
-    child = host.start(children, "build", project, **{testpoints.FOLDER: str(points)})
-    _kill_at(point, child, points)
+    _kill_at(point, partial(host.start, children, "build", project), tmp_path / "points")
     layout = Layout(host.root)
     assert [entry.ready.exists() for entry in layout.all_entries()] == [False]
     with host.acquired(project) as lease:
