@@ -84,6 +84,12 @@ class Bench:
         wheels, log = self.host.disk / "witness", self.host.disk / "builds"
         return self.made("witnessed", lambda folder: projects.write_witnessed(folder, wheels, log))
 
+    @cached_property
+    def edited(self) -> Kit:
+        """The chosen project with a package of its own, which the project installs. In a smoke run there is no other."""
+        packages = () if self.options.smoke else projects.SIZES[self.options.project]
+        return self.made("edited", lambda folder: projects.write_edited(folder, packages))
+
     def wide(self, count: int, *, real_ray: bool) -> Kit:
         """A project of `count` tiny packages, and ray: the real one, or one that only says its version.
 
@@ -208,5 +214,11 @@ class Bench:
     def _described(self, folder: Path) -> Project:
         arguments = ("export", "--quiet", "--frozen", "--no-hashes", "--no-annotate", "--project", folder)
         pins = projects.pins_of(self.host.uv(*arguments).output)
-        modules = {"medium": "pandas", "large": "torch", "small": "jinja2", "witnessed": "envcache_witness"}
+        modules = {
+            "medium": "pandas",
+            "large": "torch",
+            "small": "jinja2",
+            "witnessed": "envcache_witness",
+            "edited": "edited",
+        }
         return Project(folder.name, folder, modules.get(folder.name, "wide_0"), pins)

@@ -53,7 +53,7 @@ class Host:
         """The interpreter that runs drivers and clusters: a venv with Ray, this package, and what Ray needs to install."""
         venv = self.disk / "driver"
         self.uv("venv", f"--python={self.base_python}", venv)
-        wanted: Command = [f"ray=={support.RAY_VERSION}", "pip", "virtualenv", REPOSITORY]
+        wanted: Command = [f"ray=={support.RAY_VERSION}", "pip", "virtualenv", f"{REPOSITORY}[remote]"]
         compiling = ["--compile-bytecode"] if self.compiles else []
         self.uv("pip", "install", *compiling, f"--python={venv}", *wanted)
         return venv / "bin" / "python"

@@ -89,6 +89,13 @@ class Result:
         detail = f"{number(best[0])} against {number(best[1])} {over.unit}"
         self.rows.append(Row(what, best[0] / best[1], "x", None, target, detail=detail))
 
+    def exceed(self, what: str, over: Series, under: Series, target: float | None = None) -> None:
+        """A row with the difference of two medians; its spread is that of the differences within each repetition."""
+        pairs = [one - other for one, other in zip(over.samples, under.samples, strict=False)]
+        spread = (min(pairs), max(pairs)) if len(pairs) > 1 else None
+        detail = f"{over} against {under} {over.unit}, n = {len(pairs)}"
+        self.rows.append(Row(what, over.median - under.median, over.unit, spread, target, detail=detail))
+
     def report(self, what: str, series: Series, target: float | None = None) -> None:
         """A row with a median."""
         spread = (min(series.samples), max(series.samples)) if len(series.samples) > 1 else None

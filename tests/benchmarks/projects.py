@@ -54,6 +54,22 @@ def write_witnessed(folder: Path, wheels: Path, log: Path) -> None:
     write(folder, ("envcache-witness",), f'find-links = ["{wheels}"]\n')
 
 
+def write_edited(folder: Path, dependencies: tuple[str, ...]) -> None:
+    """A project that is a package itself, installed with what it depends on: `edit` changes a line of it."""
+    write(folder, dependencies)
+    text = (folder / "pyproject.toml").read_text().replace("package = false\n", "")
+    (folder / "pyproject.toml").write_text(
+        f'{text}\n[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
+    )
+    (folder / "src" / folder.name).mkdir(parents=True)
+    edit(folder, -1)
+
+
+def edit(folder: Path, number: int) -> None:
+    """Change a line of the project's own package."""
+    (folder / "src" / folder.name / "__init__.py").write_text(f"EDITED = {number}\n")
+
+
 def write_variant(project: Path, folder: Path) -> Path:
     """The same project with one more package; what is locked stays as it is."""
     wheels = folder.parent / f"{folder.name}-wheels"

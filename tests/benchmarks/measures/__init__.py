@@ -6,19 +6,21 @@ from collections.abc import Callable
 
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.measure import Result
-from tests.benchmarks.measures import agent, builds, clusters, disk, growth, store
+from tests.benchmarks.measures import agent, builds, clusters, disk, growth, remote, store
 
 Measure = Callable[[Bench, Result], None]
 
 MEASURES: dict[str, Measure] = {
     "first": clusters.first,
     "cold": clusters.cold,
+    "edit": clusters.edit,
     "worker": clusters.worker,
     "clusters": clusters.many,
     "disk": disk.disk,
     "builds": disk.builds,
     "inodes": disk.inodes,
     "build": builds.build,
+    "fetch": remote.fetch,
     "bytecode": builds.bytecode,
     "import": builds.first_import,
     "create": agent.create,
