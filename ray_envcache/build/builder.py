@@ -51,7 +51,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Observer:
-    """Hears how a build goes, and does nothing about it. Methods may raise: that ends the waiting or the build."""
+    """Hears how a build goes. Methods may raise: that ends the waiting or the build."""
 
     def waiting(self, builder: str) -> None:
         """About once a second: another process, `builder`, builds this environment."""
@@ -61,6 +61,10 @@ class Observer:
 
     def line(self, text: str) -> None:
         """Uv said something (credentials removed)."""
+
+    def note(self, text: str) -> None:
+        """Something that stays worth knowing when all is done."""
+        _logger.warning(text)
 
     def finished(self, lease: Lease, seconds: float) -> None:
         """The environment is ready."""
@@ -189,8 +193,7 @@ class Builder:
             if isinstance(error, DiskFullError):
                 raise
             reason = f"The environment of {self.plan.project} is not fetched, but built: {error.message}"
-            _logger.warning(reason)
-            self.observer.line(reason)
+            self.observer.note(reason)
             journal.note(self.layout, "fetch", result="failed", key=entry.key, error=error.message)
             for path in (entry.venv, entry.staged_bytecode):
                 files.remove_tree(path)

@@ -64,6 +64,9 @@ class _Shown(Observer):
             if not self._moves:
                 self._say(f"  {self._now}")
 
+    def note(self, text: str) -> None:
+        self._say(f"  {printable(text)}")
+
     def finished(self, lease: Lease, seconds: float) -> None:
         self.close()
         self._say(f"{'Fetched' if lease.how == 'fetched' else 'Built'} in {seconds:.1f} s: {lease.entry.venv}")

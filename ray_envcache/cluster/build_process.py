@@ -36,6 +36,9 @@ class _Reporter(Observer):
     def line(self, text: str) -> None:
         _say({"log": text})
 
+    def note(self, text: str) -> None:
+        _say({"log": text})
+
     def finished(self, lease: Lease, seconds: float) -> None:
         _say({"log": f"{lease.how.capitalize()} {lease.entry.path.name} in {seconds:.1f} s"})
 

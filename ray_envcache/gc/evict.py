@@ -16,6 +16,7 @@ from pathlib import Path
 from ray_envcache.errors import InUseError, ReadOnlyError, UnknownKeyError
 from ray_envcache.store import journal, leases, pins
 from ray_envcache.store.layout import Entry, Layout, layout_of
+from ray_envcache.store.record import ReadyRecord
 from ray_envcache.survey import shared_bytecode
 from ray_envcache.system import disk, files, flock, processes, testpoints
 from ray_envcache.system.disk import DiskUse
@@ -61,6 +62,12 @@ def evict_idle(
     leases.sweep_dead(layout, entry.key)
     journal.note(layout, "removal", key=entry.key, reason=reason, freed_bytes=use.reclaimable, bytes=use.size)
     return use
+
+
+def layers_on(layout: Layout, entry: Entry) -> list[Entry]:
+    """The layers of this store that lie on an environment of it: they can never be used again when it goes."""
+    records = ((one, ReadyRecord.read_any(one)) for one in layout.all_entries())
+    return [one for one, record in records if record and record.base == entry.name and not entry.readonly]
 
 
 def _take_away(layout: Layout, entry: Entry, still_due: Callable[[], bool]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,10 +111,13 @@ VARIABLES = tuple(f"RAY_ENVCACHE_{name.upper()}" for name in _PARSERS)
 def parse_limit(name: str, value: str | float | None) -> Any:
     """The value of the field `name` of `Limits`, as people write it: None and "off" switch it off.
 
+    A text needs a unit: `--max-used-space 50` means 50 GB to who writes it, and 50 bytes would empty the store.
     Raises FieldValueError.
     """
     if name not in _PARSERS:
         raise FieldValueError(f"Unknown limit: `{name}`", f"the limits are {', '.join(_PARSERS)}")
+    if isinstance(value, str) and re.fullmatch(r"\s*[\d.]*[1-9][\d.]*\s*", value, re.ASCII):
+        raise FieldValueError(f"A limit without a unit: `{value}`", 'write "14d", "50GB" or "10%"; 0 needs none')
     return None if value is None or is_off(str(value)) else _PARSERS[name](value)
 
 

@@ -22,6 +22,8 @@ _NAMES = ((86_400, "day"), (3_600, "hour"), (60, "minute"), (1, "second"))
 
 # Up to the last `@` before the path: a password with an unquoted `@` in it goes too.
 _LOGIN = re.compile(r"(?<=://)[^/\s]+@")
+# To be shown, one with an unquoted `/` goes too, which no program reads as a password: only a port is left of it.
+_SHOWN_LOGIN = re.compile(r"(?<=://)(?:[^/\s]+|[^/\s:@]*:(?!\d*/)[^\s\"'`]{0,256})@")
 _WORDS = r"[\w.-]*(?:token|secret|passw(?:or)?d|signature|credential)|(?:[\w.-]*[_.-])?(?:key|sig|auth|pwd|jwt)"
 _TOKEN = re.compile(rf"(?i)([?&;#](?:{_WORDS})=)[^&#\s\"`]+")
 _SSH_USER = re.compile(r"(?:[a-z]+\+)?ssh://[^/\s:@]+@")
@@ -122,7 +124,7 @@ def without_credentials(text: str, given: Mapping[str, str] = _NONE) -> str:
         # Shorter ones would be found in ordinary words.
         if len(value) >= _SECRET_LENGTH:
             text = text.replace(value, "***")
-    return _TOKEN.sub(r"\1***", _LOGIN.sub("***@", text))
+    return _TOKEN.sub(r"\1***", _SHOWN_LOGIN.sub("***@", text))
 
 
 def strip_credentials(url: str) -> str:

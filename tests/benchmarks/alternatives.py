@@ -93,9 +93,19 @@ def _field_pip(kit: Kit, _fresh: Path, work: Work) -> Command:
 
 
 def _by_hand(kit: Kit, fresh: Path, work: Work) -> Command:
-    both = 'UV_PROJECT_ENVIRONMENT="$1" "$2" sync --quiet --frozen && shift 2 && exec "$@"'
+    both = 'UV_PROJECT_ENVIRONMENT="$1" "$2" sync --quiet --frozen --python="$3" && shift 3 && exec "$@"'
     venv = fresh / "venv"
-    return ["sh", "-c", both, "sh", venv, kit.host.uv_binary, venv / "bin" / "python", *work.program()]
+    return [
+        "sh",
+        "-c",
+        both,
+        "sh",
+        venv,
+        kit.host.uv_binary,
+        kit.host.base_python,
+        venv / "bin" / "python",
+        *work.program(),
+    ]
 
 
 def _field(kit: Kit, _fresh: Path, work: Work) -> Command:

@@ -204,7 +204,7 @@ class Bench:
             self.sync(folder, kit.bare)
         if (kit.finished / "bin" / "ray").exists():
             self.sync(folder, folder / ".venv", *compiling)
-            self.host.envcache("run", "--project", folder, "--", "true", store=kit.store)
+            self.host.envcache("run", "--project", folder, "--", "true", store=kit.store, settle=self.settle)
         if self.options.smoke:
             self.build(folder, kit.store)
         else:

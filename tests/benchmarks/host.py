@@ -79,12 +79,14 @@ class Host:
         return os.fspath(uv.find_uv_bin())
 
     def environ(self, store: Path | None = None, cache: Path | None = None, temp: Path | None = None) -> dict[str, str]:
-        """The variables of every child: ours without what would favour or hurt one alternative."""
+        """The variables of every child: ours without what would favour or hurt one alternative.
+
+        Without UV_PYTHON too: it would have `uv pip install` of Ray's field `uv` install into the base Python.
+        """
         kept = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
         kept |= relevant(os.environ)
         return kept | {
             "UV_CACHE_DIR": os.fspath(cache or self.cache),
-            "UV_PYTHON": self.base_python,
             "UV_PYTHON_DOWNLOADS": "never",
             "UV_NO_PROGRESS": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -100,7 +102,8 @@ class Host:
     def uv(self, *arguments: str | os.PathLike[str], cache: Path | None = None, **more: str) -> Done:
         """Run uv to its end."""
         command = [self.uv_binary, *arguments]
-        return processes.run(command, self.environ(cache=cache) | more, self.disk)
+        environ = {**self.environ(cache=cache), "UV_PYTHON": self.base_python, **more}
+        return processes.run(command, environ, self.disk)
 
     def envcache(
         self, *arguments: str | os.PathLike[str], store: Path, cache: Path | None = None, settle: float = 0.0

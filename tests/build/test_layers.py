@@ -289,7 +289,11 @@ def test_pin_while_what_is_below_is_removed(
     lease.release()
     (tmp_path / "stop-evict-locked").touch()
     environ = {**os.environ, "RAY_ENVCACHE_TEST_POINTS": str(tmp_path)}
-    children.append(subprocess.Popen([sys.executable, "-m", "ray_envcache", "rm", base.key], env=environ, text=True))
+    # As a collector does; `rm` removes first what lies on it.
+    program = "import sys; from ray_envcache.acquire import Store; from ray_envcache.gc.evict import evict; "
+    program += "store = Store.open(); evict(store.layout, store.find(sys.argv[1])[0])"
+    command = [sys.executable, "-c", program, base.key]
+    children.append(subprocess.Popen(command, env=environ, text=True))
     support.wait_until((tmp_path / "reached-evict-locked").exists, "it has looked for pins")
     threading.Timer(1, (tmp_path / "stop-evict-locked").unlink).start()
     with pytest.raises(UnknownKeyError, match="what it lies on is just being removed"):

@@ -514,6 +514,33 @@ def test_limits_come_from_flags_before_variables(store: Store, make: Make) -> No
     assert run("gc", "--unused-for", "yesterday").returncode == 2
 
 
+@pytest.mark.parametrize(
+    "option", ["--max-used-space=50", "--unused-for= 14 ", "--min-free-space=0.5", "--reserved-space=007"]
+)
+def test_limits_need_a_unit(store: Store, make: Make, option: str) -> None:
+    """50 bytes, or 14 seconds, are hardly what somebody means who leaves the unit out: nothing is removed."""
+    entry = make("aa")
+    done = run("gc", option)
+    assert (done.returncode, "without a unit" in done.stderr, '"50GB"' in done.stderr) == (2, True, True)
+    assert entry.ready.exists()
+    for none in ("0", "0.0", "0%"):
+        assert run("gc", "--reserved-space", none).returncode == 0
+
+
+def test_rm_takes_the_layers_along(store: Store, make: Make) -> None:
+    """A layer cannot be used without the environment below it; a pinned one keeps both."""
+    base, layer, other = make("aa"), make("bb"), make("cc")
+    record = json.loads(layer.ready.read_text())
+    layer.ready.write_text(json.dumps({**record, "base": base.name}))
+    pins.pin(store.layout, layer)
+    assert run("rm", base.key).returncode == 1
+    assert base.ready.exists()
+    pins.unpin(store.layout, layer.key)
+    done = run("rm", base.key)
+    assert (done.returncode, done.stderr.count("Removed")) == (0, 2)
+    assert [one.name for one in store.layout.all_entries()] == [other.name]
+
+
 def test_pin_survives_everything_but_unpin(store: Store, make: Make) -> None:
     """Neither gc nor rm nor purge removes what is pinned."""
     entry = make("aa")

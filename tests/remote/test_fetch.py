@@ -195,7 +195,9 @@ def _replace(manifest: Path, pack: Path, content: bytes) -> None:
     pack.rename(pack.with_name(f"{digest}.zip"))
 
 
-def test_without_the_library(tmp_path: Path, project: Path, bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library(
+    tmp_path: Path, project: Path, bucket: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Without the extra the error says what to install, and the environment is built."""
     monkeypatch.setitem(__import__("sys").modules, "obstore.store", None)
     host = Host(tmp_path / "host", f"file://{bucket}")
@@ -203,6 +205,7 @@ def test_without_the_library(tmp_path: Path, project: Path, bucket: Path, monkey
         assert lease.how == "built"
     (failure,) = host.events("fetch")
     assert "obstore" in failure.text("error")
+    assert [one.getMessage().count("obstore") for one in caplog.records] == [1]
 
 
 def test_editable_layers_stay_here(tmp_path: Path, wheels: Path, bucket: Path) -> None:

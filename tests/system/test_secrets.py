@@ -19,11 +19,13 @@ from ray_envcache.system.texts import strip_credentials, without_credentials
         ("a @ git+ssh://git@example.org/a@main", "a @ git+ssh://***@example.org/a@main"),
         ("(https://example.org/a?x=1&access_token=s3cret&y=2#z)", "(https://example.org/a?x=1&access_token=***&y=2#z)"),
         ("`https://example.org/a?X-Amz-Signature=s3cret`", "`https://example.org/a?X-Amz-Signature=***`"),
+        ("https://somebody:s3/c@ret@example.org/simple", "https://***@example.org/simple"),
+        ("https://example.org:8080/a@1.0", "https://example.org:8080/a@1.0"),
         ("nothing at example.org/@b, nor in a@b ://", "nothing at example.org/@b, nor in a@b ://"),
     ],
 )
 def test_messages(text: str, shown: str) -> None:
-    """User and password go up to the last `@` before the path; so do tokens in a query. The rest stays."""
+    """User and password go up to the last `@` before the path, or in a path that is none; so do tokens in a query. The rest stays."""
     assert without_credentials(text) == shown
 
 
@@ -49,7 +51,9 @@ def test_urls_that_are_kept(url: str, stripped: str) -> None:
     assert strip_credentials(url) == stripped
 
 
-@pytest.mark.parametrize("text", ["://" + "a" * 1_000_000, "?" + "token" * 200_000, "://" * 300_000, "?a&" * 300_000])
+@pytest.mark.parametrize(
+    "text", ["://" + "a" * 1_000_000, "?" + "token" * 200_000, "://" * 300_000, "?a&" * 300_000, "://a:" * 200_000]
+)
 def test_long_texts(text: str) -> None:
     """The time grows with the text, and no faster: quadratic, this would take hours."""
     began = time.monotonic()
