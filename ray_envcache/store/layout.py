@@ -74,11 +74,6 @@ class Entry:
         return self.path / "seal.csv"
 
     @property
-    def sealed_before(self) -> Path:
-        """A list that an earlier version wrote, of what no RECORD has."""
-        return self.path / "sealed.csv"
-
-    @property
     def building(self) -> Path:
         return self.path / "building.json"
 

@@ -109,7 +109,7 @@ def write_facts(entry: Entry, facts: Facts) -> None:
 
 
 def read_facts(entry: Entry) -> Facts:
-    """The facts of an entry; {} where an earlier version built it, and where the file is damaged."""
+    """The facts of an entry; {} where the file is missing or damaged."""
     found = files.read_json(entry.facts) or {}
     return {fact: value for fact, value in found.items() if isinstance(value, str)}
 

@@ -70,8 +70,7 @@ def verify(entry: Entry, on_progress: OnProgress = lambda _done, _all: None, *, 
     began = time.monotonic()
     with leases.hold(entry, ready=True, counts=False) or nullcontext() as lease:
         record = ReadyRecord.read(entry) if lease else None
-        is_old = entry.sealed_before.exists() and not entry.sealed.exists()
-        if record is None or is_old or not entry.compiled.exists():
+        if record is None or not entry.compiled.exists():
             return Verified(entry, record.project if record else "", "skipped", _why_not(entry, record))
         tree = listing.tree_of(entry)
         found = [*_differences(entry, tree, on_progress, quick=quick)]
@@ -82,8 +81,6 @@ def verify(entry: Entry, on_progress: OnProgress = lambda _done, _all: None, *, 
 
 
 def _why_not(entry: Entry, record: ReadyRecord | None) -> str:
-    if record and entry.compiled.exists():
-        return "an earlier version of ray-envcache finished it, without a list of all its files"
     if record:
         return "it is not finished: its bytecode is being compiled, or will be from its next use on; try again then"
     if not entry.path.exists():

@@ -135,19 +135,6 @@ def test_damaged_seal(entry: Entry) -> None:
     assert kinds(look(entry)) == {("record", "../seal.csv")}
 
 
-def test_seal_of_an_earlier_version(store: Store, entry: Entry) -> None:
-    """It had another form: an entry that an earlier version finished is not damaged, one that it began is sealed."""
-    entry.sealed.rename(entry.sealed_before)
-    entry.sealed_before.write_text("pyvenv.cfg,sha256=abc,3\n")
-    found = look(entry)
-    assert (found.state, found.differences) == ("skipped", ())
-    assert "earlier version" in found.reason
-    entry.compiled.unlink()
-    assert "not finished" in look(entry).reason
-    bytecode.finish_now(store.layout, entry)
-    assert look(entry).state == "sound"
-
-
 def test_damage_before_the_seal(store: Store, entry: Entry) -> None:
     """What was damaged between installation and seal differs from what the package notes."""
     for path in (entry.sealed, entry.compiled):

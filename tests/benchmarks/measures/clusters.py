@@ -101,6 +101,8 @@ def many(bench: Bench, result: Result) -> None:
         for alternative in (FIELD, RUN):
             what = f"{count} at once, warm: {alternative} against {FLOOR}"
             _compare(result, what, found, alternative, FLOOR, 1.05)
+            what = f"{count} at once, warm, the fastest of each: {alternative}"
+            _compare(result, what, found, alternative, FLOOR, 1.05, by=Result.compare_fastest)
         _compare_cold(bench, result, count)
     for name, (xs, ys) in curves.items():
         result.curves.append({"name": name, "what": "seconds", "x": xs, "y": ys})
@@ -187,3 +189,4 @@ def _compare_cold(bench: Bench, result: Result, count: int) -> None:
     if found.keys() >= ways.keys():
         what = f"{count} at once, empty store: {FIELD} against {reference}"
         result.compare(what, found[str(FIELD)], found[reference], 1.10)
+        result.compare_fastest(f"{what}, the fastest of each", found[str(FIELD)], found[reference], 1.10)
