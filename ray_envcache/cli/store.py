@@ -14,7 +14,7 @@ from ray_envcache.acquire import Store
 from ray_envcache.cli import tables
 from ray_envcache.cli.listing import refuse_without_sessions, tmpdir_option, usage
 from ray_envcache.gc.collector import Collected, collect
-from ray_envcache.gc.evict import evict, layers_on
+from ray_envcache.gc.evict import evict, with_layers
 from ray_envcache.gc.policy import Limits, parse_limit
 from ray_envcache.sessions import directories, run_directory
 from ray_envcache.sessions.collector import collect_sessions
@@ -78,10 +78,9 @@ def rm(*, keys: tuple[str, ...]) -> None:
     why. The layers that lie on it go first: they cannot be used without it.
     """
     store = Store.open()
-    for entry in [entry for key in keys for entry in _removable(store.find(key))]:
-        for one in [*layers_on(store.layout, entry), entry]:
-            gone = evict(store.layout, one)
-            click.echo(f"Removed {one.short}, freed {format_size(gone.reclaimable)}", err=True)
+    for entry in with_layers(store.layout, [entry for key in keys for entry in _removable(store.find(key))]):
+        gone = evict(store.layout, entry)
+        click.echo(f"Removed {entry.short}, freed {format_size(gone.reclaimable)}", err=True)
 
 
 @click.command(epilog="Example: ray-envcache purge --yes")

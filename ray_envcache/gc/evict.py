@@ -9,7 +9,8 @@ the deleting begins, which takes seconds.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -64,10 +65,15 @@ def evict_idle(
     return use
 
 
-def layers_on(layout: Layout, entry: Entry) -> list[Entry]:
-    """The layers of this store that lie on an environment of it: they can never be used again when it goes."""
-    records = ((one, ReadyRecord.read_any(one)) for one in layout.all_entries())
-    return [one for one, record in records if record and record.base == entry.name and not entry.readonly]
+def with_layers(layout: Layout, entries: Iterable[Entry]) -> list[Entry]:
+    """These entries, each after the layers of this store that lie on it: they can never be used without it."""
+    layers = defaultdict[str, list[Entry]](list)
+    for one in layout.all_entries():
+        if (record := ReadyRecord.read_any(one)) and record.base:
+            layers[record.base].append(one)
+    return [
+        *dict.fromkeys(each for one in entries for each in (*layers.get("" if one.readonly else one.name, ()), one))
+    ]
 
 
 def _take_away(layout: Layout, entry: Entry, still_due: Callable[[], bool]) -> Path:

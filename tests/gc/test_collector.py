@@ -536,7 +536,7 @@ def test_rm_takes_the_layers_along(store: Store, make: Make) -> None:
     assert run("rm", base.key).returncode == 1
     assert base.ready.exists()
     pins.unpin(store.layout, layer.key)
-    done = run("rm", base.key)
+    done = run("rm", base.key, layer.key)
     assert (done.returncode, done.stderr.count("Removed")) == (0, 2)
     assert [one.name for one in store.layout.all_entries()] == [other.name]
 
