@@ -155,11 +155,20 @@ def _task() -> Any:
     def facts() -> dict[str, Any]:
         import importlib.metadata
         import importlib.util
+        import json
         import os
         import platform
         import sys
 
         import ray
+
+        def is_compiled(entry: str) -> bool:
+            """Whether an entry has all its bytecode, and what it lies on too."""
+            if not os.path.exists(f"{entry}/compiled.json"):
+                return False
+            with open(f"{entry}/ready.json", encoding="utf-8") as file:
+                base = json.load(file).get("base")
+            return not base or is_compiled(os.path.join(os.path.dirname(entry), base))
 
         return {
             "answer": os.environ.get(variable),
@@ -169,7 +178,7 @@ def _task() -> Any:
             "prefix": sys.prefix,
             "platform": " ".join([*sys.version.split(), platform.machine(), *platform.libc_ver()]),
             "packages": sorted(f"{one.name} {one.version}" for one in importlib.metadata.distributions()),
-            "bytecode": os.path.exists(f"{os.path.dirname(sys.prefix)}/compiled.json"),
+            "bytecode": is_compiled(os.path.dirname(sys.prefix)),
         }
 
     return ray.remote(num_cpus=0, max_retries=0)(facts)

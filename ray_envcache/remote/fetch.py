@@ -32,6 +32,7 @@ from ray_envcache.system import testpoints
 PART = 8_000_000
 _PARTS = 3  # of one wheel at once: with the downloads at once this bounds memory to 400 MB
 _DOWNLOADS = 16
+_MOST_UNPACKED = 100  # bytecode becomes three times as large; a hostile pack could a thousand times, and fill memory
 _CONSTANT = "http://envcache.invalid/"
 
 
@@ -151,6 +152,8 @@ def _unpack(pack: Blob, content: memoryview, folder: Path) -> None:
     if hashlib.sha256(content).hexdigest() != pack.sha256:
         raise RemoteError(f"There is something else at {pack.path}", "remove that object, and publish it again")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if sum(item.file_size for item in archive.infolist()) > _MOST_UNPACKED * pack.size:
+            raise RemoteError(f"{pack.path} unpacks to what no bytecode does", "publish it again: ray-envcache push")
         for name in archive.namelist():
             bytecode, path = archive.read(name), folder / name
             # Several packages may have the same module, mostly an empty one.

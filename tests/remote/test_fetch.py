@@ -186,6 +186,22 @@ def test_packs_have_nothing_but_proven_bytecode(tmp_path: Path, project: Path, b
     assert not [*tmp_path.rglob(f"{'0' * 64}.pyc")]
 
 
+def test_packs_that_would_fill_the_memory(tmp_path: Path, project: Path, bucket: Path) -> None:
+    """What unpacks to a multiple that bytecode never does is not unpacked: the environment is built."""
+    Host(tmp_path / "first").push(project, f"file://{bucket}")
+    for path in [*bucket.glob("v1/bytecode/*.zip")]:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(f"{'0' * 64}.pyc", bytes(50_000_000))
+        content = path.read_bytes()
+        for manifest in bucket.glob("v1/*/pylock.toml"):
+            _replace(manifest, path, content)
+    host = Host(tmp_path / "second", f"file://{bucket}")
+    with host.acquired(project) as lease:
+        assert lease.how == "built"
+    (failure,) = host.events("fetch")
+    assert "no bytecode does" in failure.text("error")
+
+
 def _replace(manifest: Path, pack: Path, content: bytes) -> None:
     """Let the manifest name a pack that was changed, as a hostile writer would."""
     digest = hashlib.sha256(content).hexdigest()
