@@ -135,6 +135,58 @@ def test_two_publishers_at_once(
         assert host.state_of(lease) == "sound"
 
 
+def test_two_different_builds_at_once(
+    tmp_path: Path, wheels: Path, s3: dict[str, str], children: list[subprocess.Popen[str]]
+) -> None:
+    """A build that never gives the same twice: one publisher comes in the midst of the other, none mixes with it."""
+    support.make_sdist(wheels, "slow", code="import os; config_settings = os.urandom(8).hex()")
+    project = support.make_project(tmp_path / "app", wheels, ["ray", "slow"])
+    first, second = (host_with(tmp_path / f"publisher-{number}", s3) for number in range(2))
+    points = tmp_path / "points"
+    points.mkdir()
+    (points / "stop-push-manifest").touch()
+    child = first.start(children, "push", project, **{testpoints.FOLDER: str(points)})
+    support.wait_until((points / "reached-push-manifest").exists, "all but the manifest is there")
+    second.push(project, s3["RAY_ENVCACHE_REMOTE"])
+    (early, late) = (host_with(tmp_path / name, s3) for name in ("early", "late"))
+    assert _build_on(early, project) == _build_on(second, project)
+    (points / "stop-push-manifest").unlink()
+    assert child.wait(timeout=200) == 0
+    assert _build_on(late, project) == _build_on(first, project) != _build_on(second, project)
+
+
+def _build_on(host: Host, project: Path) -> str:
+    """Which build of the package a host has, in an environment that is sound."""
+    with host.acquired(project) as lease:
+        assert host.state_of(lease) == "sound"
+        return (lease.entry.site_packages / "slow.py").read_text()
+
+
+@pytest.mark.parametrize("point", ["fetch-serving", "fetch-installed"])
+def test_stopped_hosts(
+    point: str, tmp_path: Path, project: Path, s3: dict[str, str], children: list[subprocess.Popen[str]]
+) -> None:
+    """A process that is stopped while it fetches goes on as if nothing had been; the other of its host waits for it."""
+    published(tmp_path, project, s3)
+    host, points = host_with(tmp_path / "host", s3), tmp_path / "points"
+    points.mkdir()
+    (points / f"stop-{point}").touch()
+    stopped = host.start(children, "build", project, **{testpoints.FOLDER: str(points)})
+    support.wait_until((points / f"reached-{point}").exists, point)
+    os.kill(stopped.pid, signal.SIGSTOP)
+    (points / f"stop-{point}").unlink()
+    other = host.start(children, "build", project)
+    time.sleep(3)
+    assert other.poll() is None
+    os.kill(stopped.pid, signal.SIGCONT)
+    for child in (stopped, other):
+        _, said = child.communicate(timeout=250)
+        assert child.returncode == 0, said
+    assert sorted(one.text("result") for one in host.events("setup")) == ["fetched", "waited"]
+    with host.acquired(project) as lease:
+        assert host.state_of(lease) == "sound"
+
+
 def _kill_at(point: str, start: Callable[..., subprocess.Popen[str]], points: Path) -> None:
     """Start a command by `start`, which gets its variables, and kill it at this point."""
     points.mkdir()
