@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from ray_envcache.build import bytecode, venv_files
+from ray_envcache.build.observer import Observer
 from ray_envcache.build.plan import Plan, pip_options
 from ray_envcache.build.uv_calls import UvCalls, disk_full
 from ray_envcache.errors import BuildError, DiskFullError, EnvCacheError, PassingError
@@ -48,29 +49,6 @@ CHECK_MINUTES = 5.0
 # uv writes the prompt unquoted into bin/activate, where a shell would run `$(...)`.
 _UNQUOTED = re.compile(r"[^\w.-]")
 _logger = logging.getLogger(__name__)
-
-
-class Observer:
-    """Hears how a build goes. Methods may raise: that ends the waiting or the build."""
-
-    def waiting(self, builder: str) -> None:
-        """About once a second: another process, `builder`, builds this environment."""
-
-    def started(self, plan: Plan) -> None:
-        """A build begins."""
-
-    def line(self, text: str) -> None:
-        """Uv said something (credentials removed)."""
-
-    def note(self, text: str) -> None:
-        """Something that stays worth knowing when all is done."""
-        _logger.warning(text)
-
-    def finished(self, lease: Lease, seconds: float) -> None:
-        """The environment is ready."""
-
-    def compiling(self, staged: Path) -> None:
-        """Its bytecode is compiled, into this folder until all of it is there."""
 
 
 @dataclass
@@ -192,8 +170,7 @@ class Builder:
         except EnvCacheError as error:
             if isinstance(error, DiskFullError):
                 raise
-            reason = f"The environment of {self.plan.project} is not fetched, but built: {error.message}"
-            self.observer.note(reason)
+            self.observer.note(f"The environment of {self.plan.project} is not fetched, but built: {error.message}")
             journal.note(self.layout, "fetch", result="failed", key=entry.key, error=error.message)
             for path in (entry.venv, entry.staged_bytecode):
                 files.remove_tree(path)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from ray_envcache.build.builder import Observer
+from ray_envcache.build.observer import Observer
 from ray_envcache.build.plan import Plan
 from ray_envcache.store.leases import Lease
 from ray_envcache.system import files

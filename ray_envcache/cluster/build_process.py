@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ray_envcache.acquire import Store
-from ray_envcache.build.builder import Observer
+from ray_envcache.build.observer import Observer
 from ray_envcache.errors import EnvCacheError, InterpreterError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve.interpreter import ClusterRay
@@ -36,8 +36,7 @@ class _Reporter(Observer):
     def line(self, text: str) -> None:
         _say({"log": text})
 
-    def note(self, text: str) -> None:
-        _say({"log": text})
+    note = line
 
     def finished(self, lease: Lease, seconds: float) -> None:
         _say({"log": f"{lease.how.capitalize()} {lease.entry.path.name} in {seconds:.1f} s"})

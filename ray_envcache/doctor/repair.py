@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from ray_envcache.acquire import Store
 from ray_envcache.build import bytecode, layers
-from ray_envcache.build.builder import Builder, Observer
+from ray_envcache.build.builder import Builder
+from ray_envcache.build.observer import Observer
 from ray_envcache.build.plan import Plan, plan_of
 from ray_envcache.checkout.project import Project
 from ray_envcache.errors import BuildError, EnvCacheError, ReadOnlyError, UnknownKeyError

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ray_envcache.build import progress
-from ray_envcache.build.builder import Observer
+from ray_envcache.build.observer import Observer
 from ray_envcache.build.plan import EnvironmentPlan
 from ray_envcache.build.progress import observer
 from ray_envcache.resolve.interpreter import Interpreter

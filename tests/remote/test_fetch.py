@@ -176,9 +176,7 @@ def test_packs_have_nothing_but_proven_bytecode(tmp_path: Path, project: Path, b
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr("../../../escaped", "x")
             archive.writestr(f"{'0' * 64}.pyc", "x")
-        content = path.read_bytes()
-        for manifest in bucket.glob("v1/*/pylock.toml"):
-            _replace(manifest, path, content)
+        _name_again(bucket, path)
     host = Host(tmp_path / "second", f"file://{bucket}")
     with host.acquired(project) as lease:
         assert lease.how == "fetched"
@@ -192,9 +190,7 @@ def test_packs_that_would_fill_the_memory(tmp_path: Path, project: Path, bucket:
     for path in [*bucket.glob("v1/bytecode/*.zip")]:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr(f"{'0' * 64}.pyc", bytes(50_000_000))
-        content = path.read_bytes()
-        for manifest in bucket.glob("v1/*/pylock.toml"):
-            _replace(manifest, path, content)
+        _name_again(bucket, path)
     host = Host(tmp_path / "second", f"file://{bucket}")
     with host.acquired(project) as lease:
         assert lease.how == "built"
@@ -202,8 +198,9 @@ def test_packs_that_would_fill_the_memory(tmp_path: Path, project: Path, bucket:
     assert "no bytecode does" in failure.text("error")
 
 
-def _replace(manifest: Path, pack: Path, content: bytes) -> None:
-    """Let the manifest name a pack that was changed, as a hostile writer would."""
+def _name_again(bucket: Path, pack: Path) -> None:
+    """Let the one manifest name a pack that was changed, as a hostile writer would."""
+    (manifest,), content = bucket.glob("v1/*/pylock.toml"), pack.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     text = re.sub(rf'"{pack.stem}"(\W+size = )\d+', rf'"{digest}"\g<1>{len(content)}', manifest.read_text())
     assert digest in text

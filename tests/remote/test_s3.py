@@ -143,10 +143,7 @@ def test_two_different_builds_at_once(
     project = support.make_project(tmp_path / "app", wheels, ["ray", "slow"])
     first, second = (host_with(tmp_path / f"publisher-{number}", s3) for number in range(2))
     points = tmp_path / "points"
-    points.mkdir()
-    (points / "stop-push-manifest").touch()
-    child = first.start(children, "push", project, **{testpoints.FOLDER: str(points)})
-    support.wait_until((points / "reached-push-manifest").exists, "all but the manifest is there")
+    child = _start_until("push-manifest", partial(first.start, children, "push", project), points)
     second.push(project, s3["RAY_ENVCACHE_REMOTE"])
     (early, late) = (host_with(tmp_path / name, s3) for name in ("early", "late"))
     assert _build_on(early, project) == _build_on(second, project)
@@ -169,10 +166,7 @@ def test_stopped_hosts(
     """A process that is stopped while it fetches goes on as if nothing had been; the other of its host waits for it."""
     published(tmp_path, project, s3)
     host, points = host_with(tmp_path / "host", s3), tmp_path / "points"
-    points.mkdir()
-    (points / f"stop-{point}").touch()
-    stopped = host.start(children, "build", project, **{testpoints.FOLDER: str(points)})
-    support.wait_until((points / f"reached-{point}").exists, point)
+    stopped = _start_until(point, partial(host.start, children, "build", project), points)
     os.kill(stopped.pid, signal.SIGSTOP)
     (points / f"stop-{point}").unlink()
     other = host.start(children, "build", project)
@@ -187,13 +181,19 @@ def test_stopped_hosts(
         assert host.state_of(lease) == "sound"
 
 
-def _kill_at(point: str, start: Callable[..., subprocess.Popen[str]], points: Path) -> None:
-    """Start a command by `start`, which gets its variables, and kill it at this point."""
+def _start_until(point: str, start: Callable[..., subprocess.Popen[str]], points: Path) -> subprocess.Popen[str]:
+    """Start a command by `start`, which gets its variables; it waits at this point until `stop-<point>` is removed."""
     points.mkdir()
     (points / f"stop-{point}").touch()
     child = start(**{testpoints.FOLDER: str(points)})
     support.wait_until(lambda: (points / f"reached-{point}").exists() or child.poll() is not None, point)
     assert child.poll() is None, child.communicate()[1]
+    return child
+
+
+def _kill_at(point: str, start: Callable[..., subprocess.Popen[str]], points: Path) -> None:
+    """Start a command by `start`, and kill it at this point."""
+    child = _start_until(point, start, points)
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     (points / f"stop-{point}").unlink()

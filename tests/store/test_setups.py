@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ray_envcache.acquire import Store
-from ray_envcache.build.builder import Observer
+from ray_envcache.build.observer import Observer
 from ray_envcache.build.plan import Plan
 from ray_envcache.errors import BuildError, LockfileError
 from ray_envcache.field.spec import EnvSpec
