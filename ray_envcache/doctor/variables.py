@@ -12,7 +12,7 @@ from ray_envcache.errors import FieldValueError
 from ray_envcache.field import guard, registration
 from ray_envcache.gc.policy import VARIABLES, Limits
 from ray_envcache.system.testpoints import FOLDER
-from ray_envcache.system.texts import is_off, parse_duration, without_credentials
+from ray_envcache.system.texts import is_off, needs_extra, parse_duration, without_credentials
 
 _PREFIX = "RAY_ENVCACHE_"
 _REMOTE = ("REMOTE", "REMOTE_PUSH", "REMOTE_SIGN", "REMOTE_TRUST")
@@ -94,7 +94,7 @@ def _parse(name: str, value: str) -> None:
     if name in {f"{_PREFIX}ALLOW_NETWORK_FS", f"{_PREFIX}REMOTE_PUSH"} and value not in {"", "0", "1"}:
         raise FieldValueError(f"Neither 0 nor 1: `{value}`", "1 allows it, anything else does not")
     if name == f"{_PREFIX}REMOTE" and value and importlib.util.find_spec("obstore") is None:
-        raise FieldValueError("The remote tier needs the library obstore", 'install "ray-envcache[remote]"')
+        raise FieldValueError("The remote tier needs the library obstore", needs_extra("remote"))
     Limits.from_environ({name: value})
 
 
