@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from ray_envcache.system.texts import printable
 _INITIAL_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO, linux/proc_ns.h
 _COMMAND_LINE, _OPEN_FILE, _MAPPED_FILE = "its command line", "an open file", "a mapped file"
 _INTERPRETER = "its interpreter"
+_EXEC_SECONDS = 1.0
 _LINKS = {"cwd": "its working directory", "exe": "its executable", "root": "its root"}
 
 _Texts = Iterator[tuple[str, bytes]]
@@ -124,13 +126,27 @@ def _texts(pid: int) -> _Texts:
     if not _has_proc():
         yield from _texts_of_psutil(pid)
         return
-    yield _COMMAND_LINE, Path(f"/proc/{pid}/cmdline").read_bytes()
+    yield _COMMAND_LINE, _command_line(pid)
     for link, how in _LINKS.items():
         yield how, _readlink(f"/proc/{pid}/{link}")
     directory = f"/proc/{pid}/fd"
     for number in os.listdir(directory):  # names only: a raylet has thousands
         yield _OPEN_FILE, _readlink(f"{directory}/{number}")
     yield _MAPPED_FILE, Path(f"/proc/{pid}/maps").read_bytes()
+
+
+def _command_line(pid: int) -> bytes:
+    """Return the arguments of a process, NUL after each. Raises OSError.
+
+    In the midst of exec a process has the new executable and no arguments yet: a cluster that is being started would
+    seem to name nothing. Threads of the kernel and the dead have no executable either.
+    """
+    give_up = time.monotonic() + _EXEC_SECONDS
+    while not (text := Path(f"/proc/{pid}/cmdline").read_bytes()) and time.monotonic() < give_up:
+        if not _readlink(f"/proc/{pid}/exe"):
+            break
+        time.sleep(0.001)
+    return text
 
 
 def _uses(pid: int) -> _Texts:

@@ -132,7 +132,6 @@ def test_in_another_process_it_is_a_plain_string(long: Path) -> None:
 def test_a_link_stays_while_a_process_names_it(long: Path, place: Path, children: list[subprocess.Popen[str]]) -> None:
     """A cluster that outlives its driver keeps the link; when it is dead, the next one sweeps it."""
     short = short_path.make_link(str(long), [place])
-    # It is up: while it is being started, the kernel has no command line of it yet.
     cluster = support.start_python(children, "", f"--temp-dir={short}/ray")
     assert not short.release(patience=0.2)
     assert os.path.samefile(short, long)
@@ -155,13 +154,13 @@ def test_links_of_the_dead_are_swept(long: Path, place: Path) -> None:
     assert (alive.returncode, links(place)) == (0, [])
 
 
-def test_a_cluster_keeps_the_link_of_its_dead_driver(long: Path, place: Path) -> None:
+def test_a_cluster_keeps_the_link_of_its_dead_driver(
+    long: Path, place: Path, children: list[subprocess.Popen[str]]
+) -> None:
     """No sweep takes a link that a living process names, even if another process made it."""
     driver = hold_in_a_child(long, place)
     short = first_line(driver)
-    cluster = subprocess.Popen(
-        [sys.executable, "-c", "input()", f"--temp-dir={short}"], stdin=subprocess.PIPE, text=True
-    )
+    cluster = support.start_python(children, "", f"--temp-dir={short}")
     end(driver)
     short_path.sweep_links([place])
     assert os.path.samefile(short, long)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -270,6 +271,17 @@ def test_describe_the_nameless(spawn: Spawn) -> None:
     """)
     said(child)
     assert getattr(processes.describe(child.pid), "command", "") == "[) Z 1 (x]"
+
+
+def test_a_process_in_the_midst_of_exec_names_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel has no arguments of it for a moment, often when `Popen` returns: a sweep then took what it names."""
+    many = ["x"] * 100_000  # they make the moment longer
+    for number in range(10):
+        with subprocess.Popen([sys.executable, "-c", "input()", f"re-{number}", *many], stdin=subprocess.PIPE) as child:
+            monkeypatch.setattr("psutil.pids", lambda pid=child.pid: [pid])
+            found = processes.find_mentions(re.compile(rb"re-\d+")).by_name
+            child.kill()
+        assert list(found) == [f"re-{number}"]
 
 
 def test_processes_may_come_and_go(root: Path) -> None:
