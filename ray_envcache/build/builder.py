@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 from ray_envcache.build import bytecode, venv_files
@@ -254,7 +255,7 @@ class Builder:
             base_python_file=identity,
             ray=self.plan.ray,
             build_seconds=round(seconds, 3),
-            uv=uv.version_in(self.plan.folder),
+            uv=metadata.version("uv"),
             boot_id=boot_id(),
             fetched=fetched,
             **self.plan.recorded(entry),

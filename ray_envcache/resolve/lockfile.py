@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -31,8 +30,6 @@ from ray_envcache.system.texts import strip_credentials
 
 if TYPE_CHECKING:
     from packaging.markers import Environment
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -253,7 +250,5 @@ def _artifact_table(artifact: Any, folder: Path) -> dict[str, Any]:
 def _build_settings(folder: Path) -> str:
     """The settings that decide what a build from source gives, as canonical JSON."""
     found = settings.of_project(folder)
-    for name in settings.unknown(found):
-        _logger.warning("`%s` in the settings of `%s` has no effect: it is of a later uv than we know", name, folder)
     chosen = {name: value for name, value in found.items() if name in settings.BUILD}
     return json.dumps(chosen, sort_keys=True, default=str)

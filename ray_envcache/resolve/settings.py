@@ -8,10 +8,8 @@ the same environment for the same files. Settings that say how indexes are reach
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import tomli_w
 
@@ -50,56 +48,28 @@ BUILD = frozenset(
 )  # fmt: skip
 """What a build from source gives: in the key of what is built here."""
 
-UNUSED = frozenset(
-    {
-        # uv reads these from pyproject.toml itself, for any call.
-        "build-backend", "cache-keys", "conflicts", "default-groups", "dependency-groups", "dev-dependencies",
-        "environments", "managed", "minimum-libc-version", "package", "required-environments", "sources", "workspace",
-        # For other commands, or given with each call.
-        "add-bounds", "audit", "check-url", "compile-bytecode", "graalpy-install-mirror", "no-cache", "pip",
-        "publish-url", "pyodide-install-mirror", "pypy-install-mirror", "python-downloads",
-        "python-downloads-json-url", "python-install-mirror", "reinstall", "reinstall-package", "trusted-publishing",
-        "upgrade", "upgrade-package",
-        # Decides which uv is called; that of a user or a system is about their own.
-        "required-version",
-    }
-)  # fmt: skip
-"""What does not reach our calls."""
-
 
 def of_project(folder: Path) -> dict[str, Any]:
     """The settings in the files of `folder`: those in uv.toml, else those in pyproject.toml. Raises LockfileError."""
     return _at(folder) or {}
 
 
-def unknown(found: Iterable[str]) -> list[str]:
-    """Those of the settings that this module does not know, as of a later uv: they have no effect."""
-    return sorted({*found} - REACH - RESOLVE - BUILD - UNUSED)
+def for_uv(folder: Path, from_node: frozenset[str]) -> tuple[str, list[Path]]:
+    """The text of the one uv.toml for a call of uv in `folder`, and the files that it is made of.
 
-
-class ForUv(NamedTuple):
-    """What a call of uv is told: `text` is the one uv.toml for it, of `files`; and which uv the project wants."""
-
-    text: str
-    files: list[Path]
-    required_version: str
-
-
-def for_uv(folder: Path, from_node: frozenset[str]) -> ForUv:
-    """What a call of uv in `folder` is told; `from_node` are the settings that count from user and system."""
+    `from_node` are the settings that count from user and system.
+    """
     place = next((place for place in (folder, *folder.parents) if _at(place) is not None), folder)
     # A folder above is not in the digest of the project.
     decides = RESOLVE | BUILD if place == folder else RESOLVE
-    own, of_node = of_project(place), _node_files() if from_node else []
-    found = _taken(own, place, REACH | decides)
+    of_node = _node_files() if from_node else []
+    found = _taken(of_project(place), place, REACH | decides | {"required-version"})
     for path in of_node:
         found = _combined(found, _taken(toml.read(path, "repair it"), path.parent, from_node))
     if found.get("link-mode") == "symlink":
         # Links into uv's cache would break every environment when that cache is cleaned.
         del found["link-mode"]
-    # A bare version is exact, as for uv.
-    required = re.sub(r"^(?=\d)", "==", str(own.get("required-version", "")))
-    return ForUv(tomli_w.dumps(found), [_file_in(place), *of_node], required)
+    return tomli_w.dumps(found), [_file_in(place), *of_node]
 
 
 def _file_in(folder: Path) -> Path:
@@ -119,23 +89,11 @@ def _at(folder: Path) -> dict[str, Any] | None:
 
 def _node_files() -> list[Path]:
     """The user's uv.toml and the system's, where uv looks for them; or the one that $UV_CONFIG_FILE names instead."""
-    given = os.environ.get("UV_CONFIG_FILE")
-    if given:
+    if given := os.environ.get("UV_CONFIG_FILE"):
         return [Path(given)]
-    if _is_set("UV_NO_CONFIG"):
-        return []
-    user = Path(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))
-    system = [*map(Path, (os.environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(":")), Path("/etc")]
-    systems = [] if _is_set("UV_NO_SYSTEM_CONFIG") else _files(system)[:1]
-    return [*_files([user]), *systems]
-
-
-def _is_set(name: str) -> bool:
-    return os.environ.get(name, "").lower() in {"1", "on", "t", "true", "y", "yes"}
-
-
-def _files(folders: list[Path]) -> list[Path]:
-    return [path for folder in folders if (path := folder / "uv" / "uv.toml").is_file()]
+    user = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    system = (os.environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(":")
+    return [path for folder in (user, *system, "/etc") if (path := Path(folder, "uv", "uv.toml")).is_file()]
 
 
 def _taken(found: dict[str, Any], folder: Path, names: frozenset[str]) -> dict[str, Any]:

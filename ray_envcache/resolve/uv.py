@@ -8,19 +8,17 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from enum import Enum
-from importlib import metadata
-from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 
 import uv
 
 from ray_envcache.checkout import git
-from ray_envcache.errors import BuildError, LockfileError
+from ray_envcache.errors import BuildError
 from ray_envcache.resolve import settings
 from ray_envcache.system import children, texts
 
@@ -37,8 +35,6 @@ _NODE = re.compile(
     r"|MALWARE_CHECK|MALWARE_CHECK_URL|STACK_SIZE)"
 )
 _RESOLVE = re.compile(r"UV_(EXCLUDE_NEWER|FORK_STRATEGY|PRERELEASE|RESOLUTION)")
-NEEDED = ">=0.9"
-"""The versions of uv that we can call; pyproject.toml says the same."""
 _GIVEN: ContextVar[Mapping[str, str]] = ContextVar("given", default=MappingProxyType({}))
 
 
@@ -69,17 +65,17 @@ def run(
     environ = _environ(scope) | dict(more)
     if cache is not None:
         environ["UV_CACHE_DIR"] = os.fspath(cache)
-    told = settings.for_uv(cwd, scope.value)
-    with file_of(told.text) as file:
+    text, sources = settings.for_uv(cwd, scope.value)
+    with file_of(text) as file:
         config = f"{settings.PLACE}/{file}"
         done = children.run(
-            [_chosen(told)[0], *arguments, f"--config-file={config}"],
+            [find(), *arguments, f"--config-file={config}"],
             environ=environ,
             cwd=cwd,
             on_line=None if on_line is None else lambda line: on_line(without_credentials(line)),
             pass_fds=[*pass_fds, file],
         )
-    return replace(done, stderr=without_credentials(done.stderr).replace(config, " or ".join(map(str, told.files))))
+    return replace(done, stderr=without_credentials(done.stderr).replace(config, " or ".join(map(str, sources))))
 
 
 @contextmanager
@@ -98,44 +94,6 @@ def find() -> str:
         return os.fspath(uv.find_uv_bin())
     except FileNotFoundError as error:
         raise BuildError("There is no uv on this node", "python -m pip install uv") from error
-
-
-def version_in(folder: Path) -> str:
-    """The version of the uv that calls in `folder` run. Raises BuildError where none fits."""
-    return _chosen(settings.for_uv(folder, Scope.PROJECT.value))[1]
-
-
-def _chosen(told: settings.ForUv) -> tuple[str, str]:
-    """The path and version of our uv, or of the first on $PATH that fits `required-version` where ours does not."""
-    ours = (find(), metadata.version("uv"))
-    if not told.required_version:
-        return ours
-    from packaging.specifiers import InvalidSpecifier, SpecifierSet  # 20 ms at the start of each agent
-
-    try:
-        wanted = SpecifierSet(f"{told.required_version},{NEEDED}")
-    except InvalidSpecifier as error:
-        raise LockfileError(f"`required-version` in `{told.files[0]}`: {error}", 'write ">=0.9,<0.14"') from error
-    found = []
-    for path, version in chain([ours], _others()):
-        if wanted.contains(version, prereleases=True):
-            return path, version
-        found.append(f"{version} ({path})")
-    raise BuildError(
-        f"`{told.files[0]}` requires uv {told.required_version}, ray-envcache {NEEDED}; here are {', '.join(found)}",
-        f'python -m pip install "uv{wanted}" with the Python of ray-envcache on this node; where there is no such uv, '
-        "allow a later one in `required-version`",
-    )
-
-
-def _others() -> Iterator[tuple[str, str]]:
-    """The path and version of each uv on $PATH that starts; a shim may not."""
-    for folder in filter(os.path.isabs, os.environ.get("PATH", "").split(os.pathsep)):
-        path = os.path.join(folder, "uv")
-        with suppress(OSError):
-            name, _, version = children.run([path, "--version"], environ=_environ(Scope.PROJECT)).stdout.partition(" ")
-            if name == "uv":
-                yield path, version.split()[0]
 
 
 def cache_directory(near: Path) -> Path | None:

@@ -37,6 +37,8 @@ _CAUSES = tuple(_Cause(*one) for one in (
      "uv cannot read a variable: ", "mend the variable UV_... of this node that says so"),
     (r"Failed to parse: `?(.*?)`?\n(.|\n)*TOML parse error", LockfileError,
      "uv cannot read a setting: ", "mend that setting in {0}"),
+    (r"Required uv version `(.*?)` does not match", BuildError, "",
+     'python -m pip install "uv{0}" with the Python of ray-envcache on this node, or relax `required-version`'),
     (r"No interpreter found for (?:.* )?(\S+) in ", InterpreterError, "",
      "`uv python install {0}`, or name one that is here (--python): `uv python list` shows them"),
     (r"Failed to inspect Python interpreter|which is incompatible with", InterpreterError, "",
