@@ -191,7 +191,7 @@ class Builder:
 
     def _make(self, entry: Entry, run_uv: UvCalls, install: Callable[[Entry, UvCalls], None]) -> None:
         prompt = _UNQUOTED.sub("_", self.plan.project)
-        options = [f"--python={self.plan.interpreter.executable}", f"--prompt={prompt}", *self.plan.venv_options]
+        options = [f"--python={self.plan.interpreter.executable}", f"--prompt={prompt}"]
         run_uv("venv", "--quiet", "--no-project", "--no-config", *options, entry.venv)
         install(entry, run_uv)
         self.plan.link(entry)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -53,11 +52,6 @@ class Plan:
         """Bytes of all artifacts, as far as they are known."""
         return 0
 
-    @property
-    def venv_options(self) -> list[str]:
-        """More options for `uv venv`."""
-        return []
-
     def is_cached(self, near: Path) -> bool:  # noqa: ARG002  # the other kind needs it
         """Whether uv downloads and unpacks nothing for an environment at `near`: then it needs next to no room."""
         return True
@@ -96,7 +90,6 @@ class EnvironmentPlan(Plan):
     added: dict[str, str]
     selection: tuple[str, ...] | None
     inherited: tuple[Inherited, ...] = ()
-    system_site_packages: bool = False
 
     @property
     def headline(self) -> str:
@@ -107,10 +100,6 @@ class EnvironmentPlan(Plan):
     @property
     def download_size(self) -> int:
         return self.resolved.download_size
-
-    @property
-    def venv_options(self) -> list[str]:
-        return ["--system-site-packages"] if self.system_site_packages else []
 
     def is_cached(self, near: Path) -> bool:
         cache = uv.cache_directory(near)
@@ -191,8 +180,6 @@ class EnvironmentPlan(Plan):
         for one in self.inherited:
             found[f"package {one.name}"] = f"{one.version} (inherited)"
             found[f"artifact {one.name}"] = key.digest_of(one.identity())
-        if self.system_site_packages:
-            found["option system site-packages"] = "on"
         return found | settings_facts(self.resolved.build_settings if self.resolved.is_built_here else "")
 
     def _hashes(self) -> str:
@@ -234,7 +221,7 @@ def plan_of(spec: EnvSpec, project: Project, executable: str, ray: AnyRay, *, ch
     resolved, added, inherited = from_cluster.split(resolved, added, spec)
     resolved = resolved.with_packages(located(added, python))
     return EnvironmentPlan(
-        key=key.compute_key(resolved, python, _outside(inherited, spec.system_site_packages)),
+        key=key.compute_key(resolved, python, [one.identity() for one in inherited]),
         resolved=resolved,
         added=added,
         interpreter=python,
@@ -243,7 +230,6 @@ def plan_of(spec: EnvSpec, project: Project, executable: str, ray: AnyRay, *, ch
         ray=version,
         selection=tuple(export.selection(spec, project)) if project.kind is Kind.UV else None,
         inherited=tuple(inherited),
-        system_site_packages=spec.system_site_packages,
     )
 
 
@@ -266,9 +252,3 @@ def _resolve(
         # Last: what is wrong with the interpreter or the lockfile itself says more.
         export.require_current(project, executable)
     return python, resolved
-
-
-def _outside(inherited: Iterable[Inherited], system_site_packages: bool) -> list[Any]:  # noqa: FBT001  # an option
-    """What an environment uses from outside of the store; nothing, mostly."""
-    visible = ["system site-packages"] if system_site_packages else []
-    return [*visible, *(one.identity() for one in inherited)]

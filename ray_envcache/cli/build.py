@@ -90,7 +90,6 @@ def _spec(
 def field_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that are those of the field."""
     for option in (
-        click.option("--system-site-packages", is_flag=True, help="Show all packages of the base Python inside."),
         click.option(
             "--inherit", multiple=True, metavar="NAME", help="Take this package from the base Python; may be repeated."
         ),

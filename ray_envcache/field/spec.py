@@ -33,7 +33,7 @@ class EnvSpec(NamedTuple):
     of the cluster's version. `package` is a member of the workspace. `no_build` refuses what has no wheel.
     `digest` pins the content of the project files: "sha256:...". Local packages are installed with `install_project`;
     `content` pins theirs. `inherit` are names, or patterns of names, of packages to use from the cluster's Python
-    instead of installing them; with `system_site_packages` all that are there.
+    instead of installing them.
     """
 
     path: str
@@ -46,7 +46,6 @@ class EnvSpec(NamedTuple):
     install_project: bool = True
     content: str | None = None
     inherit: tuple[str, ...] = ()
-    system_site_packages: bool = False
     all_extras: bool = False
     no_extras: tuple[str, ...] = ()
     all_groups: bool = False

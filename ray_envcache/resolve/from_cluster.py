@@ -139,18 +139,14 @@ def split(
     Raises InheritError where a named package is not in the lockfile or not installed, or has another version there.
     """
     locked = {package.name: package.version for package in resolved.packages} | added
-    wanted = {name: version for name, version in locked.items() if _is_wanted(name, spec)}
-    taken = {name: found for name, version in wanted.items() if (found := _inherit(name, version))}
+    wanted = {name for pattern in spec.inherit for name in fnmatch.filter(locked, pattern)}
+    taken = {name: found for name in wanted if (found := _inherit(name, locked[name]))}
     _require_all(spec, locked, taken)
     return (
         replace(resolved, packages=tuple(package for package in resolved.packages if package.name not in taken)),
         {name: version for name, version in added.items() if name not in taken},
         [taken[name] for name in sorted(taken)],
     )
-
-
-def _is_wanted(name: str, spec: EnvSpec) -> bool:
-    return spec.system_site_packages or any(fnmatch.fnmatchcase(name, pattern) for pattern in spec.inherit)
 
 
 def _inherit(name: str, version: str) -> Inherited | None:

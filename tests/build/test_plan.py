@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from ray_envcache.build.plan import EnvironmentPlan
@@ -16,12 +15,11 @@ def plan(*packages: ResolvedPackage, settings: str = "{}") -> EnvironmentPlan:
 
 
 def test_facts() -> None:
-    """Packages with their files, the interpreter, and options."""
-    found = replace(plan(*BASE.packages), system_site_packages=True).facts()
+    """Packages with their files, and the interpreter."""
+    found = plan(*BASE.packages).facts()
     assert found["package ray"] == "2.60"
     assert found["artifact a"] == "00"
     assert found["python version"] == "3.12.4"
-    assert found["option system site-packages"] == "on"
 
 
 def test_settings_matter_where_something_is_built() -> None:

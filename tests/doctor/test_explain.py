@@ -96,12 +96,11 @@ def test_another_file_of_the_same_version(store: Store, acquire: Acquire, projec
     assert reason(found) == "new: another file of bb"
 
 
-def test_options(store: Store, acquire: Acquire, project: Path) -> None:
-    """An option that changes what is visible is named as one."""
+def test_inherited_packages(store: Store, acquire: Acquire, project: Path) -> None:
+    """What is inherited instead of installed is named."""
     acquire(project)
-    found = explained(store, project, system_site_packages=True)
+    found = explained(store, project, inherit=["ray"])
     named = {(one.kind, one.name): (one.was, one.now) for one in differences(found)}
-    assert named["option", "system site-packages"] == (None, "on")
     assert named["ray", "ray"] == (support.RAY_VERSION, f"{support.RAY_VERSION} (inherited)")
 
 

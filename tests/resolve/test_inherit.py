@@ -73,13 +73,12 @@ def test_named_packages_come_from_the_cluster(store: Store, project: Path) -> No
         assert plain.entry.key != lease.entry.key
 
 
-def test_system_site_packages_takes_all_that_is_there(store: Store, project: Path, site: Path) -> None:
-    """What is missing there is installed, and the base Python's packages are visible."""
+def test_a_star_takes_all_that_is_there(store: Store, project: Path, site: Path) -> None:
+    """What is missing there is installed."""
     # The real ray needs more than this lockfile has.
     preinstall(site, "ray", support.RAY_VERSION, {"ray/__init__.py": f"__version__ = {support.RAY_VERSION!r}\n"})
-    with acquire(store, project, system_site_packages=True) as lease:
+    with acquire(store, project, inherit=["*"]) as lease:
         assert where(lease)[:3] == ["image", "image", "lockfile"]
-        assert "include-system-site-packages = true" in (lease.entry.venv / "pyvenv.cfg").read_text()
 
 
 def test_another_version_is_an_error_with_both(store: Store, project: Path, site: Path) -> None:
@@ -113,8 +112,8 @@ def test_an_upgrade_there_makes_another_environment(store: Store, project: Path,
 
 def test_helper_has_the_options_of_the_field(project: Path) -> None:
     """What the field can say, the helper can pin; a string where names belong is refused, not taken by letters."""
-    wanted = {"inherit": ["base-*"], "install_project": False, "system_site_packages": True}
-    field = ray_envcache.runtime_env(project, inherit=["base-*"], install_project=False, system_site_packages=True)
+    wanted = {"inherit": ["base-*"], "install_project": False}
+    field = ray_envcache.runtime_env(project, inherit=["base-*"], install_project=False)
     assert wanted.items() <= field["envcache"].items()
     assert field["envcache"]["digest"]
     with pytest.raises(FieldValueError, match="groups"):

@@ -68,7 +68,7 @@ RAY, AA = wheel("ray", "2.60.0"), wheel("aa")
         ([RAY, *(wheel(f"a{n}", "2") for n in range(4))], "+4 packages, -aa 1.0"),
         ([RAY, AA, python(version="3.12.1", build="x")], "Python 3.11.7 -> 3.12.1"),
         ([RAY, AA, python(executable="/opt/py")], "Python's executable /usr/bin/python3.11 -> /opt/py"),
-        ([RAY, AA, {"option system site-packages": "on"}], "system site-packages off -> on"),
+        ([RAY, AA, {"option editable": "/p"}], "editable off -> /p"),
         ([RAY, AA, settings_facts('{"config-settings": {"token": "secret"}}')], "uv's setting config-settings"),
         ([RAY, wheel("aa", "1.0 (inherited)", sha="b")], "aa 1.0 -> 1.0 (inherited)"),
     ],
