@@ -12,9 +12,8 @@ import psutil
 
 from ray_envcache.cli import tables
 from ray_envcache.cli.build import absolute
-from ray_envcache.doctor import variables
 from ray_envcache.doctor.findings import ERROR, OK, ask, node_name
-from ray_envcache.doctor.host import check_lockfile, examine
+from ray_envcache.doctor.host import check_lockfile, examine, registered
 from ray_envcache.system.texts import format_size
 
 _COLORS = {"ok": "green", "warn": "yellow", "error": "red"}
@@ -55,7 +54,7 @@ def _look_at_host(path: str | None) -> dict[str, Any]:
     # The variables that the shell gave us: in os.environ is the registration, because we import the package.
     shell = psutil.Process().environ()
     facts = asdict(examine())
-    more = [variables.registered(shell), *([check_lockfile(path)] if path else [])]
+    more = [registered(shell), *([check_lockfile(path)] if path else [])]
     return {**facts, "findings": [*facts["findings"], *map(asdict, more)]}
 
 

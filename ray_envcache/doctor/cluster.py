@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_envcache.doctor import findings
 from ray_envcache.doctor.findings import SAYS, NodeReport, Prefetched
-from ray_envcache.doctor.variables import place_of_token
+from ray_envcache.doctor.host import place_of_token
 from ray_envcache.errors import ClusterError, EnvCacheError
 from ray_envcache.field import guard
 from ray_envcache.field.spec import FIELD

@@ -1,37 +1,42 @@
-"""Is this host set up? Checks what environments need: the store, uv, Python, Ray, the settings."""
+"""Is this host set up? Checks what environments need: the store, uv, Python, Ray, the variables."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import requires
 from pathlib import Path
 from typing import TypeVar
 
-from packaging.requirements import Requirement
-
 from ray_envcache.build.plan import require_buildable
-from ray_envcache.doctor import variables
 from ray_envcache.doctor.findings import ERROR, OK, WARN, Finding, finding_of
-from ray_envcache.errors import EnvCacheError, StoreError
+from ray_envcache.errors import EnvCacheError, FieldValueError, StoreError
+from ray_envcache.field import guard, registration
 from ray_envcache.field.spec import EnvSpec
-from ray_envcache.gc.policy import Limits
+from ray_envcache.gc.policy import VARIABLES, Limits
 from ray_envcache.resolve import interpreter, uv
 from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store import readonly
 from ray_envcache.store.layout import Layout, default_root
 from ray_envcache.store.root import prepare_root
 from ray_envcache.survey.uv_cache import UvCache
-from ray_envcache.system import disk, flock
-from ray_envcache.system.texts import format_size
+from ray_envcache.system import disk
+from ray_envcache.system.testpoints import FOLDER
+from ray_envcache.system.texts import format_size, is_off, needs_extra, parse_duration, without_credentials
 from ray_envcache.version import __version__
 
 T = TypeVar("T")
-_FEW_INODES = 10_000  # one environment may have as many files
+
+_PREFIX = "RAY_ENVCACHE_"
+_REMOTE = ("REMOTE", "REMOTE_PUSH", "REMOTE_SIGN", "REMOTE_TRUST")
+_OTHERS = ("DIR", "READONLY_DIRS", "ALLOW_NETWORK_FS", "GC_INTERVAL", *_REMOTE)
+SETTINGS = (*(f"{_PREFIX}{name}" for name in _OTHERS), *VARIABLES)
+"""The variables that people set."""
+_INTERNAL = frozenset({guard.PROBE_ANSWER, FOLDER})
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,8 @@ def check_lockfile(path: str) -> Finding:
 def examine() -> Facts:
     """Check this host, with the environment variables of this process. Makes a missing store; raises nothing."""
     layout = Layout(default_root())
-    findings = [*_store(layout), *_tools(), *variables.settings(os.environ), *variables.of_python(os.environ)]
-    findings += variables.token(os.environ)
+    findings = [*_store(layout), *_tools(), *settings(os.environ), *_of_python(os.environ)]
+    findings += _token(os.environ)
     return Facts(
         plugin=__version__,
         store=os.fspath(layout.root),
@@ -72,7 +77,6 @@ def _store(layout: Layout) -> Iterator[Finding]:
     found = finding_of("store", _root, layout)
     yield found
     if found.state != ERROR:
-        yield finding_of("flocks", _flocks, layout)
         yield finding_of("space", _space, layout)
         yield finding_of("uv's cache", _cache, layout)
         if os.environ.get(readonly.VARIABLE):
@@ -90,24 +94,11 @@ def _root(layout: Layout) -> Finding:
     return Finding("store", WARN, text, "flocks may not exclude across it: let one host alone use this store")
 
 
-def _flocks(layout: Layout) -> Finding:
-    # A flock belongs to an open file, not to a process: two descriptors here are like two processes.
-    with flock.exclusive_flock(layout.doctor_flock, lambda: None):
-        if flock.is_held(layout.doctor_flock):
-            return Finding("flocks", OK, "they exclude each other in the store")
-    raise StoreError(
-        f"Flocks do not exclude each other in `{layout.flocks}`: two builds could write one environment",
-        "choose a local disk for the store: RAY_ENVCACHE_DIR=/path/to/store",
-    )
-
-
 def _space(layout: Layout) -> Finding:
     found = disk.free_space(layout.root)
     text = f"{format_size(found.free)} of {format_size(found.total)} are free"
-    if found.inodes_free is not None and found.inodes_free < _FEW_INODES:
-        return Finding("space", WARN, f"{text}, but only {found.inodes_free} inodes", "an environment needs thousands")
     limit = None
-    with suppress(EnvCacheError):  # `variables.settings` reports it
+    with suppress(EnvCacheError):  # `settings` reports it
         limit = Limits.from_environ(os.environ).min_free_space
     if limit is None or found.free >= limit.bytes_of(found.total):
         return Finding("space", OK, text)
@@ -159,7 +150,7 @@ def _tools() -> Iterator[Finding]:
 def _uv_finding() -> Finding:
     path = uv.find()
     version = _uv_version(path)
-    return _versioned("uv", version, f"uv {version}: {path}")
+    return Finding("uv", OK, f"uv {version}: {path}")
 
 
 def _uv_version(path: str) -> str:
@@ -176,8 +167,7 @@ def _python() -> Finding:
 
 
 def _ray() -> Finding:
-    version = installed_ray().version
-    return _versioned("ray", version, f"ray {version}")
+    return Finding("ray", OK, f"ray {installed_ray().version}")
 
 
 def _lockfile(path: str) -> Finding:
@@ -187,13 +177,74 @@ def _lockfile(path: str) -> Finding:
     return Finding("lockfile", OK, f"{path}: {count} package{'' if count == 1 else 's'}, fits ray {ray.version}")
 
 
-def _versioned(name: str, version: str, text: str) -> Finding:
-    """A finding about a version: OK if it is one that this package declares to need."""
-    for needed in map(Requirement, requires("ray-envcache") or ()):
-        if needed.name == name and not needed.specifier.contains(version, prereleases=True):
-            hint = f"python -m pip install '{needed}'"
-            return Finding(name, ERROR, f"{text}; ray-envcache needs {needed.specifier}", hint)
-    return Finding(name, OK, text)
+def settings(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """A finding for each setting that does not exist or does not parse; if all do, one that names them."""
+    names = sorted(name for name in environ if name.startswith(_PREFIX) and name not in _INTERNAL)
+    wrong = [finding for name in names if (finding := _setting(name, environ[name]))]
+    yield from wrong
+    if not wrong:
+        text = without_credentials(", ".join(f"{name}={environ[name]}" for name in names))
+        yield Finding("settings", OK, text or "the defaults")
+
+
+def _of_python(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """A warning for each variable that puts other packages before those of an environment, or instead of them."""
+    for name in ("PYTHONPATH", "PYTHONHOME"):
+        if environ.get(name):
+            text = f"{name}={environ[name]}: programs, nodes and workers inherit it, and may import other packages"
+            yield Finding(name, WARN, text, f"unset {name} before a program or a node starts")
+
+
+def _token(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """Which token Ray sends, where there is one, or where nodes and drivers are told to ask for one."""
+    mode, place = environ.get("RAY_AUTH_MODE"), place_of_token(environ)
+    if place == "$RAY_AUTH_TOKEN" or os.path.isfile(place):
+        yield Finding("token", OK, f"{place}, RAY_AUTH_MODE={mode or 'is not set'}")
+    elif mode == "token":
+        hint = "`ray get-auth-token --generate` makes one; all nodes and drivers of a cluster need the same"
+        yield Finding("token", ERROR, f"RAY_AUTH_MODE=token, and there is none at {place}", hint)
+
+
+def place_of_token(environ: Mapping[str, str]) -> str:
+    """Where Ray looks for its token: the variable itself, or a path."""
+    if environ.get("RAY_AUTH_TOKEN"):
+        return "$RAY_AUTH_TOKEN"
+    return environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+
+
+def registered(environ: Mapping[str, str]) -> Finding:
+    """Whether `ray start` in a shell with these variables makes a node that knows the field."""
+    name = "registration"
+    try:
+        registration.other_plugins(environ)
+    except FieldValueError as error:
+        return Finding(name, ERROR, error.message, error.hint)
+    if registration.PLUGIN_CLASS in environ.get(registration.PLUGINS, ""):
+        return Finding(name, OK, "nodes that `ray start` makes from this shell know the field")
+    text = "nodes that `ray start` makes from this shell do not know the field; those of `ray.init` do"
+    return Finding(name, WARN, text, 'eval "$(ray-envcache env)" before ray start')
+
+
+def _setting(name: str, value: str) -> Finding | None:
+    if name not in SETTINGS:
+        hint = f"the settings are {', '.join(SETTINGS)}"
+        return Finding("settings", WARN, f"There is no setting {name}: it has no effect", hint)
+    try:
+        _parse(name, value)
+    except FieldValueError as error:
+        message = error.message if name in error.message else f"{name}: {error.message}"
+        return Finding("settings", ERROR, message, error.hint)
+    return None
+
+
+def _parse(name: str, value: str) -> None:
+    if name == f"{_PREFIX}GC_INTERVAL" and value.strip() and not is_off(value):
+        parse_duration(value)
+    if name in {f"{_PREFIX}ALLOW_NETWORK_FS", f"{_PREFIX}REMOTE_PUSH"} and value not in {"", "0", "1"}:
+        raise FieldValueError(f"Neither 0 nor 1: `{value}`", "1 allows it, anything else does not")
+    if name == f"{_PREFIX}REMOTE" and value and importlib.util.find_spec("obstore") is None:
+        raise FieldValueError("The remote tier needs the library obstore", needs_extra("remote"))
+    Limits.from_environ({name: value})
 
 
 def _attempt(ask: Callable[[], T]) -> T | None:

@@ -164,11 +164,6 @@ class Layout:
         return self.flocks / "collector"
 
     @property
-    def doctor_flock(self) -> Path:
-        """The file with which `doctor` tries whether flocks work."""
-        return self.flocks / "doctor"
-
-    @property
     def last_collection(self) -> Path:
         """Its mtime is when the collector last ran by itself."""
         return self.top / "last-collection"

@@ -33,7 +33,7 @@ def test_healthy_host(store: Store) -> None:
     done = run("doctor")
     assert (done.returncode, done.stderr) == (0, "")
     states = re.findall(r"^(ok|warn|error) +([a-z' ]+?)  ", done.stdout, re.MULTILINE)
-    names = ["store", "flocks", "space", "uv's cache", "uv", "python", "ray", "settings", "registration"]
+    names = ["store", "space", "uv's cache", "uv", "python", "ray", "settings", "registration"]
     assert [name for _, name in states] == names
     assert [name for state, name in states if state != "ok"] == ["registration"]
     assert done.stdout.count("hint: ") == 1
@@ -94,7 +94,7 @@ def test_unusable_store(
     assert text in found["store"].text
     assert found["store"].hint
     assert found["uv"].state == found["ray"].state == "ok"
-    assert "flocks" not in found
+    assert "space" not in found
 
 
 def test_store_mounted_noexec(tmp_path: Path) -> None:
@@ -136,15 +136,6 @@ def test_inherited_variables_of_python(store: Store, monkeypatch: pytest.MonkeyP
     assert found.text.startswith(f"{name}=/modules/lib: ")
 
 
-def test_store_without_flocks(store: Store) -> None:
-    """A store where no flock can be taken is an error, which names the file that was tried."""
-    # Root may write into any directory: so something must be in the way.
-    store.layout.doctor_flock.mkdir()
-    found = findings()["flocks"]
-    assert found.state == "error"
-    assert str(store.layout.doctor_flock) in found.text
-
-
 def test_readonly_stores(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read-only stores are named; a missing one is a warning, and a path that cannot be one an error."""
     assert "read-only stores" not in findings()
@@ -170,16 +161,12 @@ def test_space_and_links(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_uv(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing uv, one that is too old, and one that does not run are errors."""
+    """A missing uv, and one that does not run, are errors."""
     uv = tmp_path / "uv"
     monkeypatch.setattr("uv.find_uv_bin", lambda: str(uv))
     assert findings()["uv"].state == "error"
-    uv.write_text("#!/bin/sh\necho uv 0.1.2\n")
-    uv.chmod(0o700)
-    found = findings()["uv"]
-    assert found.text.startswith(f"uv 0.1.2: {uv}; ray-envcache needs >=")
-    assert "pip install 'uv>=" in found.hint
     uv.write_text("#!/bin/sh\necho no >&2; exit 3\n")
+    uv.chmod(0o700)
     assert findings()["uv"].text == f"`{uv} --version` fails: no"
 
 

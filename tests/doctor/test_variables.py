@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_envcache.doctor.variables import SETTINGS, registered, settings
+from ray_envcache.doctor.host import SETTINGS, registered, settings
 from ray_envcache.field import registration
 
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
@@ -16,8 +16,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 @pytest.mark.parametrize(
     ("variable", "value", "state", "text"),
     [
-        ("RAY_ENVCACHE_DIRS", "/somewhere", "warn", "did you mean RAY_ENVCACHE_DIR?"),
-        ("RAY_ENVCACHE_COLOR", "red", "warn", "the settings are RAY_ENVCACHE_DIR, "),
+        ("RAY_ENVCACHE_DIRS", "/somewhere", "warn", "the settings are RAY_ENVCACHE_DIR, "),
         ("RAY_ENVCACHE_UNUSED_FOR", "soon", "error", "RAY_ENVCACHE_UNUSED_FOR: Not a duration: `soon`"),
         ("RAY_ENVCACHE_MIN_FREE_SPACE", "110%", "error", "RAY_ENVCACHE_MIN_FREE_SPACE: Not a share of the disk"),
         ("RAY_ENVCACHE_GC_INTERVAL", "often", "error", "RAY_ENVCACHE_GC_INTERVAL: Not a duration: `often`"),
@@ -25,7 +24,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
     ],
 )
 def test_bad_setting(variable: str, value: str, state: str, text: str) -> None:
-    """A setting that does not exist is a warning that names the nearest one; a value that does not parse is an error."""
+    """A setting that does not exist is a warning that names those there are; a value that does not parse is an error."""
     (found,) = settings({"RAY_ENVCACHE_MAX_USED_SPACE": "off", variable: value})
     assert found.state == state
     assert variable in found.text
@@ -46,14 +45,11 @@ def test_settings_are_those_of_the_readme() -> None:
 
 
 def test_registration() -> None:
-    """With the exports all is well, without them nodes of `ray start` are not; another plugin must be installed here."""
+    """With the exports all is well, beside other plugins too; without them nodes of `ray start` are not."""
     mine = {registration.PLUGINS: '[{"class": "json.Plugin"}]'}
     assert registered(registration.exports({})).state == "ok"
     assert registered(registration.exports(mine)).state == "ok"
     for lacking in ({}, mine):
         found = registered(lacking)
         assert (found.state, found.hint) == ("warn", 'eval "$(ray-envcache env)" before ray start')
-    found = registered(registration.exports({registration.PLUGINS: '[{"class": "not_installed.Plugin"}]'}))
-    assert found.state == "error"
-    assert "which this Python cannot import" in found.text
     assert registered({registration.PLUGINS: "x"}).state == "error"
