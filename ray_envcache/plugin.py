@@ -249,7 +249,7 @@ def _answer_to_probe() -> str:
     """The answer to a probe of `ray-envcache doctor`; finding it starts uv and writes to the store."""
     from ray_envcache.doctor import host
 
-    return guard.encode_answer(asdict(host.examine()))
+    return guard.encode_answer([asdict(found) for found in host.examine()])
 
 
 def _located(spec: EnvSpec, context: Any) -> EnvSpec:

@@ -14,9 +14,10 @@ from ray_envcache.cli import tables
 from ray_envcache.cli.build import absolute
 from ray_envcache.doctor.findings import ERROR, OK, ask, node_name
 from ray_envcache.doctor.host import check_lockfile, examine, registered
-from ray_envcache.system.texts import format_size
 
 _COLORS = {"ok": "green", "warn": "yellow", "error": "red"}
+_COLUMNS = ("plugin", "store", "space", "uv")
+"""The checks that the table of nodes shows. Ray starts no node with another Ray or Python than its head has."""
 
 
 @click.command(epilog="Example: ray-envcache doctor --address auto")
@@ -40,7 +41,7 @@ def doctor(*, address: str | None, timeout: float, as_json: bool, path: str | No
     if address:
         ask(address, answers.append, timeout=timeout)
     data = answers[0] if address else _look_at_host(path and absolute(path))
-    failed = any(found["state"] == ERROR for one in data.get("nodes", [data]) for found in one["findings"])
+    failed = any(map(_has_error, data.get("nodes", [data])))
     if as_json:
         tables.print_json({"ok": not failed, **data})
     elif address:
@@ -53,9 +54,8 @@ def doctor(*, address: str | None, timeout: float, as_json: bool, path: str | No
 def _look_at_host(path: str | None) -> dict[str, Any]:
     # The variables that the shell gave us: in os.environ is the registration, because we import the package.
     shell = psutil.Process().environ()
-    facts = asdict(examine())
-    more = [registered(shell), *([check_lockfile(path)] if path else [])]
-    return {**facts, "findings": [*facts["findings"], *map(asdict, more)]}
+    found = [*examine(), registered(shell), *([check_lockfile(path)] if path else [])]
+    return {"findings": [asdict(one) for one in found]}
 
 
 def _print_findings(findings: Iterable[dict[str, str]], place: str = "") -> None:
@@ -74,11 +74,10 @@ def _printable(text: str) -> str:
 def print_cluster(data: dict[str, Any]) -> None:
     """Print the nodes of a cluster, what is wrong with each, and a line of totals."""
     nodes = data["nodes"]
-    columns = ("NODE", "HOST", "PLUGIN", "STORE", "FREE", "RAY", "PYTHON", "UV")
-    tables.print_table(columns, map(_row, nodes), numeric={"FREE"})
+    tables.print_table(("NODE", "HOST", *map(str.upper, _COLUMNS)), map(_row, nodes), numeric=())
     print_faults(nodes)
-    bad = sum(any(found["state"] == ERROR for found in node["findings"]) for node in nodes)
-    click.echo(f"{len(nodes)} node{'' if len(nodes) == 1 else 's'} of {data['address']}, {bad} with errors")
+    bad = sum(map(_has_error, nodes))
+    click.echo(f"{tables.count(len(nodes), 'node')} of {data['address']}, {bad} with errors")
 
 
 def print_faults(nodes: Iterable[dict[str, Any]]) -> None:
@@ -89,11 +88,15 @@ def print_faults(nodes: Iterable[dict[str, Any]]) -> None:
 
 
 def _row(node: dict[str, Any]) -> Sequence[str]:
-    free = node["free_bytes"]
-    # A node that answered without the plugin still said which Python it has.
-    plugin = node["plugin"] or ("not loaded" if node["python"] else "-")
-    unusable = any((found["name"], found["state"]) == ("store", ERROR) for found in node["findings"])
-    return (
-        node_name(node["ip"], node["node_id"]), node["host"], plugin, "unusable" if unusable else node["store"] or "-",
-        "-" if free is None else format_size(free), node["ray"] or "-", node["python"] or "-", node["uv"] or "-",
-    )  # fmt: skip
+    # The first of a name is what the node says; comparisons come after it.
+    found = {one["name"]: one for one in reversed(node["findings"])}
+    cells = [_cell(found[name]) if name in found else "-" for name in _COLUMNS]
+    return (node_name(node["ip"], node["node_id"]), node["host"], *cells)
+
+
+def _cell(found: dict[str, str]) -> str:
+    return ERROR if found["state"] == ERROR else found["text"].partition(": ")[0]
+
+
+def _has_error(found: dict[str, Any]) -> bool:
+    return any(one["state"] == ERROR for one in found["findings"])

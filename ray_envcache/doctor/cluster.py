@@ -24,7 +24,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]  # its stub lack
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_envcache.doctor import findings
-from ray_envcache.doctor.findings import SAYS, NodeReport, Prefetched
+from ray_envcache.doctor.findings import SAYS, Node, Prefetched
 from ray_envcache.doctor.host import place_of_token
 from ray_envcache.errors import ClusterError, EnvCacheError
 from ray_envcache.field import guard
@@ -48,7 +48,7 @@ def examine(address: str, timeout: float) -> None:
     probe = {FIELD: guard.probe(secrets.token_hex(8))}
     for node, facts, _ in _ask(iter([[(node, probe) for node in nodes]]), timeout):
         if facts:
-            findings.enter_facts(node, facts)
+            findings.enter_findings(node, facts)
     _say({"address": ray.get_runtime_context().gcs_address, "nodes": [asdict(node) for node in nodes]})
 
 
@@ -81,9 +81,9 @@ def _wanted(rows: list[Prefetched], fields: dict[str, Any], *, follow: int) -> I
             return
 
 
-def _alive() -> list[NodeReport]:
+def _alive() -> list[Node]:
     alive = [node for node in ray.nodes() if node["Alive"]]
-    nodes = [NodeReport(node["NodeID"], node["NodeManagerAddress"], node["NodeManagerHostname"]) for node in alive]
+    nodes = [Node(node["NodeID"], node["NodeManagerAddress"], node["NodeManagerHostname"]) for node in alive]
     return sorted(nodes, key=lambda node: (node.ip, node.node_id))
 
 
@@ -160,8 +160,6 @@ def _task() -> Any:
         import platform
         import sys
 
-        import ray
-
         def is_compiled(entry: str) -> bool:
             """Whether an entry has all its bytecode, and what it lies on too."""
             if not os.path.exists(f"{entry}/compiled.json"):
@@ -173,8 +171,6 @@ def _task() -> Any:
         return {
             "answer": os.environ.get(variable),
             "installed": importlib.util.find_spec("ray_envcache") is not None,
-            "python": platform.python_version(),
-            "ray": ray.__version__,
             "prefix": sys.prefix,
             "platform": " ".join([*sys.version.split(), platform.machine(), *platform.libc_ver()]),
             "packages": sorted(f"{one.name} {one.version}" for one in importlib.metadata.distributions()),
@@ -202,7 +198,7 @@ def _ask(arriving: Iterator[list[Any]], timeout: float) -> Iterator[tuple[Any, d
                 yield about, _answer(about, reference, timeout), seconds
 
 
-def _answer(about: NodeReport | Prefetched, reference: Any, timeout: float) -> dict[str, Any]:
+def _answer(about: Node | Prefetched, reference: Any, timeout: float) -> dict[str, Any]:
     """What the task returned, {} where it failed, or is not over now: that becomes a finding."""
     try:
         return dict(ray.get(reference, timeout=0))

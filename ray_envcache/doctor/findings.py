@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import sys
 from collections import defaultdict
@@ -16,7 +15,6 @@ from typing import Any
 from ray_envcache.errors import ClusterError, EnvCacheError
 from ray_envcache.field import guard
 from ray_envcache.field.registration import UV_RUN
-from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store.layout import default_root
 from ray_envcache.system import children
 from ray_envcache.version import __version__
@@ -24,6 +22,7 @@ from ray_envcache.version import __version__
 OK, WARN, ERROR = "ok", "warn", "error"
 SAYS = "ray-envcache: "
 """The start of our own lines, which are JSON, among the lines of Ray on stderr."""
+VERSION = f"ray-envcache {__version__}"
 _ENTRY = re.compile(r"/entries/(?P<key>[0-9a-f]{32})-\d+/venv$")
 _START = 'eval "$(ray-envcache env)"; ray start ...'
 _OURS = re.compile(r"^ray_envcache\.errors\.\w+: (.*?)(?:\nhint: ([^\n]*))?\s*\Z", re.DOTALL | re.MULTILINE)
@@ -56,35 +55,22 @@ def node_name(ip: str, node_id: str) -> str:
 
 
 @dataclass
-class NodeReport:
-    """One node, with the fields of the JSON. None: not known; `plugin` None: not loaded."""
+class Node:
+    """A node of a cluster and what was found there, with the fields of the JSON."""
 
     node_id: str
     ip: str
     host: str
-    plugin: str | None = None
-    store: str | None = None
-    free_bytes: int | None = None
-    ray: str | None = None
-    python: str | None = None
-    uv: str | None = None
-    findings: list[Finding] = field(default_factory=list)
-
-    def note(self, name: str, state: str, text: str, hint: str = "") -> None:
-        """Add a finding."""
-        self.findings.append(Finding(name, state, text, hint))
+    findings: list[Finding] = field(default_factory=list, kw_only=True)
 
 
 @dataclass
-class Prefetched:
-    """One environment on one node, with the fields of the JSON; None: not yet. `ok` once a worker ran from it.
+class Prefetched(Node):
+    """One environment on one node; None: not yet. `ok` once a worker ran from it.
 
     `how` it came there is "found", "waited" for another builder, "fetched" or "built"; `bytecode`: all of it is there.
     """
 
-    node_id: str
-    ip: str
-    host: str
     path: str
     ok: bool = False
     key: str | None = None
@@ -93,46 +79,32 @@ class Prefetched:
     bytecode: bool | None = None
     platform: str | None = None
     packages: list[str] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
 
 
-def enter_facts(node: NodeReport, facts: dict[str, Any]) -> None:
-    """Enter what the probe's task returned."""
+def enter_findings(node: Node, facts: dict[str, Any]) -> None:
+    """Enter what the probe's task returned, and where the node differs from what a program here would use."""
     if facts["answer"] is None:
-        node.ray, node.python = facts["ray"], facts["python"]
         node.findings.append(_absence(installed=facts["installed"]))
-    else:
-        answer = json.loads(facts["answer"])
-        # With `get`: the node may have another version of this package, with other fields.
-        for name in ("plugin", "store", "free_bytes", "ray", "python", "uv"):
-            setattr(node, name, answer.get(name))
-        for found in answer.get("findings", []):
-            node.note(*(str(found.get(name, "")) for name in ("name", "state", "text", "hint")))
-    if node.python:
-        _compare(node)
+        return
+    # With `get`: the node may have another version of this package, with other fields.
+    names = ("name", "state", "text", "hint")
+    node.findings += [Finding(*(str(found.get(name, "")) for name in names)) for found in json.loads(facts["answer"])]
+    there = {one.name: one.text.partition(": ")[0] for one in node.findings if one.state != ERROR}
+    if there.get("plugin", VERSION) != VERSION:
+        text = f"{there['plugin']} is there, {VERSION} here"
+        node.findings.append(Finding("plugin", WARN, text, "install one version everywhere"))
+    here = os.fspath(default_root())
+    if there.get("store", here) != here and node.host == os.uname().nodename:
+        # Silent otherwise: the driver builds in the one, and the node once more in the other.
+        text = f"the node uses the store at {there['store']}, a program started here the one at {here}"
+        hint = "start the node, and programs, with the same RAY_ENVCACHE_DIR"
+        node.findings.append(Finding("store", WARN, text, hint))
 
 
 def _absence(*, installed: bool) -> Finding:
     first = "" if installed else "python -m pip install ray-envcache there; then "
     text = "The plugin is not loaded: Ray ignores the field there"
     return Finding("plugin", ERROR, text, f"{first}start the node with the variables: {_START}")
-
-
-def _compare(node: NodeReport) -> None:
-    """Compare the node's versions with ours, which are those of the cluster's head: else Ray had not let us in."""
-    if node.plugin and node.plugin != __version__:
-        hint = "install one version everywhere"
-        node.note("plugin", WARN, f"ray-envcache is {node.plugin} there, {__version__} here", hint)
-    here, there = os.fspath(default_root()), node.store
-    if there and there != here and node.host == os.uname().nodename:
-        # Silent otherwise: the driver builds in the one, and the node once more in the other.
-        hint = "start the node, and programs, with the same RAY_ENVCACHE_DIR"
-        node.note("store", WARN, f"the node uses the store at {there}, a program started here the one at {here}", hint)
-    ours = {"ray": installed_ray().version, "python": platform.python_version()}
-    for name, here in ours.items():
-        there = getattr(node, name)
-        if there != here:
-            node.note(name, ERROR, f"{name} is {there} there, {here} here", "all nodes of a cluster need the same")
 
 
 def failure_of(error: Exception, timeout: float) -> Finding:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import platform
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from ray_envcache.build.plan import require_buildable
-from ray_envcache.doctor.findings import ERROR, OK, WARN, Finding, finding_of
+from ray_envcache.doctor.findings import ERROR, OK, VERSION, WARN, Finding, finding_of
 from ray_envcache.errors import EnvCacheError, FieldValueError, StoreError
 from ray_envcache.field import guard, registration
 from ray_envcache.field.spec import EnvSpec
@@ -27,9 +24,6 @@ from ray_envcache.survey.uv_cache import UvCache
 from ray_envcache.system import disk
 from ray_envcache.system.testpoints import FOLDER
 from ray_envcache.system.texts import format_size, is_off, needs_extra, parse_duration, without_credentials
-from ray_envcache.version import __version__
-
-T = TypeVar("T")
 
 _PREFIX = "RAY_ENVCACHE_"
 _REMOTE = ("REMOTE", "REMOTE_PUSH", "REMOTE_SIGN", "REMOTE_TRUST")
@@ -39,38 +33,19 @@ SETTINGS = (*(f"{_PREFIX}{name}" for name in _OTHERS), *VARIABLES)
 _INTERNAL = frozenset({guard.PROBE_ANSWER, FOLDER})
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What `examine` found, as this process sees the host; None: it could not be found out."""
-
-    plugin: str
-    store: str
-    free_bytes: int | None
-    ray: str | None
-    python: str
-    uv: str | None
-    findings: tuple[Finding, ...]
-
-
 def check_lockfile(path: str) -> Finding:
     """Whether the lockfile at `path` is one that this host could build. Builds nothing."""
     return finding_of("lockfile", _lockfile, path)
 
 
-def examine() -> Facts:
-    """Check this host, with the environment variables of this process. Makes a missing store; raises nothing."""
-    layout = Layout(default_root())
-    findings = [*_store(layout), *_tools(), *settings(os.environ), *_of_python(os.environ)]
-    findings += _token(os.environ)
-    return Facts(
-        plugin=__version__,
-        store=os.fspath(layout.root),
-        free_bytes=_attempt(lambda: disk.free_space(layout.root).free),
-        ray=_attempt(lambda: installed_ray().version),
-        python=platform.python_version(),
-        uv=_attempt(lambda: _uv_version(uv.find())),
-        findings=tuple(findings),
-    )
+def examine() -> list[Finding]:
+    """Check this host, with the environment variables of this process. Makes a missing store.
+
+    Raises StoreError where there can be none at the place that was chosen.
+    """
+    ours, variables = Finding("plugin", OK, VERSION), os.environ
+    found = [ours, *_store(Layout(default_root())), *_tools(), *settings(variables), *_of_python(variables)]
+    return [*found, *_token(variables)]
 
 
 def _store(layout: Layout) -> Iterator[Finding]:
@@ -103,7 +78,7 @@ def _space(layout: Layout) -> Finding:
     if limit is None or found.free >= limit.bytes_of(found.total):
         return Finding("space", OK, text)
     hint = "make room: until then every collection removes unused environments of any age"
-    return Finding("space", WARN, f"{text}, less than {limit} (RAY_ENVCACHE_MIN_FREE_SPACE)", hint)
+    return Finding("space", WARN, f"{text}: less than {limit} (RAY_ENVCACHE_MIN_FREE_SPACE)", hint)
 
 
 def _cache(layout: Layout) -> Finding:
@@ -142,23 +117,18 @@ def _readonly_stores(layout: Layout) -> Finding:
 
 
 def _tools() -> Iterator[Finding]:
-    yield finding_of("uv", _uv_finding)
+    yield finding_of("uv", _uv)
     yield finding_of("python", _python)
     yield finding_of("ray", _ray)
 
 
-def _uv_finding() -> Finding:
+def _uv() -> Finding:
     path = uv.find()
-    version = _uv_version(path)
-    return Finding("uv", OK, f"uv {version}: {path}")
-
-
-def _uv_version(path: str) -> str:
     done = uv.run(["--version"], cwd=Path("/"))
     words = done.stdout.split()
     if done.returncode != 0 or len(words) < 2:
         raise StoreError(f"`{path} --version` fails: {done.stderr.strip()[-200:]}", "python -m pip install -U uv")
-    return words[1]
+    return Finding("uv", OK, f"uv {words[1]}: {path}")
 
 
 def _python() -> Finding:
@@ -245,9 +215,3 @@ def _parse(name: str, value: str) -> None:
     if name == f"{_PREFIX}REMOTE" and value and importlib.util.find_spec("obstore") is None:
         raise FieldValueError("The remote tier needs the library obstore", needs_extra("remote"))
     Limits.from_environ({name: value})
-
-
-def _attempt(ask: Callable[[], T]) -> T | None:
-    with suppress(EnvCacheError, OSError):
-        return ask()
-    return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 from pathlib import Path
 
@@ -12,16 +11,15 @@ import pytest
 
 from ray_envcache.doctor import cluster
 from ray_envcache.doctor.findings import (
-    NodeReport,
+    VERSION,
+    Node,
     Prefetched,
     enter_environment,
-    enter_facts,
+    enter_findings,
     failure_of,
     find_unequal,
 )
 from ray_envcache.field.guard import GUARD
-from ray_envcache.resolve.interpreter import installed_ray
-from ray_envcache.version import __version__
 
 FACTS = {"answer": "built", "bytecode": True, "platform": "3.11 x86_64", "packages": ["ray 2.60.0"]}
 
@@ -34,15 +32,39 @@ def row(number: int, key: str, *packages: str, platform: str = "3.11 x86_64", pa
     return found
 
 
-def test_another_store(monkeypatch: pytest.MonkeyPatch) -> None:
+def warned(host: str, *answer: tuple[str, str, str], installed: bool = True) -> dict[str, str]:
+    """What is not in order on a node of this host name whose plugin answers with these findings."""
+    node, names = Node("0" * 56, "10.0.0.1", host), ("name", "state", "text")
+    found = [{**dict(zip(names, one, strict=True)), "more": 1} for one in answer]  # as a later version may
+    enter_findings(node, {"answer": json.dumps(found) if found else None, "installed": installed})
+    return {one.name: f"{one.state}: {one.text}; {one.hint}" for one in node.findings if one.state != "ok"}
+
+
+@pytest.mark.parametrize(
+    ("host", "state", "store", "is_said"),
+    [
+        (os.uname().nodename, "ok", "/other: ext4", True),
+        (os.uname().nodename, "warn", "/other: nfs", True),
+        (os.uname().nodename, "ok", "/mine: ext4", False),
+        (os.uname().nodename, "error", "Others may write to the store at `/other`", False),
+        ("far", "ok", "/x: ext4", False),
+    ],
+)
+def test_another_store(monkeypatch: pytest.MonkeyPatch, host: str, state: str, store: str, *, is_said: bool) -> None:
     """A node of this host with another store than programs started here would use is a warning that names both."""
     monkeypatch.setenv("RAY_ENVCACHE_DIR", "/mine")
-    answer = {"plugin": __version__, "ray": installed_ray().version, "python": platform.python_version()}
-    for host, store, count in ((os.uname().nodename, "/other", 1), (os.uname().nodename, "/mine", 0), ("far", "/x", 0)):
-        node = NodeReport("0" * 56, "10.0.0.1", host)
-        enter_facts(node, {"answer": json.dumps({**answer, "store": store})})
-        assert [(one.name, one.state) for one in node.findings] == [("store", "warn")] * count
-        assert all("/other" in one.text and "/mine" in one.text for one in node.findings)
+    said = warned(host, ("plugin", "ok", VERSION), ("store", state, store)).get("store", "")
+    assert ("the node uses the store at /other, a program started here the one at /mine" in said) == is_said
+
+
+def test_another_version() -> None:
+    """A node with another version of ray-envcache is a warning; one without the plugin is an error, with what to do."""
+    assert warned("far", ("plugin", "ok", "ray-envcache 0.0.1")) == {
+        "plugin": f"warn: ray-envcache 0.0.1 is there, {VERSION} here; install one version everywhere"
+    }
+    assert "pip install" not in warned("far")["plugin"]
+    assert warned("far", installed=False)["plugin"].startswith("error: The plugin is not loaded: ")
+    assert "; python -m pip install ray-envcache there; then " in warned("far", installed=False)["plugin"]
 
 
 def test_ready() -> None:
