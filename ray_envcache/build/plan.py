@@ -164,12 +164,7 @@ class EnvironmentPlan(Plan):
         run_uv("pip", "sync", "--preview-features=pylock", *pip_options(entry), entry.pylock)
 
     def recorded(self, entry: Entry) -> dict[str, Any]:  # noqa: ARG002  # the other kind needs it
-        return {
-            "hashes": self._hashes(),
-            "no_build": not self.resolved.is_built_here,
-            "inherited": tuple(one.watched() for one in self.inherited),
-            "added": tuple(f"{name}=={version}" for name, version in sorted(self.added.items())),
-        }
+        return {"inherited": tuple(one.watched() for one in self.inherited)}
 
     def facts(self) -> Facts:
         python = self.interpreter.identity()
@@ -181,11 +176,6 @@ class EnvironmentPlan(Plan):
             found[f"package {one.name}"] = f"{one.version} (inherited)"
             found[f"artifact {one.name}"] = key.digest_of(one.identity())
         return found | settings_facts(self.resolved.build_settings if self.resolved.is_built_here else "")
-
-    def _hashes(self) -> str:
-        """Of how many packages the lockfile has the hash. It has none of what the cluster's ray brings."""
-        pinned = {package.is_pinned for package in self.resolved.packages}
-        return "some" if len(pinned) == 2 else "none" if pinned == {False} else "all"
 
 
 def _artifact(package: ResolvedPackage) -> str:

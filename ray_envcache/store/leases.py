@@ -25,7 +25,6 @@ from ray_envcache.store import readonly
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.record import ReadyRecord
 from ray_envcache.system import files, flock
-from ray_envcache.system.processes import pid_namespace
 from ray_envcache.system.texts import utc_now
 
 if TYPE_CHECKING:
@@ -46,10 +45,7 @@ def _command() -> str:
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease. `kind` is agent, driver, build, bytecode, run, cli or program; `since` is UTC ISO 8601.
-
-    `pid` means something only in the pid namespace `pids`: a container has numbers of its own.
-    """
+    """Who holds a lease. `kind` is agent, driver, build, bytecode, run, cli or program; `since` is UTC ISO 8601."""
 
     kind: str
     cluster: str = ""
@@ -57,7 +53,6 @@ class Holder:
     pid: int = field(default_factory=os.getpid)
     command: str = field(default_factory=_command)
     since: str = field(default_factory=utc_now)
-    pids: str = field(default_factory=pid_namespace)
 
 
 class Lease:

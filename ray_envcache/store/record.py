@@ -27,10 +27,9 @@ class ReadyRecord(NamedTuple):
 
     `path` is where it was built, the only place where it works. Of a layer `base` is the name of the entry it lies on
     (its path, where that is in a read-only store), and `content` the digest of its packages; both are "" for an
-    environment. `inherited` are files of packages used from elsewhere: path, size, mtime in ns. `hashes` says of how
-    many packages the lockfile has the hash, which uv then insists on: "all", "some" or "none"; with `no_build` nothing
-    was built from source. `local` are the local packages of a layer: name, folder, the digest of its content, and that
-    of its files as they were built. `fetched` is what came from the remote tier.
+    environment. `inherited` are files of packages used from elsewhere: path, size, mtime in ns. `local` are the local
+    packages of a layer: name, folder, the digest of its content, and that of its files as they were built. `fetched` is
+    what came from the remote tier.
     """
 
     key: str
@@ -46,11 +45,8 @@ class ReadyRecord(NamedTuple):
     uv: str
     boot_id: str
     inherited: tuple[tuple[str, int, int], ...]
-    hashes: str = "none"
-    no_build: bool = False
     base: str = ""
     content: str = ""
-    added: tuple[str, ...] = ()
     local: tuple[tuple[str, str, str, str], ...] = ()
     fetched: bool = False
 

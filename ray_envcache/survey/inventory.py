@@ -47,8 +47,7 @@ class Status(NamedTuple):
 
     `exact` is False where `reclaimable_bytes` is a lower bound. `in_use` may be true without a named user: processes
     of other containers hold flocks, but have no pid here. `base` is the key of the environment that a layer lies on,
-    `base_path` its place. `hashes` and `no_build` are those of the ready record. A `readonly` entry lies in a read-only
-    store, and is never collected from here.
+    `base_path` its place. A `readonly` entry lies in a read-only store, and is never collected from here.
     """
 
     key: str
@@ -67,13 +66,11 @@ class Status(NamedTuple):
     source: str | None
     path: str
     base: str | None = None
-    hashes: str | None = None
-    no_build: bool | None = None
     readonly: bool = False
     base_path: str | None = None
 
 
-_RECORDED = ("created_at", "python", "ray", "project", "source", "hashes", "no_build")
+_RECORDED = ("created_at", "python", "ray", "project", "source")
 """What a status has from the ready record; None where there is none."""
 
 

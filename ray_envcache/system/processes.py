@@ -114,7 +114,10 @@ def processes_using(root: Path, names: Collection[str]) -> dict[str, dict[int, s
 
 def sees_all_processes() -> bool:
     """Whether all processes of this host can be seen: False in a container with a PID namespace of its own."""
-    return pid_namespace() == _INITIAL_NAMESPACE or not _has_proc()
+    try:
+        return not _has_proc() or os.readlink("/proc/self/ns/pid") == _INITIAL_NAMESPACE
+    except OSError:
+        return False
 
 
 def _has_proc() -> bool:
@@ -208,14 +211,6 @@ def boot_id() -> str:
     """Return what tells this run of the machine's kernel from the next; "" where the system has no such thing."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
-
-
-def pid_namespace() -> str:
-    """Return the name of our PID namespace, "" where the system has none."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 

@@ -57,7 +57,7 @@ def test_list_json_has_the_schema(store: Store, project: Path) -> None:
     (one,) = listed()
     assert set(one) == {
         "key", "state", "in_use", "holders", "pinned", "size_bytes", "reclaimable_bytes", "created_at", "last_used_at",
-        "python", "ray", "project", "exact", "source", "path", "base", "hashes", "no_build", "readonly",
+        "python", "ray", "project", "exact", "source", "path", "base", "readonly",
     }  # fmt: skip
     assert (one["state"], one["pinned"], one["ray"]) == ("ready", False, support.RAY_VERSION)
     assert one["size_bytes"] >= one["reclaimable_bytes"] >= 0

@@ -23,7 +23,6 @@ from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.resolve.lockfile import ResolvedSet
 from ray_envcache.store.key import compute_key
 from ray_envcache.store.leases import Holder
-from ray_envcache.store.record import ReadyRecord
 from tests import index, support
 from tests.conftest import Acquire
 
@@ -441,29 +440,6 @@ def test_no_build_names_what_is_no_wheel(tmp_path: Path, wheels: Path, store: St
         with pytest.raises(LockfileError, match="from-source") as caught:
             store.acquire(EnvSpec.parse({"path": path, "no_build": True}), installed_ray(), Holder("test"))
         assert "no_build" in caught.value.hint
-
-
-def test_list_tells_of_hashes_and_builds(tmp_path: Path, wheels: Path, store: Store, acquire: Acquire) -> None:
-    """`list --json` tells of how many packages the lockfile has the hash, and whether anything was built."""
-    support.make_wheel(wheels, "wanted")
-    ray = locked_wheel(wheels / f"ray-{support.RAY_VERSION}-py3-none-any.whl", "ray")
-    support.make_sdist(wheels, "from-source")
-    folder = f"--no-index\n-f {wheels}\n"
-    locks = {
-        "some.txt": f"ray=={support.RAY_VERSION} --hash=sha256:{ray['wheels'][0]['hashes']['sha256']}\nwanted==1.0\n",
-        "none.txt": f"ray=={support.RAY_VERSION}\nfrom-source==1.0\n",
-    }
-    for name, text in locks.items():
-        (tmp_path / name).write_text(folder + text)
-    make_pylock(tmp_path / "pylock.toml", [ray])
-    expected = {"pylock.toml": ("all", True), "some.txt": ("some", True), "none.txt": ("none", False)}
-    for name, facts in expected.items():
-        record = ReadyRecord.read(acquire(tmp_path / name).entry)
-        assert record is not None
-        assert (record.hashes, record.no_build) == facts
-    done = subprocess.run([sys.executable, "-m", "ray_envcache", "list", "--json"], capture_output=True, check=True)
-    listed = {(env["hashes"], env["no_build"]) for env in json.loads(done.stdout)["envs"]}
-    assert listed == set(expected.values())
 
 
 def test_script_is_pinned_by_what_it_needs(tmp_path: Path, wheels: Path) -> None:
