@@ -11,11 +11,11 @@ from subprocess import CalledProcessError
 from typing import TYPE_CHECKING, NamedTuple
 
 from ray_envcache.checkout.project import Project
-from ray_envcache.errors import ChangedError, LockfileError, UnknownKeyError
+from ray_envcache.errors import ChangedError, LockfileError
 from ray_envcache.resolve import interpreter
 from ray_envcache.store import memo, setups
 from ray_envcache.store.key import layer_key
-from ray_envcache.store.layout import Entry, Layout, newest_first
+from ray_envcache.store.layout import Entry, Layout, newest_first, only_key
 from ray_envcache.store.leases import Holder, Lease, claim
 from ray_envcache.store.memo import Memo
 from ray_envcache.store.readonly import opened
@@ -195,19 +195,17 @@ class Store:
             inputs.memo, self.layout, Memo(name, os.fspath(plan.folder), local, known, settings, inputs.spec.to_field())
         )
 
-    def find(self, prefix: str) -> list[Entry]:
-        """The entries of the key that starts with `prefix`, newest first, those of read-only stores last.
+    def entries(self) -> list[Entry]:
+        """All entries, finished or not, of each key the newest first, those of read-only stores last."""
+        return [entry for layout in (self.layout, *self.readonly) for entry in newest_first(layout.all_entries())]
 
-        Raises UnknownKeyError: none, or several keys.
+    def find(self, prefix: str) -> list[Entry]:
+        """The entries of the one key that starts with `prefix`, in this order. Raises UnknownKeyError.
+
+        The name of an entry, which errors show, will do too: that one is found.
         """
-        everything = [newest_first(layout.all_entries()) for layout in (self.layout, *self.readonly)]
-        found = [entry for entries in everything for entry in entries if entry.path.name.startswith(prefix)]
-        keys = {entry.key for entry in found}
-        if len(keys) != 1 or not prefix:
-            trouble = "No environment" if not keys else f"{len(keys)} environments"
-            raise UnknownKeyError(
-                f"{trouble} in the store with a key that starts with `{prefix}`", "ray-envcache list shows the keys"
-            )
+        found = [entry for entry in self.entries() if entry.name.startswith(prefix)]
+        only_key(prefix, (entry.key for entry in found))
         return found
 
     def finish_all(self, lease: Lease, environ: Mapping[str, str]) -> None:

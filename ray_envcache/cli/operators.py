@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
+from ray_envcache.acquire import Store
 from ray_envcache.cli import tables
-from ray_envcache.errors import UnknownKeyError
-from ray_envcache.store import journal, readonly
+from ray_envcache.store import journal
 from ray_envcache.store.journal import Event, Journal
-from ray_envcache.store.layout import SHOWN_DIGITS, Entry, Layout, newest_first
+from ray_envcache.store.layout import SHOWN_DIGITS, only_key
 from ray_envcache.survey import inventory
 from ray_envcache.survey.metrics import exposition
 from ray_envcache.survey.statistics import Statistics, statistics
 from ray_envcache.system import files
-from ray_envcache.system.texts import format_duration, format_size, parse_duration, utc, without_credentials
+from ray_envcache.system.texts import format_duration, format_size, parse_duration, utc
 
 
 @click.command(epilog="Example: ray-envcache stats --since 7d")
@@ -35,9 +35,9 @@ def stats(*, since: str | None, project: str, as_json: bool) -> None:
     them, and to take as long as the last build here, though uv may have the wheels already; waits are subtracted.
     """
     begin = "" if since is None else utc(max(time.time() - parse_duration(since), 0))
-    layout, below = readonly.opened()
-    noted = journal.read(layout)
-    found = statistics(noted, (layout, *below), begin, project)
+    store = Store.open()
+    noted = journal.read(store.layout)
+    found = statistics(noted, store.entries(), begin, project)
     if as_json:
         tables.print_json({"project": project or None, **asdict(found), **_passed_over(noted)})
     else:
@@ -74,9 +74,9 @@ def metrics_(*, output: Path | None) -> None:
     Counters never go back while the journal is there, gauges are of this moment. With --output a file that all users
     may read is replaced at once: for the textfile collector of node_exporter.
     """
-    layout, below = readonly.opened()
-    noted = journal.read(layout)
-    text = exposition(noted, layout, inventory.survey(layout, below))
+    store = Store.open()
+    noted = journal.read(store.layout)
+    text = exposition(noted, store.layout, inventory.survey(store.layout))
     if output is None:
         click.echo(text, nl=False)
     else:
@@ -86,53 +86,29 @@ def metrics_(*, output: Path | None) -> None:
 
 @click.command(epilog="Example: ray-envcache log 125a8")
 @click.argument("key")
-@click.option("--lines", type=click.IntRange(0), default=20, metavar="N", help="So many of the log; default: 20.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def log(*, key: str, lines: int, as_json: bool) -> None:
-    """Show the history of an environment, and the end of its build log.
+def log(*, key: str, as_json: bool) -> None:
+    """Show the history of an environment, and where its build log is.
 
     KEY is the start of a key, as `list` shows it; it may be of an environment that was removed.
     """
-    layout, below = readonly.opened()
-    noted = journal.read(layout)
-    full, entries = _known(key, noted, (layout, *below))
+    store = Store.open()
+    noted, entries = journal.read(store.layout), store.entries()
+    in_journal = (event.text(name) for event in noted.events for name in ("key", "base"))
+    full = only_key(key, [*in_journal, *(entry.key for entry in entries)])
     events = [event for event in noted.events if full in (event.text("key"), event.text("base"))]
-    tail = [line for entry in entries[:1] for line in _tail(entry, lines)]
+    logs = [entry.build_log for entry in entries if entry.key == full and entry.build_log.exists()]
     if as_json:
         told = [{"at": event.at, "event": event.name, **event.fields} for event in events]
-        tables.print_json({"key": full, "events": told, "build_log": tail, **_passed_over(noted)})
+        paths = [*map(os.fspath, logs)]
+        tables.print_json({"key": full, "events": told, "build_logs": paths, **_passed_over(noted)})
     else:
         columns = ("AT", "EVENT", "RESULT", "KIND", "PROJECT", "SECONDS", "SIZE", "CLUSTER", "REASON")
         tables.print_table(columns, map(_row, events), {"SECONDS", "SIZE"})
         tables.say(f"{tables.count(len(events), 'event')} of {full[:SHOWN_DIGITS]}")
-        if tail:
-            tables.say(f"{entries[0].build_log} ends with:")
-        for line in tail:
-            tables.say(line)
+        for path in logs:
+            tables.say(f"What uv said: {path}")
     _tell_passed_over(noted)
-
-
-def _known(prefix: str, noted: Journal, stores: Iterable[Layout]) -> tuple[str, list[Entry]]:
-    """The one key that starts so, of an environment that is or was in the store, and its entries that are."""
-    entries = [entry for store in stores for entry in newest_first(store.all_entries())]
-    keys = {event.text(name) for event in noted.events for name in ("key", "base")}
-    found = {key for key in {*keys, *(entry.key for entry in entries)} if key and key.startswith(prefix)}
-    if len(found) != 1:
-        trouble = f"{len(found)} environments have" if found else "No environment of the store or its journal has"
-        raise UnknownKeyError(
-            f"{trouble} a key that starts with `{prefix}`", "ray-envcache list and ray-envcache stats show keys"
-        )
-    (full,) = found
-    return full, [entry for entry in entries if entry.key == full]
-
-
-def _tail(entry: Entry, lines: int) -> list[str]:
-    """The last lines of what uv said; none where the entry was built without a word."""
-    try:
-        with entry.build_log.open(encoding="utf-8", errors="replace") as file:
-            return [without_credentials(line.rstrip("\n")) for line in deque(file, maxlen=lines)]
-    except FileNotFoundError:
-        return []
 
 
 def _row(event: Event) -> Sequence[str]:

@@ -26,7 +26,7 @@ from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import interpreter, uv, uv_errors
 from ray_envcache.resolve.interpreter import AnyRay
 from ray_envcache.store import journal, memo
-from ray_envcache.store.layout import Entry, Layout, layout_of, newest_first
+from ray_envcache.store.layout import Entry, Layout, layout_of
 from ray_envcache.store.leases import Holder, claim
 from ray_envcache.store.record import ReadyRecord
 from ray_envcache.survey import inventory, shared_bytecode
@@ -55,9 +55,8 @@ def chosen(store: Store, keys: Sequence[str]) -> list[Entry]:
 
     Raises UnknownKeyError.
     """
-    stores = (store.layout, *store.readonly)
     # The newest build of a key first: it takes the place of an older one that is damaged too.
-    ready = (one for layout in stores for one in newest_first(layout.all_entries()) if one.ready.exists())
+    ready = (one for one in store.entries() if one.ready.exists())
     found: dict[Entry, None] = {}  # a set that keeps the order
     for entry in [one for key in keys for one in store.find(key)] if keys else ready:
         record = ReadyRecord.read(entry)

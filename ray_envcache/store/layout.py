@@ -10,7 +10,7 @@ from pathlib import Path
 
 import platformdirs
 
-from ray_envcache.errors import StoreError
+from ray_envcache.errors import StoreError, UnknownKeyError
 from ray_envcache.system.files import names_in
 
 VERSION = "v1"
@@ -236,6 +236,15 @@ class Layout:
 def newest_first(entries: Iterable[Entry]) -> list[Entry]:
     """The entries by key, of each key the newest build first."""
     return sorted(entries, key=lambda entry: (entry.key, -entry.number))
+
+
+def only_key(prefix: str, keys: Iterable[str]) -> str:
+    """The one of these keys that starts with `prefix`. Raises UnknownKeyError: none does, or several do."""
+    found = {key for key in keys if key and key.startswith(prefix)}
+    if len(found) != 1 or not prefix:
+        trouble = f"{len(found)} environments have" if found else "No environment has"
+        raise UnknownKeyError(f"{trouble} a key that starts with `{prefix}`", "ray-envcache list shows the keys")
+    return found.pop()
 
 
 def layout_of(entry: Entry) -> Layout:

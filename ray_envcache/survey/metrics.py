@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ray_envcache.errors import EnvCacheError
@@ -22,7 +22,7 @@ _RESULT = "How: found, lower (in a read-only store), fetched, built, waited (for
 _TYPE = re.compile(r"^# TYPE (\S+_(bytes|seconds)(?:_total)?) .*$", re.MULTILINE)
 
 
-def exposition(journal: Journal, layout: Layout, found: Iterable[Status]) -> str:
+def exposition(journal: Journal, layout: Layout, found: list[Status]) -> str:
     """The text for a store whose environments are `found`. Raises EnvCacheError where prometheus_client is missing."""
     try:
         from prometheus_client import generate_latest
@@ -31,12 +31,11 @@ def exposition(journal: Journal, layout: Layout, found: Iterable[Status]) -> str
         raise EnvCacheError(
             f"`metrics` needs the package prometheus-client: {error}", needs_extra("metrics")
         ) from error
-    ours = [one for one in found if not one.readonly]
 
     class Numbers(Collector):
         def collect(self) -> Iterator[Metric]:
             yield from _counters(journal.totals)
-            yield from _gauges(layout, ours)
+            yield from _gauges(layout, found)
 
     # node_exporter reads the older format, which has no UNIT: there it is a comment.
     return _TYPE.sub(r"\g<0>\n# UNIT \1 \2", generate_latest(Numbers()).decode())

@@ -10,11 +10,11 @@ cache and find wheels there.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ray_envcache.store.journal import Event, Journal
-from ray_envcache.store.layout import Layout
+from ray_envcache.store.layout import Entry
 from ray_envcache.store.record import MeasuredRecord, ReadyRecord
 
 RESULTS = ("found", "lower", "fetched", "built", "waited", "refused", "failed")
@@ -74,12 +74,12 @@ class _Known:
     project: str = ""
 
 
-def statistics(journal: Journal, stores: Iterable[Layout], since: str = "", project: str = "") -> Statistics:
+def statistics(journal: Journal, entries: Sequence[Entry], since: str = "", project: str = "") -> Statistics:
     """The numbers since a moment (UTC ISO 8601), of one project where it is named.
 
     What was swept together with environments of all projects counts only without `project`.
     """
-    known = _known(journal.events, stores)
+    known = _known(journal.events, entries)
     recent = [event for event in journal.events if event.at >= since]
     events = [
         event for event in recent if not project or known[event.text("key") or event.text("path")].project == project
@@ -95,7 +95,7 @@ def statistics(journal: Journal, stores: Iterable[Layout], since: str = "", proj
     return found
 
 
-def _known(events: Iterable[Event], stores: Iterable[Layout]) -> defaultdict[str, _Known]:
+def _known(events: Iterable[Event], entries: Sequence[Entry]) -> defaultdict[str, _Known]:
     """By key and by path, as the last event and the records tell it."""
     found: defaultdict[str, _Known] = defaultdict(_Known)
     for event in events:
@@ -105,7 +105,7 @@ def _known(events: Iterable[Event], stores: Iterable[Layout]) -> defaultdict[str
             found[event.text("key")].seconds = event.number("seconds")
         elif event.name == "removal":
             found[event.text("key")].size = int(event.number("bytes"))
-    for entry in (entry for store in stores for entry in store.all_entries()):
+    for entry in entries:
         one = found[entry.key]
         if ready := ReadyRecord.read(entry):
             one.seconds, one.project = ready.build_seconds, ready.project
