@@ -135,8 +135,7 @@ def print_report(report: Collected, *, dry_run: bool) -> None:
     least = "" if all(one.exact for one in report.removed) else "at least "
     freed = f"{'free' if dry_run else 'freed'} {least}{format_size(report.freed_bytes)}"
     stays = f"{report.in_use} in use, {report.pinned} pinned, {len(report.failed)} failed"
-    logical = format_size(report.logical_bytes)
-    say(f"{verb} {count(len(report.removed), 'environment')}, {freed} ({logical} logical); {stays}")
+    say(f"{verb} {count(len(report.removed), 'environment')}, {freed}; {stays}")
 
 
 def print_sessions(found: list[Session]) -> None:

@@ -32,14 +32,13 @@ PATIENCE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Removed:
-    """One environment that went, or would go. Bytes: `freed` on the disk, `logical` as its files count."""
+    """One environment that went, or would go. `freed_bytes` are those of the disk: a lower bound, if not `exact`."""
 
     key: str
     name: str
     project: str
     reason: str
     freed_bytes: int
-    logical_bytes: int
     exact: bool = True
 
 
@@ -61,11 +60,6 @@ class Collected:
     def freed_bytes(self) -> int:
         """All that became free."""
         return sum(one.freed_bytes for one in self.removed) + self.swept_bytes
-
-    @property
-    def logical_bytes(self) -> int:
-        """What the removed files count, with those that something else has too."""
-        return sum(one.logical_bytes for one in self.removed) + self.swept_bytes
 
     def add_failure(self, name: str, error: OSError) -> None:
         """Note what could not be removed, and why."""
@@ -131,7 +125,7 @@ def _would_collect(layout: Layout, limits: Limits) -> Collected:
     chosen = _chosen(layout, limits, collected)
     freed = disk.freed_in_turn((Path(status.path) for _, status in chosen), going_too(layout))
     collected.removed = [
-        _removed(victim, status, size, status.size_bytes, exact=exact)
+        _removed(victim, status, size, exact=exact)
         for (victim, status), (size, exact) in zip(chosen, freed, strict=True)
     ]
     return collected
@@ -163,12 +157,12 @@ def _remove(layout: Layout, victim: Victim, status: Status, collected: Collected
     except OSError as error:
         collected.add_failure(victim.candidate.name, error)
     else:
-        collected.removed.append(_removed(victim, status, gone.reclaimable, gone.size, exact=gone.exact))
+        collected.removed.append(_removed(victim, status, gone.reclaimable, exact=gone.exact))
 
 
-def _removed(victim: Victim, status: Status, freed: int, logical: int, *, exact: bool) -> Removed:
+def _removed(victim: Victim, status: Status, freed: int, *, exact: bool) -> Removed:
     name, project = victim.candidate.name, status.project or "-"
-    return Removed(status.key, name, project, victim.reason, freed, logical, exact)
+    return Removed(status.key, name, project, victim.reason, freed, exact)
 
 
 @contextmanager

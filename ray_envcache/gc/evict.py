@@ -113,7 +113,7 @@ def _take_flocks(flocks: ExitStack, layout: Layout, entry: Entry) -> None:
         # No such file, no such user: the remains of a builder that died early, or it is gone.
         free = True
     if not free:
-        raise refusal(entry, _users(layout, entry))
+        raise refusal(entry, "it is in use")
 
 
 def _take_builders_flock(flocks: ExitStack, layout: Layout, entry: Entry) -> bool:
@@ -166,12 +166,3 @@ def _require_no_process(entry: Entry, place: Path) -> None:
     """
     for pid, how in processes.processes_using(place.parent, [place.name]).get(place.name, {}).items():
         raise refusal(entry, f"in use by process {pid} ({how})")
-
-
-def _users(layout: Layout, entry: Entry) -> str:
-    known = [
-        f"{holder.get('kind')} {holder.get('pid')} ({holder.get('cluster') or holder.get('command')})"
-        for holder in leases.live_leases(layout, entry.key)
-        if holder.get("entry") == entry.path.name
-    ]
-    return f"in use by {', '.join(known)}" if known else "a process runs from it"

@@ -494,7 +494,7 @@ def test_summary_line(store: Store, make: Make) -> None:
     """One line says what happened, for cron's mail; `--json` has the same as data."""
     pins.pin(store.layout, make("bb"))
     age(make("aa"), 15)
-    pattern = r"1 environment, freed \S+ \S?B \(\S+ \S?B logical\); 0 in use, 1 pinned, 0 failed"
+    pattern = r"1 environment, freed \S+ \S?B; 0 in use, 1 pinned, 0 failed"
     would = run("gc", "--min-free-space", "0%", "--dry-run")
     done = run("gc", "--min-free-space", "0%")
     assert re.fullmatch(f"Would remove {pattern.replace('freed', 'free')}", would.stdout.splitlines()[-1])

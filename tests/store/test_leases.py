@@ -51,7 +51,7 @@ def test_interpreter_of_the_venv_holds_its_entry(
 ) -> None:
     """While any interpreter runs from it, nobody can remove an entry; a SIGKILL gives it free."""
     child = start(entry, "", children)
-    with pytest.raises(InUseError, match=r"in use by process|a process runs from it"):
+    with pytest.raises(InUseError, match=r"in use by process|it is in use"):
         evict(store.layout, entry)
     assert entry.ready.exists()
     child.send_signal(signal.SIGKILL)
@@ -78,8 +78,11 @@ def test_lease_holds_until_released(store: Store, entry: Entry) -> None:
     """A lease keeps its entry, names its holder, and frees it at once on release; twice is once."""
     lease = leases.claim(entry, store.layout, Holder("agent", cluster="session_x"))
     assert lease is not None
-    with pytest.raises(InUseError, match=f"in use by agent {os.getpid()} .session_x."):
+    (holder,) = leases.live_leases(store.layout, entry.key)
+    assert (holder["kind"], holder["pid"], holder["cluster"]) == ("agent", os.getpid(), "session_x")
+    with pytest.raises(InUseError, match="it is in use") as caught:
         evict(store.layout, entry)
+    assert f"ray-envcache why {entry.short}" in caught.value.hint
     lease.release()
     lease.release()
     assert leases.live_leases(store.layout, entry.key) == []
