@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ray_envcache.errors import InUseError, UnknownKeyError
-from ray_envcache.gc import choosing, companion, rubbish
+from ray_envcache.gc import companion, policy, rubbish
 from ray_envcache.gc.evict import evict_idle
-from ray_envcache.gc.policy import Limits, Victim
-from ray_envcache.store import journal
+from ray_envcache.gc.policy import Limits
+from ray_envcache.store import journal, leases
 from ray_envcache.store.layout import Layout
 from ray_envcache.survey import shared_bytecode, uv_cache
-from ray_envcache.survey.inventory import Status, going_too, last_used
+from ray_envcache.survey.inventory import Status, going_too, last_used, survey
 from ray_envcache.system import disk, flock
 from ray_envcache.system.texts import Space
 
@@ -93,8 +93,8 @@ def _collect(layout: Layout, limits: Limits) -> Collected:
     collected, began = Collected(), time.time()
     uv_cache.retire(layout, collected.add_failure, before=_unused_since(layout, limits))
     _sweep(layout, collected)
-    for victim, status in _chosen(layout, limits, collected):
-        _remove(layout, victim, status, collected)
+    for one, reason in _chosen(layout, limits, collected):
+        _remove(layout, one, reason, collected)
     if limits.everything:
         uv_cache.retire_all(layout, collected.add_failure)
     elif collected.removed:
@@ -123,31 +123,71 @@ def _would_collect(layout: Layout, limits: Limits) -> Collected:
     """What a run would say. What several entries share is freed with the last of them."""
     collected = Collected()
     chosen = _chosen(layout, limits, collected)
-    freed = disk.freed_in_turn((Path(status.path) for _, status in chosen), going_too(layout))
+    freed = disk.freed_in_turn((Path(one.path) for one, _ in chosen), going_too(layout))
     collected.removed = [
-        _removed(victim, status, size, exact=exact)
-        for (victim, status), (size, exact) in zip(chosen, freed, strict=True)
+        _removed(one, reason, size, exact=exact) for (one, reason), (size, exact) in zip(chosen, freed, strict=True)
     ]
     return collected
 
 
-def _chosen(layout: Layout, limits: Limits, collected: Collected) -> list[tuple[Victim, Status]]:
-    found = choosing.look_at(layout)
-    collected.in_use = sum(status.in_use for status in found.values())
-    collected.pinned = sum(status.pinned for status in found.values())
-    return choosing.choose(layout, limits, found)
+def _chosen(layout: Layout, limits: Limits, collected: Collected) -> list[tuple[Status, str]]:
+    """The entries that go, and why, as the policy says of what is in the store at this moment."""
+    _note_deaths(layout)
+    # With the recorded sizes, however old they are: where bytes decide, they are measured below.
+    found = policy.in_turn(survey(layout, max_age=math.inf))
+    collected.in_use = sum(one.in_use for one in found)
+    collected.pinned = sum(one.pinned for one in found)
+    for one in found:
+        if one.in_use and (entry := layout.entry(one.path)):
+            # Else what actors used for weeks would be unused for weeks when their cluster is killed.
+            leases.touch(entry.in_use)
+    space, other = disk.free_space(layout.root), 0
+    # Trees are walked through only where bytes decide, 5 s for a million files.
+    if limits.max_used_space or limits.reserved_space:
+        found, other = _with_occupied(layout, found)
+    if limits.lacks_space(space.total, space.free):
+        found = _with_freed(layout, found)
+    return policy.choose(found, limits, space, other, time.time())
 
 
-def _remove(layout: Layout, victim: Victim, status: Status, collected: Collected) -> None:
-    entry = layout.entry(victim.candidate.name)
+def _note_deaths(layout: Layout) -> None:
+    """Count the death of a lease's holder as a use: when it died is not known, only that it was after the last look."""
+    for key in layout.leased_keys():
+        folder = layout.leases_of(key)
+        with suppress(FileNotFoundError):
+            if len(os.listdir(folder)) > len(leases.live_leases(layout, key)):
+                for entry in layout.entries_of(key):
+                    leases.touch(entry.in_use)
+
+
+def _with_occupied(layout: Layout, found: list[Status]) -> tuple[list[Status], int]:
+    """The entries with what the store occupies less when they go in turn, and what it occupies besides them."""
+    # Files that they share with what stays do not go.
+    ordered = sorted(found, key=policy.may_go, reverse=True)
+    trees = [layout.uv_cache, layout.bytecode, *(Path(one.path) for one in ordered)]
+    uv_cache, bytecode, *occupied = disk.occupied_in_turn(trees)
+    sized = [one._replace(size_bytes=size) for one, size in zip(ordered, occupied, strict=True)]
+    return policy.in_turn(sized), uv_cache + bytecode
+
+
+def _with_freed(layout: Layout, found: list[Status]) -> list[Status]:
+    """The entries with what deleting them in turn frees."""
+    idle = [one for one in found if policy.may_go(one)]
+    freed = disk.freed_in_turn([Path(one.path) for one in idle], going_too(layout))
+    measured = [one._replace(reclaimable_bytes=size) for one, (size, _) in zip(idle, freed, strict=True)]
+    return [*(one for one in found if not policy.may_go(one)), *measured]
+
+
+def _remove(layout: Layout, one: Status, reason: str, collected: Collected) -> None:
+    entry = layout.entry(one.path)
     if entry is None:
         return
 
     def unused_since() -> bool:
-        return status.state != "ready" or last_used(entry) == status.last_used
+        return one.state != "ready" or last_used(entry) == one.last_used
 
     try:
-        gone = evict_idle(layout, entry, still_due=unused_since, reason=victim.reason)
+        gone = evict_idle(layout, entry, still_due=unused_since, reason=reason)
     except InUseError:
         # A user came since the choice: as it should be.
         collected.in_use += 1
@@ -155,14 +195,13 @@ def _remove(layout: Layout, victim: Victim, status: Status, collected: Collected
         # `ray-envcache rm` was faster: it is gone, which is all that was wanted.
         return
     except OSError as error:
-        collected.add_failure(victim.candidate.name, error)
+        collected.add_failure(entry.name, error)
     else:
-        collected.removed.append(_removed(victim, status, gone.reclaimable, exact=gone.exact))
+        collected.removed.append(_removed(one, reason, gone.reclaimable, exact=gone.exact))
 
 
-def _removed(victim: Victim, status: Status, freed: int, *, exact: bool) -> Removed:
-    name, project = victim.candidate.name, status.project or "-"
-    return Removed(status.key, name, project, victim.reason, freed, exact)
+def _removed(one: Status, reason: str, freed: int, *, exact: bool) -> Removed:
+    return Removed(one.key, os.path.basename(one.path), one.project or "-", reason, freed, exact)
 
 
 @contextmanager

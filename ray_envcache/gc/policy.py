@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_envcache.errors import FieldValueError
+from ray_envcache.survey.inventory import Status
+from ray_envcache.system.disk import FileSystem
 from ray_envcache.system.texts import Space, format_duration, format_size, is_off, parse_duration, parse_space
 
 DAY = 86_400.0
@@ -27,40 +29,6 @@ class _DefaultFreeSpace(Space):
 
 
 DEFAULT_FREE_SPACE = _DefaultFreeSpace()
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """An entry as the policy sees it: `last_used` in Unix seconds, `size` in bytes it occupies.
-
-    `reclaimable` is what deleting it would free: less than `size` where uv's cache or another entry has the same files.
-    Both are what they are once the candidates before it are gone. `protected` says why it must stay ("in use",
-    "pinned", "building"), "" where it may go. One that is `broken` can never be used.
-    """
-
-    name: str
-    last_used: float
-    size: int
-    reclaimable: int
-    protected: str = ""
-    broken: bool = False
-
-
-@dataclass(frozen=True)
-class Disk:
-    """The disk of the store, in bytes. `other`: what the store occupies besides the candidates."""
-
-    total: int
-    free: int
-    other: int = 0
-
-
-@dataclass(frozen=True)
-class Victim:
-    """An entry that goes, and why, in words."""
-
-    candidate: Candidate
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -121,30 +89,39 @@ def parse_limit(name: str, value: str | float | None) -> Any:
     return None if value is None or is_off(str(value)) else _PARSERS[name](value)
 
 
-def in_turn(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """The candidates in the order in which they go: least recently used first."""
-    return sorted(candidates, key=lambda one: (one.last_used, one.name))
+def may_go(one: Status) -> bool:
+    """Whether an entry is neither in use nor pinned nor being built."""
+    return not (one.in_use or one.pinned or one.state == "building")
 
 
-def choose(candidates: Iterable[Candidate], limits: Limits, disk: Disk, now: float) -> list[Victim]:
-    """The entries to remove, least recently used first. Never a protected one.
+def in_turn(found: Iterable[Status]) -> list[Status]:
+    """Entries of one store in the order in which they go: least recently used first."""
+    return sorted(found, key=lambda one: (one.last_used, one.path))
 
-    `now` in Unix seconds. An entry used in the future (the clock went back) counts as used now.
+
+def choose(
+    found: Iterable[Status], limits: Limits, space: FileSystem, other: int, now: float
+) -> list[tuple[Status, str]]:
+    """The entries to remove and why, least recently used first. Never one that is in use, pinned or being built.
+
+    Their sizes are what they are once those before them are gone. `space` is that of the disk, `other` the bytes that
+    the store occupies besides its entries, `now` in Unix seconds. An entry used in the future (the clock went back)
+    counts as used now.
     """
-    everyone = in_turn(candidates)
-    used, free = disk.other + sum(one.size for one in everyone), disk.free
-    idle = [one for one in everyone if not one.protected]
-    victims = []
+    everyone = in_turn(found)
+    used, free = other + sum(one.size_bytes for one in everyone), space.free
+    idle = [one for one in everyone if may_go(one)]
+    going = []
     for number, one in enumerate(idle):
-        if reason := _due(one, limits, now) or _needed(idle[number:], limits, disk.total, used, free):
-            victims.append(Victim(one, reason))
-            used, free = used - one.size, free + one.reclaimable
-    return victims
+        if reason := _due(one, limits, now) or _needed(idle[number:], limits, space.total, used, free):
+            going.append((one, reason))
+            used, free = used - one.size_bytes, free + one.reclaimable_bytes
+    return going
 
 
-def _due(one: Candidate, limits: Limits, now: float) -> str:
+def _due(one: Status, limits: Limits, now: float) -> str:
     idle = max(now - one.last_used, 0.0)
-    if one.broken:
+    if one.state == "broken":
         return "it is broken and can never be used"
     if limits.everything:
         return "all were asked for"
@@ -153,20 +130,20 @@ def _due(one: Candidate, limits: Limits, now: float) -> str:
     return ""
 
 
-def _needed(left: list[Candidate], limits: Limits, total: int, used: int, free: int) -> str:
+def _needed(left: list[Status], limits: Limits, total: int, used: int, free: int) -> str:
     """Why the space of the first of those `left` is needed, while the store takes `used` and `free` bytes are free."""
     one = left[0]
     floor = limits.reserved_space.bytes_of(total) if limits.reserved_space else 0
-    if used - one.size < floor:
+    if used - one.size_bytes < floor:
         return ""
     if limits.max_used_space is not None and used > limits.max_used_space.bytes_of(total):
         return f"the store takes {format_size(used)}, more than {limits.max_used_space}"
-    if limits.lacks_space(total, free) and one.reclaimable and frees_something(left):
+    if limits.lacks_space(total, free) and one.reclaimable_bytes and frees_something(left):
         return f"{format_size(free)} are free, less than {limits.min_free_space}"
     return ""
 
 
-def frees_something(candidates: Iterable[Candidate]) -> bool:
+def frees_something(left: Iterable[Status]) -> bool:
     """Whether removing all of them is worth it: not where uv's cache has nearly all of their files too."""
-    found = [*candidates]
-    return sum(one.reclaimable for one in found) >= WORTH * sum(one.size for one in found)
+    found = [*left]
+    return sum(one.reclaimable_bytes for one in found) >= WORTH * sum(one.size_bytes for one in found)

@@ -186,6 +186,18 @@ def test_half_built_ones_go_whatever_the_limits(tmp_path: Path) -> None:
     assert whole.path.exists()
 
 
+def test_layer_goes_after_its_environment(tmp_path: Path) -> None:
+    """A layer whose environment was collected can never be used: the next collection takes it, however young it is."""
+    layout = make_layout(tmp_path / "store")
+    base, layer = (make_entry(layout, number) for number in range(2))
+    layer.ready.write_text(json.dumps({**json.loads(layer.ready.read_text()), "base": base.name}))
+    age(base, 15)
+    assert [one.name for one in collect(layout, AGE_ONLY).removed] == [base.name]
+    assert leases.claim(layer, layout, Holder("test")) is None
+    (gone,) = collect(layout, Limits(unused_for=None, min_free_space=None)).removed
+    assert (gone.name, gone.reason) == (layer.name, "it is broken and can never be used")
+
+
 def test_use_that_is_seen_counts_as_use(tmp_path: Path) -> None:
     """What was in use when a collector last looked has been unused since then, not since its first user came."""
     layout = make_layout(tmp_path / "store")

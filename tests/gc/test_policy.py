@@ -14,37 +14,72 @@ from ray_envcache.errors import FieldValueError
 from ray_envcache.gc.policy import (
     DAY,
     DEFAULT_FREE_SPACE,
-    Candidate,
-    Disk,
     Limits,
-    Victim,
     choose,
     frees_something,
     in_turn,
+    may_go,
 )
+from ray_envcache.survey.inventory import Status
+from ray_envcache.system.disk import FileSystem
 from ray_envcache.system.texts import Space
 
 NOW = 1000 * DAY
 GB = 10**9
 NONE = Limits(unused_for=None, min_free_space=None)
-DISK = Disk(total=1000, free=50)
+PROTECTED: dict[str, dict[str, Any]] = {
+    "in use": {"in_use": True},
+    "pinned": {"pinned": True},
+    "building": {"state": "building"},
+}
+
+Chosen = Sequence[tuple[Status, str]]
 
 
-def idle(name: str, days: float, size: int = 10, reclaimable: int | None = None, protected: str = "") -> Candidate:
-    """A candidate that was last used `days` ago."""
-    return Candidate(name, NOW - days * DAY, size, size if reclaimable is None else reclaimable, protected)
+def disk(total: int, free: int) -> FileSystem:
+    return FileSystem(total, free, inodes_free=None, kind="")
+
+
+DISK = disk(total=1000, free=50)
+
+
+def entry(
+    name: str, last_used: float, size: int, reclaimable: int, protected: str = "", state: str = "ready"
+) -> Status:
+    fields: dict[str, Any] = {
+        **dict.fromkeys(("created_at", "python", "ray", "project", "source")),
+        "state": state,
+        "in_use": False,
+        "pinned": False,
+        **PROTECTED.get(protected, {}),
+    }
+    return Status(
+        key=name,
+        path=name,
+        users=(),
+        size_bytes=size,
+        reclaimable_bytes=reclaimable,
+        exact=True,
+        last_used=last_used,
+        **fields,
+    )
+
+
+def idle(name: str, days: float, size: int = 10, reclaimable: int | None = None, **more: str) -> Status:
+    """An entry that was last used `days` ago."""
+    return entry(name, NOW - days * DAY, size, size if reclaimable is None else reclaimable, **more)
 
 
 # 100 bytes on a disk of 1000, of which 50 are free.
 STORE = (idle("d", 1, 10), idle("b", 20, 30, protected="in use"), idle("a", 30, 40), idle("c", 10, 20))
 
 
-def names(victims: Sequence[Victim]) -> str:
-    return " ".join(victim.candidate.name for victim in victims)
+def names(going: Chosen) -> str:
+    return " ".join(one.path for one, _ in going)
 
 
-def chosen(limits: Limits, *candidates: Candidate, disk: Disk = DISK, now: float = NOW) -> str:
-    return names(choose(candidates, limits, disk, now))
+def chosen(limits: Limits, *store: Status, space: FileSystem = DISK, other: int = 0) -> str:
+    return names(choose(store, limits, space, other, NOW))
 
 
 @pytest.mark.parametrize(
@@ -105,8 +140,8 @@ def test_limits(limit: dict[str, Any], gone: str) -> None:
 @pytest.mark.parametrize(("free", "gone"), [(98, "a c"), (99, "a")])
 def test_defaults(free: int, gone: str) -> None:
     """By default goes what nobody used for 14 days, and more while less than a tenth of the disk is free."""
-    small = [replace(one, size=1, reclaimable=1) for one in STORE]
-    assert chosen(Limits(), *small, disk=Disk(1000, free)) == gone
+    small = [one._replace(size_bytes=1, reclaimable_bytes=1) for one in STORE]
+    assert chosen(Limits(), *small, space=disk(1000, free)) == gone
 
 
 @pytest.mark.parametrize(
@@ -122,14 +157,14 @@ def test_defaults(free: int, gone: str) -> None:
     ],
 )
 def test_reasons(limit: dict[str, Any], reason: str) -> None:
-    """A victim says why it goes, with the figures that led to it."""
-    assert choose(STORE, replace(NONE, **limit), DISK, NOW)[0].reason == reason
+    """It is said why an entry goes, with the figures that led to it."""
+    assert choose(STORE, replace(NONE, **limit), DISK, 0, NOW)[0][1] == reason
 
 
-def test_figures_of_each_victim() -> None:
-    """The figures of a reason are those after the victims before it."""
-    victims = choose(STORE, replace(NONE, max_used_space=Space(0)), DISK, NOW)
-    assert [victim.reason.split(",")[0] for victim in victims] == [
+def test_figures_of_each_reason() -> None:
+    """The figures of a reason are those after the entries before it."""
+    going = choose(STORE, replace(NONE, max_used_space=Space(0)), DISK, 0, NOW)
+    assert [reason.split(",")[0] for _, reason in going] == [
         "the store takes 100 B",
         "the store takes 60 B",
         "the store takes 40 B",
@@ -143,7 +178,7 @@ def test_order() -> None:
     assert chosen(replace(NONE, max_used_space=Space(20)), *store) == "y z a"
 
 
-@pytest.mark.parametrize("why", ["in use", "pinned", "building"])
+@pytest.mark.parametrize("why", PROTECTED)
 @pytest.mark.parametrize(
     "limits",
     [
@@ -191,22 +226,22 @@ def test_in_vain() -> None:
 )
 def test_default_free_space(total: int, free: int, gone: str) -> None:
     """A tenth of the disk is to be free, and of a large disk 20 GB."""
-    assert chosen(Limits(), idle("a", 1, GB), disk=Disk(total, free)) == gone
+    assert chosen(Limits(), idle("a", 1, GB), space=disk(total, free)) == gone
 
 
 def test_broken_ones() -> None:
     """What can never be used goes, whatever the limits are, but not while a process uses it."""
-    broken = replace(idle("half", 0), broken=True)
+    broken = idle("half", 0, state="broken")
     assert chosen(NONE, broken, idle("whole", 900)) == "half"
-    assert choose([broken], NONE, DISK, NOW)[0].reason == "it is broken and can never be used"
-    assert chosen(NONE, replace(broken, protected="in use")) == ""
+    assert choose([broken], NONE, DISK, 0, NOW)[0][1] == "it is broken and can never be used"
+    assert chosen(NONE, broken._replace(in_use=True)) == ""
 
 
 def test_what_the_store_occupies_besides() -> None:
     """The ceiling is one of all that the store occupies, uv's cache in it included."""
     limits = replace(NONE, max_used_space=Space(60))
-    assert chosen(limits, idle("a", 2), idle("b", 1), disk=Disk(1000, 50, other=40)) == ""
-    assert chosen(limits, idle("a", 2), idle("b", 1), disk=Disk(1000, 50, other=41)) == "a"
+    assert chosen(limits, idle("a", 2), idle("b", 1), other=40) == ""
+    assert chosen(limits, idle("a", 2), idle("b", 1), other=41) == "a"
 
 
 def test_only_what_is_reclaimable_counts_as_freed() -> None:
@@ -220,16 +255,16 @@ def test_clock_that_went_back() -> None:
     store = [idle("future", -500), idle("today", 0), idle("yesterday", 1)]
     assert chosen(replace(NONE, unused_for=DAY), *store) == "yesterday"
     assert chosen(replace(NONE, max_used_space=Space(0)), *store) == "yesterday today future"
-    victims = choose(store, replace(NONE, unused_for=0.0), DISK, NOW)
-    assert names(victims) == "yesterday today future"
-    assert victims[-1].reason == "unused for 0 seconds"
+    going = choose(store, replace(NONE, unused_for=0.0), DISK, 0, NOW)
+    assert names(going) == "yesterday today future"
+    assert going[-1][1] == "unused for 0 seconds"
 
 
 def test_empty_store() -> None:
     """In an empty store nobody goes, however full the disk is; nor does a disk without size break anything."""
     limits = replace(Limits(), max_used_space=Space(0), everything=True)
-    assert choose([], limits, Disk(0, 0), NOW) == []
-    assert chosen(Limits(unused_for=None), *STORE, disk=Disk(0, 0)) == ""
+    assert choose([], limits, disk(0, 0), 0, NOW) == []
+    assert chosen(Limits(unused_for=None), *STORE, space=disk(0, 0)) == ""
 
 
 @pytest.mark.parametrize(
@@ -280,91 +315,90 @@ def test_bad_variables(name: str, text: str) -> None:
 amounts = st.integers(0, 40)
 spaces = st.none() | st.builds(Space, amounts) | st.builds(Space, share=st.sampled_from([0.0, 0.05, 0.5, 1.0]))
 moments = st.integers(-2, 8).map(lambda days: NOW - days * DAY)
-protections = st.sampled_from(["", "", "", "in use", "pinned", "building"])
-candidates = st.builds(Candidate, st.text("ab", min_size=1, max_size=4), moments, amounts, amounts, protections)
-stores = st.lists(candidates, max_size=8, unique_by=lambda one: one.name)
-disks = st.builds(Disk, st.integers(0, 400), amounts)
+protections = st.sampled_from(["", "", "", *PROTECTED])
+entries = st.builds(entry, st.text("ab", min_size=1, max_size=4), moments, amounts, amounts, protections)
+stores = st.lists(entries, max_size=8, unique_by=lambda one: one.path)
+disks = st.builds(disk, st.integers(0, 400), amounts)
 ages = st.none() | st.integers(0, 8).map(lambda days: days * DAY)
 space_limits = st.builds(Limits, st.none(), spaces, spaces, spaces)
 all_limits = st.builds(Limits, ages, spaces, spaces, spaces, st.booleans())
 modest = settings(max_examples=80)
 
 
-def total_size(victims: Sequence[Victim]) -> int:
-    return sum(victim.candidate.size for victim in victims)
+def total_size(going: Chosen) -> int:
+    return sum(one.size_bytes for one, _ in going)
 
 
 @given(stores, all_limits, disks)
 @modest
-def test_victims(store: list[Candidate], limits: Limits, disk: Disk) -> None:
-    """Victims are unprotected entries, each once, with a reason, least recently used first and then by name."""
-    victims = choose(store, limits, disk, NOW)
-    found = [victim.candidate for victim in victims]
-    assert set(found) <= set(store)
-    assert not any(one.protected for one in found)
+def test_who_goes(store: list[Status], limits: Limits, space: FileSystem) -> None:
+    """Only entries go that may, each once, with a reason, least recently used first and then by name."""
+    going = choose(store, limits, space, 0, NOW)
+    found = [one for one, _ in going]
+    assert set(found) <= {one for one in store if not (one.in_use or one.pinned or one.state == "building")}
     assert len(set(found)) == len(found)
-    assert all(victim.reason for victim in victims)
-    assert found == sorted(found, key=lambda one: (one.last_used, one.name))
+    assert all(reason for _, reason in going)
+    assert found == sorted(found, key=lambda one: (one.last_used, one.path))
 
 
 @given(stores, all_limits, disks, st.randoms(use_true_random=False))
 @modest
-def test_order_of_the_input(store: list[Candidate], limits: Limits, disk: Disk, random: Any) -> None:
+def test_order_of_the_input(store: list[Status], limits: Limits, space: FileSystem, random: Any) -> None:
     """The choice does not depend on the order in which the entries were found."""
     shuffled = [*store]
     random.shuffle(shuffled)
-    assert choose(iter(shuffled), limits, disk, NOW) == choose(store, limits, disk, NOW)
+    assert choose(iter(shuffled), limits, space, 0, NOW) == choose(store, limits, space, 0, NOW)
 
 
 @given(stores, space_limits, spaces.filter(bool), disks)
 @modest
-def test_floor(store: list[Candidate], limits: Limits, floor: Space, disk: Disk) -> None:
+def test_floor(store: list[Status], limits: Limits, floor: Space, space: FileSystem) -> None:
     """Space limits alone never shrink the store below the floor, nor remove anything where it is below already."""
-    victims = choose(store, replace(limits, reserved_space=floor), disk, NOW)
-    used = sum(one.size for one in store)
-    assert not victims or used - total_size(victims) >= floor.bytes_of(disk.total)
+    going = choose(store, replace(limits, reserved_space=floor), space, 0, NOW)
+    used = sum(one.size_bytes for one in store)
+    assert not going or used - total_size(going) >= floor.bytes_of(space.total)
 
 
 @given(stores, space_limits, disks)
 @modest
-def test_targets_are_reached(store: list[Candidate], limits: Limits, disk: Disk) -> None:
+def test_targets_are_reached(store: list[Status], limits: Limits, space: FileSystem) -> None:
     """Without a floor each space limit is reached, or no entry is left whose removal would help."""
-    victims = choose(store, replace(limits, reserved_space=None), disk, NOW)
-    gone = {victim.candidate for victim in victims}
-    left = {one for one in store if not one.protected and one not in gone}
-    used = sum(one.size for one in store) - total_size(victims)
-    free = disk.free + sum(one.reclaimable for one in gone)
+    going = choose(store, replace(limits, reserved_space=None), space, 0, NOW)
+    gone = {one for one, _ in going}
+    left = {one for one in store if may_go(one) and one not in gone}
+    used = sum(one.size_bytes for one in store) - total_size(going)
+    free = space.free + sum(one.reclaimable_bytes for one in gone)
     if limits.max_used_space is not None:
-        assert used <= limits.max_used_space.bytes_of(disk.total) or not left
+        assert used <= limits.max_used_space.bytes_of(space.total) or not left
     if limits.min_free_space is not None:
-        idle = in_turn(one for one in store if not one.protected)
-        worth = [one for number, one in enumerate(idle) if one.reclaimable and frees_something(idle[number:])]
-        assert free >= limits.min_free_space.bytes_of(disk.total) or not left.intersection(worth)
+        idle = in_turn(one for one in store if may_go(one))
+        worth = [one for number, one in enumerate(idle) if one.reclaimable_bytes and frees_something(idle[number:])]
+        assert free >= limits.min_free_space.bytes_of(space.total) or not left.intersection(worth)
 
 
 @given(stores, space_limits, disks)
 @modest
-def test_nobody_goes_in_vain(store: list[Candidate], limits: Limits, disk: Disk) -> None:
-    """Before the last victim by space went, a space limit was still missed."""
-    victims = choose(store, limits, disk, NOW)
-    before = victims[:-1]
-    used = sum(one.size for one in store) - total_size(before)
-    free = disk.free + sum(victim.candidate.reclaimable for victim in before)
+def test_nothing_goes_in_vain(store: list[Status], limits: Limits, space: FileSystem) -> None:
+    """Before the last entry by space went, a space limit was still missed."""
+    going = choose(store, limits, space, 0, NOW)
+    before = going[:-1]
+    used = sum(one.size_bytes for one in store) - total_size(before)
+    free = space.free + sum(one.reclaimable_bytes for one, _ in before)
     ceiling, target = limits.max_used_space, limits.min_free_space
-    too_much = ceiling is not None and used > ceiling.bytes_of(disk.total)
-    too_little = target is not None and free < target.bytes_of(disk.total)
-    assert not victims or too_much or too_little
+    too_much = ceiling is not None and used > ceiling.bytes_of(space.total)
+    too_little = target is not None and free < target.bytes_of(space.total)
+    assert not going or too_much or too_little
 
 
 @given(stores, all_limits, st.integers(0, 9))
 @modest
-def test_age_is_exact(store: list[Candidate], limits: Limits, days: int) -> None:
-    """By age go all unprotected ones that are old enough, whatever else is set, and by age alone no others."""
-    old = {one for one in store if not one.protected and max(NOW - one.last_used, 0) >= days * DAY}
-    gone = choose(store, replace(limits, unused_for=days * DAY), Disk(400, 20), NOW)
-    assert {victim.candidate for victim in gone} >= old
-    alone = choose(store, replace(NONE, unused_for=days * DAY), Disk(400, 20), NOW)
-    assert {victim.candidate for victim in alone} == old
+def test_age_is_exact(store: list[Status], limits: Limits, days: int) -> None:
+    """By age go all that may go and are old enough, whatever else is set, and by age alone no others."""
+    old = {one for one in store if may_go(one) and max(NOW - one.last_used, 0) >= days * DAY}
+    gone = choose(store, replace(limits, unused_for=days * DAY), disk(400, 20), 0, NOW)
+    assert {one for one, _ in gone} >= old
+    alone = choose(store, replace(NONE, unused_for=days * DAY), disk(400, 20), 0, NOW)
+    assert {one for one, _ in alone} == old
 
 
 @st.composite
@@ -384,16 +418,16 @@ def _sized(age: float | None, ceiling: int | None, target: int | None) -> Limits
 
 @given(stores, widened(), disks)
 @settings(max_examples=150)
-def test_wider_limits(store: list[Candidate], limits: tuple[Limits, Limits], disk: Disk) -> None:
+def test_wider_limits(store: list[Status], limits: tuple[Limits, Limits], space: FileSystem) -> None:
     """Who stays under some limits stays under wider ones."""
-    narrow, wide = ({victim.candidate for victim in choose(store, one, disk, NOW)} for one in limits)
+    narrow, wide = ({one for one, _ in choose(store, each, space, 0, NOW)} for each in limits)
     assert wide <= narrow
 
 
 @given(stores, all_limits, amounts, amounts, disks)
 @modest
-def test_higher_floor(store: list[Candidate], limits: Limits, floor: int, more: int, disk: Disk) -> None:
+def test_higher_floor(store: list[Status], limits: Limits, floor: int, more: int, space: FileSystem) -> None:
     """A higher floor never removes more bytes (others may go: what would break the floor is passed over)."""
-    low = choose(store, replace(limits, reserved_space=Space(floor)), disk, NOW)
-    high = choose(store, replace(limits, reserved_space=Space(floor + more)), disk, NOW)
+    low = choose(store, replace(limits, reserved_space=Space(floor)), space, 0, NOW)
+    high = choose(store, replace(limits, reserved_space=Space(floor + more)), space, 0, NOW)
     assert total_size(high) <= total_size(low)
