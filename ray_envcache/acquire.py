@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ray_envcache.checkout.project import Project
 from ray_envcache.errors import ChangedError, LockfileError
 from ray_envcache.resolve import interpreter
-from ray_envcache.store import memo, setups
+from ray_envcache.store import journal, memo
 from ray_envcache.store.key import layer_key
 from ray_envcache.store.layout import Entry, Layout, newest_first, only_key
 from ray_envcache.store.leases import Holder, Lease, claim
@@ -70,7 +70,7 @@ class Store:
         """
         return cls(*opened(root))
 
-    @setups.noted
+    @journal.noted
     def lookup(self, spec: EnvSpec, ray: AnyRay, holder: Holder) -> Lease | None:
         """A lease on the environment if it is there and a memo leads to it, else None.
 
@@ -80,7 +80,7 @@ class Store:
         """
         return self._claim_known(self._inputs(spec, ray), holder, may_look=False)
 
-    @setups.noted
+    @journal.noted
     def acquire(
         self,
         spec: EnvSpec,

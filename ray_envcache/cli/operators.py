@@ -36,13 +36,12 @@ def stats(*, since: str | None, project: str, as_json: bool) -> None:
     """
     begin = "" if since is None else utc(max(time.time() - parse_duration(since), 0))
     store = Store.open()
-    noted = journal.read(store.layout)
+    noted = _history(store)
     found = statistics(noted, store.entries(), begin, project)
     if as_json:
-        tables.print_json({"project": project or None, **asdict(found), **_passed_over(noted)})
+        tables.print_json({"project": project or None, **asdict(found)})
     else:
         _print_statistics(found)
-    _tell_passed_over(noted)
 
 
 def _print_statistics(found: Statistics) -> None:
@@ -75,13 +74,12 @@ def metrics_(*, output: Path | None) -> None:
     may read is replaced at once: for the textfile collector of node_exporter.
     """
     store = Store.open()
-    noted = journal.read(store.layout)
+    noted = _history(store)
     text = exposition(noted, store.layout, inventory.survey(store.layout))
     if output is None:
         click.echo(text, nl=False)
     else:
         files.write_whole(output, text.encode(), mode=0o644, replace=True)
-    _tell_passed_over(noted)
 
 
 @click.command(epilog="Example: ray-envcache log 125a8")
@@ -93,7 +91,7 @@ def log(*, key: str, as_json: bool) -> None:
     KEY is the start of a key, as `list` shows it; it may be of an environment that was removed.
     """
     store = Store.open()
-    noted, entries = journal.read(store.layout), store.entries()
+    noted, entries = _history(store), store.entries()
     in_journal = (event.text(name) for event in noted.events for name in ("key", "base"))
     full = only_key(key, [*in_journal, *(entry.key for entry in entries)])
     events = [event for event in noted.events if full in (event.text("key"), event.text("base"))]
@@ -101,14 +99,13 @@ def log(*, key: str, as_json: bool) -> None:
     if as_json:
         told = [{"at": event.at, "event": event.name, **event.fields} for event in events]
         paths = [*map(os.fspath, logs)]
-        tables.print_json({"key": full, "events": told, "build_logs": paths, **_passed_over(noted)})
+        tables.print_json({"key": full, "events": told, "build_logs": paths})
     else:
         columns = ("AT", "EVENT", "RESULT", "KIND", "PROJECT", "SECONDS", "SIZE", "CLUSTER", "REASON")
         tables.print_table(columns, map(_row, events), {"SECONDS", "SIZE"})
         tables.say(f"{tables.count(len(events), 'event')} of {full[:SHOWN_DIGITS]}")
         for path in logs:
             tables.say(f"What uv said: {path}")
-    _tell_passed_over(noted)
 
 
 def _row(event: Event) -> Sequence[str]:
@@ -119,11 +116,10 @@ def _row(event: Event) -> Sequence[str]:
     return (event.at, event.name, *texts, *numbers, event.text("cluster") or "-", reason)
 
 
-def _passed_over(noted: Journal) -> dict[str, int]:
-    return {"broken_lines": noted.broken, "newer_lines": noted.newer}
-
-
-def _tell_passed_over(noted: Journal) -> None:
-    if noted.broken or noted.newer:
-        lines = f"broken ones ({noted.broken}), and those of a newer version of ray-envcache ({noted.newer})"
-        click.echo(f"note: passed over lines of the journal: {lines}", err=True)
+def _history(store: Store) -> Journal:
+    """The journal; stderr says how many of its lines say nothing here."""
+    found = journal.read(store.layout)
+    if found.passed_over:
+        lines = tables.count(found.passed_over, "line")
+        click.echo(f"note: passed over {lines} of the journal, torn or of a newer ray-envcache", err=True)
+    return found

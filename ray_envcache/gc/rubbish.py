@@ -73,7 +73,7 @@ def _sweep_flocks(layout: Layout, keys: set[str]) -> None:
 
 
 def _half_written(layout: Layout) -> Iterator[Path]:
-    for folder in (layout.entries, layout.memo, layout.pins, layout.journal, layout.top):
+    for folder in (layout.entries, layout.memo, layout.pins, layout.top):
         yield from (path for path in _paths(folder) if files.is_temporary(path) and flock.is_free(path))
 
 

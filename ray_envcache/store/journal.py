@@ -1,34 +1,41 @@
-"""The journal: what happened in a store, one JSON object a line, in files that never grow beyond a few megabytes.
+"""The journal: what happened in a store, one JSON object a line, in two files of a few megabytes.
 
 It is never in the way. A line that cannot be written (a full disk, a read-only store, a store of another user) is
 dropped, and what it tells of goes on: this is the one place where dropping is the promise. So what reads the journal
 shows what was written down, and decides nothing.
 
-The files are numbered, and only the two newest count. A full one is followed by the next, whose first line carries the
-totals of all that came before these two; it is linked into place whole. So no flock is needed: of several processes
-that begin the next file one succeeds, and they would all have written the same, because the file before the full one
-changes no more. SIGKILLed in between, a process leaves at worst an older file, which the next of them removes.
+A full file is renamed over the older one by a process that gets its flock, and the next line begins the next file. The
+totals go on: just before, the full file gets a line with those of the older file. That one has been closed for as long
+as it took to fill a file, so no writer is at it any more; a line of one that was stopped for so long is lost to them.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard, TypeVar, cast
 
-from ray_envcache.system import files, testpoints
+from ray_envcache.errors import BuildError, BusyError, EnvCacheError, StoreError
+from ray_envcache.store.record import MeasuredRecord
+from ray_envcache.system import flock, testpoints
 from ray_envcache.system.texts import utc_now
 
 if TYPE_CHECKING:
-    from ray_envcache.store.layout import Layout
+    from ray_envcache.field.spec import EnvSpec
+    from ray_envcache.store.layout import Entry, Layout
+    from ray_envcache.store.leases import Holder, Lease
 
 VERSION = 1
 FILE_BYTES = 4_000_000
-"""When the next file begins: after some 15,000 lines."""
+"""When a file is full: after some 15,000 lines."""
 LINE_BYTES = 4096
 """What one write appends in one piece everywhere."""
 
@@ -36,6 +43,7 @@ LARGEST = 1e18
 
 Value: TypeAlias = str | float | None  # an int too
 Totals: TypeAlias = dict[str, float]
+F = TypeVar("F", bound="Callable[..., Lease | None]")
 
 
 class Event(NamedTuple):
@@ -59,14 +67,13 @@ class Event(NamedTuple):
 class Journal(NamedTuple):
     """What the journal has, oldest first; and `totals` since the store began, of lines too that are gone by now.
 
-    `totals` has the sum of each number, and a count, by event and result: "setup found seconds", "build count". Passed
-    over were `broken` lines, and those of a `newer` version of this package.
+    `totals` has the sum of each number, and a count, by event and result: "setup found seconds", "build count".
+    `passed_over` is the number of lines that are torn, or of a newer version of this package.
     """
 
     events: list[Event]
     totals: Totals
-    broken: int
-    newer: int
+    passed_over: int
 
 
 def note(layout: Layout, event: str, /, **fields: Value) -> None:
@@ -78,6 +85,7 @@ def note(layout: Layout, event: str, /, **fields: Value) -> None:
     with suppress(OSError):
         # Not as root in the store of a user, who could not write to our file.
         if not layout.readonly and os.stat(layout.top).st_uid == os.geteuid():
+            _rotate_if_full(layout)
             _append(layout.journal, line)
 
 
@@ -90,97 +98,94 @@ def _line(data: Mapping[str, Any]) -> bytes:
     return text.encode() + b"\n"
 
 
-def _append(folder: Path, line: bytes) -> None:
-    for _ in range(3):  # other processes may begin the next file, or remove all, meanwhile
-        numbers = _numbers(folder)
-        number = numbers[-1] if numbers else 1
-        with suppress(FileNotFoundError):
-            if _fits_in(_file(folder, number), line, create=not numbers):
-                return
-            _begin_next(folder, number)
-            continue
-        folder.mkdir(mode=0o700, exist_ok=True)
+def _rotate_if_full(layout: Layout) -> None:
+    with suppress(FileNotFoundError):
+        if os.stat(layout.journal).st_size < FILE_BYTES:
+            return
+        held = flock.try_flock(layout.journal, exclusive=True)
+        if held is None:
+            return  # another process is at it
+        try:
+            # Else another process was faster.
+            if flock.still_names(layout.journal, held) and os.fstat(held).st_size >= FILE_BYTES:
+                older = _read_file(layout.older_journal)
+                totals = summed(older.events, older.totals)
+                line = {"v": VERSION, "at": utc_now(), "event": "totals", **totals}
+                _append(layout.journal, json.dumps(line).encode() + b"\n")
+                testpoints.reach("journal-full")
+                layout.journal.replace(layout.older_journal)
+        finally:
+            os.close(held)
 
 
-def _fits_in(path: Path, line: bytes, *, create: bool) -> bool:
-    """Append the line where the file has room for it."""
-    flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
-    descriptor = os.open(path, flags, 0o600)
+def _append(path: Path, line: bytes) -> None:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         size = os.fstat(descriptor).st_size
-        if size + len(line) > FILE_BYTES:
-            return False
         # A line that a full disk cut off is ended, so that it takes no other with it.
-        cut_off = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        os.write(descriptor, b"\n" + line if cut_off else line)
-        return True
+        if size > 0 and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        if os.write(descriptor, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(descriptor)
-
-
-def _begin_next(folder: Path, full: int) -> None:
-    _, totals, _, _ = _read_file(folder, full)
-    closed, _, _, _ = _read_file(folder, full - 1)
-    first = {"v": VERSION, "at": utc_now(), "event": "totals", "sums": _add(totals, closed)}
-    testpoints.reach("journal-full")
-    with suppress(FileExistsError):  # another process was faster
-        files.write_whole(_file(folder, full + 1), json.dumps(first).encode() + b"\n", mode=0o600, replace=False)
-    testpoints.reach("journal-begun")
-    for number in _numbers(folder):
-        if number < full:
-            _file(folder, number).unlink(missing_ok=True)
 
 
 def read(layout: Layout) -> Journal:
     """All that the journal has. Raises OSError where it cannot be read."""
     while True:
-        numbers = _numbers(layout.journal)
-        older, newest = [_read_file(layout.journal, number) for number in ([0, 0, *numbers])[-2:]]
-        if numbers == _numbers(layout.journal):  # else one may have gone meanwhile
-            events = [*older.events, *newest.events]
-            broken, newer = older.broken + newest.broken, older.newer + newest.newer
-            return Journal(events, _add(newest.totals, events), broken, newer)
+        begun = _inode(layout.journal)
+        older, newest = _read_file(layout.older_journal), _read_file(layout.journal)
+        if begun == _inode(layout.journal):  # else a file was renamed meanwhile
+            totals = summed(newest.events, newest.totals or summed(older.events, older.totals))
+            return Journal([*older.events, *newest.events], totals, older.passed_over + newest.passed_over)
+
+
+def summed(events: Iterable[Event], to: Mapping[str, float] = MappingProxyType({})) -> Totals:
+    """The sum of each number, and a count, by event and result, added to those that there are."""
+    sums = defaultdict(float, to)
+    for event in events:
+        kind = f"{event.name} {event.text('result')}".strip()
+        sums[f"{kind} count"] += 1
+        for name in event.fields:
+            if value := event.number(name):
+                sums[f"{kind} {name}"] += value
+    return dict(sums)
 
 
 def remove(layout: Layout) -> None:
     """Remove the journal; counters begin at zero."""
-    files.discard(layout.journal, layout.trash)
+    for path in (layout.older_journal, layout.journal):
+        path.unlink(missing_ok=True)
 
 
-def _read_file(folder: Path, number: int) -> Journal:
-    """The events of one file, and in `totals` those that its first line carries."""
-    found = Journal([], {}, 0, 0)
+def _inode(path: Path) -> int:
     try:
-        lines = _file(folder, number).read_bytes().split(b"\n")
+        return os.stat(path).st_ino
     except FileNotFoundError:
-        return found
-    for line in filter(None, lines):
-        try:
-            data = json.loads(line)
-        except (ValueError, RecursionError):
-            data = None
-        if isinstance(data, dict) and _is_number(version := data.get("v")) and version > VERSION:
-            found = found._replace(newer=found.newer + 1)
-        elif not (isinstance(data, dict) and isinstance(data.get("at"), str) and isinstance(data.get("event"), str)):
-            found = found._replace(broken=found.broken + 1)
-        elif data["event"] == "totals":
-            sums = data.get("sums")
-            sound = {name: sum_ for name, sum_ in sums.items() if _is_number(sum_)} if isinstance(sums, dict) else {}
-            found = found._replace(totals=sound)
-        else:
-            found.events.append(Event(data.pop("at"), data.pop("event"), data))
-    return found
+        return 0
 
 
-def _add(totals: Totals, events: Iterable[Event]) -> Totals:
-    sums = defaultdict(float, totals)
-    for event in events:
-        kind = f"{event.name} {event.text('result')}".strip()
-        sums[f"{kind} count"] += 1
-        for name in event.fields.keys() - {"v", "count"}:
-            if value := event.number(name):
-                sums[f"{kind} {name}"] += value
-    return dict(sums)
+def _read_file(path: Path) -> Journal:
+    """The events of one file; in `totals` those of all files before it, {} while it does not have them."""
+    try:
+        lines = [*filter(None, path.read_bytes().split(b"\n"))]
+    except FileNotFoundError:
+        lines = []
+    found = [event for line in lines if (event := _event(line))]
+    totals = [{name: event.number(name) for name in event.fields} for event in found if event.name == "totals"]
+    events = [event for event in found if event.name != "totals"]
+    return Journal(events, totals[-1] if totals else {}, len(lines) - len(found))
+
+
+def _event(line: bytes) -> Event | None:
+    try:
+        data = json.loads(line)
+        is_known = data.pop("v") <= VERSION
+        at, name = data.pop("at"), data.pop("event")
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        return None
+    return Event(at, name, data) if is_known and isinstance(at, str) and isinstance(name, str) else None
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
@@ -188,10 +193,51 @@ def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < LARGEST
 
 
-def _numbers(folder: Path) -> list[int]:
-    stems = (name.removesuffix(".jsonl") for name in files.names_in(folder) if name.endswith(".jsonl"))
-    return sorted(int(stem) for stem in stems if stem.isdecimal())
+def noted(set_up: F) -> F:
+    """Have a method of `Store` note each set-up, once. Of a lookup that finds nothing there is none."""
+
+    @wraps(set_up)
+    def noting(store: Any, spec: EnvSpec, ray: Any, holder: Holder, *args: Any, **options: Any) -> Lease | None:
+        began = time.monotonic()
+        about: dict[str, Value] = {"path": spec.path, "kind": holder.kind, "cluster": holder.cluster}
+
+        def end(ended: dict[str, Value]) -> None:
+            note(store.layout, "setup", seconds=round(time.monotonic() - began, 4), **about, **ended)
+
+        try:
+            lease = set_up(store, spec, ray, holder, *args, **options)
+        except Exception as error:
+            # No BaseException: a set-up that was cancelled has not failed.
+            end({"result": _failure(error), "error": type(error).__name__})
+            raise
+        if lease is not None:
+            end(_found(lease))
+        return lease
+
+    return cast("F", noting)
 
 
-def _file(folder: Path, number: int) -> Path:
-    return folder / f"{number}.jsonl"
+def _failure(error: Exception) -> str:
+    """Whether the input was refused, which helps no later attempt either, or something failed."""
+    failed = isinstance(error, BuildError | StoreError | BusyError) or getattr(error, "passing", False)
+    return "refused" if isinstance(error, EnvCacheError) and not failed else "failed"
+
+
+def _found(lease: Lease) -> dict[str, Value]:
+    """What a set-up led to. `bytes`: of the environment and all below it, as far as they are measured."""
+    entry, *below = lease.entries
+    result = "lower" if lease.how == "found" and entry.readonly else lease.how
+    return {
+        "result": result,
+        "key": entry.key,
+        "base": below[0].key if below else None,
+        "project": lease.project,
+        "bytes": sum(map(_size, lease.entries)),
+    }
+
+
+def _size(entry: Entry) -> int:
+    with suppress(OSError):
+        record = MeasuredRecord.read(entry)
+        return record.size_bytes if record and isinstance(record.size_bytes, int) else 0
+    return 0

@@ -151,8 +151,13 @@ class Layout:
 
     @property
     def journal(self) -> Path:
-        """What happened here, in numbered files; made with the first line."""
-        return self.top / "journal"
+        """What happened here; made with the first line."""
+        return self.top / "journal.jsonl"
+
+    @property
+    def older_journal(self) -> Path:
+        """What happened before."""
+        return self.top / "journal.1.jsonl"
 
     @property
     def flocks(self) -> Path:

@@ -247,7 +247,7 @@ def test_files_beside_a_package(tmp_path: Path, wheels: Path, store: Store, acqu
     version.write_text("2")
     second = acquire(package)
     assert first.entry.key != second.entry.key
-    assert {path.name for path in store.layout.entries.parent.iterdir()} == before | {"journal"}
+    assert {path.name for path in store.layout.entries.parent.iterdir()} == before | {"journal.jsonl"}
     entries = {entry.path for lease in (first, second) for entry in lease.entries}
     assert {*store.layout.entries.iterdir()} == entries
     assert not any((entry / name).exists() for entry in entries for name in ("common", "tools", "sources"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -52,7 +51,6 @@ def test_stats(layout: Layout) -> None:
         assert text in done.stdout, text
     data = answer("stats", "--since", "1d12h")
     assert (data["schema_version"], data["builds"], data["saved_bytes"]) == (1, 2, 14_000_000)
-    assert (data["broken_lines"], data["newer_lines"]) == (0, 0)
     assert [one["key"] for one in data["slowest"]] == [A, B]
     assert answer("stats", "--project", "p")["builds"] == 1
     assert answer("stats", "--project", "unknown")["builds"] == 0
@@ -82,22 +80,21 @@ def test_any_span(layout: Layout, since: str) -> None:
 
 @pytest.mark.parametrize("command", [["stats"], ["metrics"], ["log", A[:6]]])
 def test_lines_that_are_passed_over(layout: Layout, command: list[str]) -> None:
-    """Broken lines and those of a newer version are told on stderr, and nothing fails."""
-    with (layout.journal / "1.jsonl").open("a") as file:
+    """Torn lines and those of a newer version are told on stderr, and nothing fails."""
+    with layout.journal.open("a") as file:
         file.write('{"v":1,"at"\nnot JSON\n{"v":7,"at":"","event":"x"}\n{"v":1,"at":"","event":""}\n')
     done = run(*command)
     assert done.returncode == 0
-    assert "note: passed over lines of the journal: broken ones (2), and those of a newer" in done.stderr
-    assert "version of ray-envcache (1)" in done.stderr
+    assert done.stderr == "note: passed over 3 lines of the journal, torn or of a newer ray-envcache\n"
 
 
 def test_a_journal_that_cannot_be_read(layout: Layout) -> None:
     """A file in which there is something else than a file: the store is unusable in this, and the path is named."""
-    (layout.journal / "1.jsonl").unlink()
-    (layout.journal / "1.jsonl").mkdir()
+    layout.journal.unlink()
+    layout.journal.mkdir()
     done = run("stats")
     assert done.returncode == 3
-    assert f"`{layout.journal}/1.jsonl`" in done.stderr
+    assert f"`{layout.journal}`" in done.stderr
 
 
 def test_metrics(layout: Layout) -> None:
@@ -190,6 +187,6 @@ def test_purge_removes_the_journal(layout: Layout) -> None:
 
 
 def test_stores_without_a_journal_of_their_own(layout: Layout) -> None:
-    """A journal that is gone at once, while it is read, is an empty one."""
-    shutil.rmtree(layout.journal)
+    """A store of which the journal was removed has an empty one."""
+    layout.journal.unlink()
     assert answer("stats")["builds"] == 0

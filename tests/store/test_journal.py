@@ -15,8 +15,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_envcache.gc.collector import collect
-from ray_envcache.gc.policy import Limits
 from ray_envcache.store import journal
 from ray_envcache.store.layout import Layout
 from ray_envcache.system import files, testpoints
@@ -41,7 +39,7 @@ def layout(tmp_path: Path) -> Layout:
 
 
 def names(layout: Layout) -> list[str]:
-    return sorted(files.names_in(layout.journal), key=lambda name: (len(name), name))
+    return sorted(name for name in files.names_in(layout.top) if name.startswith("journal"))
 
 
 def count(layout: Layout) -> float:
@@ -54,8 +52,7 @@ def writer(layout: Layout, size: int, lines: int, **environ: str) -> subprocess.
 
 
 def write_raw(layout: Layout, data: bytes) -> None:
-    layout.journal.mkdir(exist_ok=True)
-    with (layout.journal / "1.jsonl").open("ab") as file:
+    with layout.journal.open("ab") as file:
         file.write(data)
 
 
@@ -66,8 +63,7 @@ def test_what_was_noted_is_read(layout: Layout) -> None:
     first, _ = journal.read(layout).events
     assert (first.name, first.text("key"), first.number("seconds"), first.text("cluster")) == ("setup", "a", 0.5, "")
     assert journal.read(layout).totals == {"setup found count": 2, "setup found seconds": 1.5}
-    assert stat.S_IMODE((layout.journal / "1.jsonl").stat().st_mode) == 0o600
-    assert stat.S_IMODE(layout.journal.stat().st_mode) == 0o700
+    assert stat.S_IMODE(layout.journal.stat().st_mode) == 0o600
 
 
 def test_files_are_bounded_and_counters_go_on(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,10 +72,10 @@ def test_files_are_bounded_and_counters_go_on(layout: Layout, monkeypatch: pytes
     for number in range(300):
         journal.note(layout, "test", result="ok", text="x" * 40)
         assert count(layout) == number + 1
-    assert len(names(layout)) == 2
-    assert "1.jsonl" not in names(layout)
-    assert all((layout.journal / name).stat().st_size <= 2000 for name in names(layout))
+    assert names(layout) == ["journal.1.jsonl", "journal.jsonl"]
+    assert all((layout.top / name).stat().st_size < 2500 for name in names(layout))
     assert len(journal.read(layout).events) < 60
+    assert journal.read(layout).passed_over == 0
 
 
 def test_several_processes_rotate_at_once(layout: Layout, children: list[subprocess.Popen[str]]) -> None:
@@ -91,48 +87,54 @@ def test_several_processes_rotate_at_once(layout: Layout, children: list[subproc
     assert [child.returncode for child in children] == [0] * 6
     assert seen == sorted(seen)
     found = journal.read(layout)
-    assert (found.broken, found.newer) == (0, 0)
-    # A process that was stopped within a write for as long as others filled two files loses that line.
+    assert found.passed_over == 0
+    # A process that was stopped before a write for as long as others filled two files loses that line.
     assert 5990 <= count(layout) <= 6000
-    assert len(names(layout)) <= 3
+    assert names(layout) == ["journal.1.jsonl", "journal.jsonl"]
 
 
-@pytest.mark.parametrize("point", ["journal-full", "journal-begun"])
-def test_killed_between_two_files(
-    layout: Layout, tmp_path: Path, children: list[subprocess.Popen[str]], point: str
-) -> None:
-    """A process killed while it begins the next file takes no count with it, and others go on at once."""
+def test_killed_between_two_files(layout: Layout, tmp_path: Path, children: list[subprocess.Popen[str]]) -> None:
+    """A process killed before it renames the full file takes no count with it, and others go on at once."""
     folder = tmp_path / "points"
     folder.mkdir()
     for killed in (1, 2, 3):
-        (folder / f"stop-{point}").touch()
-        (folder / f"reached-{point}").unlink(missing_ok=True)
+        (folder / "stop-journal-full").touch()
+        (folder / "reached-journal-full").unlink(missing_ok=True)
         child = writer(layout, 2000, 10_000, **{testpoints.FOLDER: str(folder)})
         children.append(child)
-        support.wait_until((folder / f"reached-{point}").exists, "the next file")
+        support.wait_until((folder / "reached-journal-full").exists, "the next file")
         before = count(layout)
         (other := writer(layout, 2000, 50)).wait()
         assert (other.returncode, count(layout)) == (0, before + 50)
         child.send_signal(signal.SIGKILL)
         child.wait()
         assert count(layout) == before + 50, killed
+    before = count(layout)
     writer(layout, 2000, 100).wait()
-    assert len(names(layout)) == 2
+    assert count(layout) == before + 100
+    assert all((layout.top / name).stat().st_size < 2500 for name in names(layout))
 
 
-def test_half_written_next_files_are_swept(layout: Layout) -> None:
-    """What a process that was killed while it wrote the first line left, the collector removes."""
+def test_a_line_that_comes_late_counts(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that had the file open when it was renamed may write there: counters have its line too."""
+    monkeypatch.setattr(journal, "FILE_BYTES", 2000)
     journal.note(layout, "test", result="ok")
-    (layout.journal / ".tmp-0123").write_text("half")
-    collect(layout, Limits(min_free_space=None))
-    assert names(layout) == ["1.jsonl"]
+    line = layout.journal.read_bytes()
+    with layout.journal.open("ab") as late:
+        while not layout.older_journal.exists():
+            journal.note(layout, "test", result="ok")
+        before = count(layout)
+        late.write(line)
+    for number in range(1, 100):
+        journal.note(layout, "test", result="ok")
+        assert count(layout) == before + 1 + number
 
 
 def test_a_line_that_was_cut_off_takes_no_other_with_it(layout: Layout) -> None:
     """Where a full disk cut a line, the next one is whole; the torn one is passed over and counted."""
     write_raw(layout, b'{"v":1,"at":"2026-01-01T00:00:00Z","event":"test","resu')
     journal.note(layout, "test", result="ok")
-    assert (count(layout), journal.read(layout).broken) == (1, 1)
+    assert (count(layout), journal.read(layout).passed_over) == (1, 1)
 
 
 def test_lines_that_cannot_be_understood_are_counted(layout: Layout) -> None:
@@ -146,7 +148,7 @@ def test_lines_that_cannot_be_understood_are_counted(layout: Layout) -> None:
         line = b'{"v":1,"at":"2026-01-01T00:00:00Z","event":"test","result":"ok","more":[],"seconds":%s}\n'
         write_raw(layout, line % seconds)
     found = journal.read(layout)
-    assert (found.broken, found.newer) == (7, 1)
+    assert found.passed_over == 8
     assert found.totals == {"test ok count": 6}
 
 
@@ -154,17 +156,17 @@ def test_lines_that_cannot_be_understood_are_counted(layout: Layout) -> None:
 def test_any_bytes_can_be_read(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     """Whatever is in the files, reading it raises nothing."""
     layout = Layout(tmp_path_factory.mktemp("store"))
-    layout.journal.mkdir(parents=True)
-    (layout.journal / "1.jsonl").write_bytes(data)
-    (layout.journal / "2.jsonl").write_bytes(b'{"v":1,"at":"","event":"totals","sums":' + data + b"}")
-    assert journal.read(layout).newer >= 0
+    layout.top.mkdir()
+    layout.older_journal.write_bytes(data)
+    layout.journal.write_bytes(b'{"v":1,"at":"","event":"totals","a count":' + data + b"}")
+    assert journal.read(layout).passed_over >= 0
 
 
 @pytest.mark.parametrize("text", ["x" * 100_000, "\N{PILE OF POO}" * 5000, "\udcff\0\n" * 3000])
 def test_long_lines_are_shortened(layout: Layout, text: str) -> None:
     """A line is never longer than what one write appends whole, and keeps its numbers."""
     journal.note(layout, "test", result="ok", **dict.fromkeys("abcdefgh", text), seconds=3)
-    (line,) = (layout.journal / "1.jsonl").read_bytes().splitlines()
+    (line,) = layout.journal.read_bytes().splitlines()
     assert len(line) < journal.LINE_BYTES
     assert json.loads(line)["seconds"] == 3
     assert journal.read(layout).totals == {"test ok count": 1, "test ok seconds": 3}
@@ -177,23 +179,33 @@ def test_what_cannot_be_written_is_dropped(layout: Layout, monkeypatch: pytest.M
     def fail(*_: object, **__: object) -> int:
         raise OSError(number, os.strerror(number))
 
-    for function in ("open", "write", "mkdir"):
+    for function in ("open", "write"):
         with monkeypatch.context() as patch:
             patch.setattr(os, function, fail)
             journal.note(layout, "test", result="ok")
-    assert count(layout) <= 1  # the one that needed no folder any more
+    assert count(layout) == 0
     journal.note(layout, "test", result="ok")
-    assert count(layout) >= 1
+    assert count(layout) == 1
 
 
-def test_no_room_for_the_next_file(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the next file cannot be made the full one does not grow."""
+def test_no_room_for_the_totals(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full file whose totals the disk cuts off stays, does not grow by events, and no count is lost."""
     monkeypatch.setattr(journal, "FILE_BYTES", 500)
-    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-    for _ in range(20):
-        journal.note(layout, "test", result="ok")
-    assert names(layout) == ["1.jsonl"]
-    assert (layout.journal / "1.jsonl").stat().st_size <= 500
+    write = os.write
+
+    def cut_off(descriptor: int, data: bytes) -> int:
+        return write(descriptor, data[:10] if b"totals" in data else data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", cut_off)
+        for _ in range(20):
+            journal.note(layout, "test", result="ok")
+    assert names(layout) == ["journal.jsonl"]
+    assert layout.journal.stat().st_size < 1000
+    before = count(layout)
+    journal.note(layout, "test", result="ok")
+    assert names(layout) == ["journal.1.jsonl", "journal.jsonl"]
+    assert count(layout) == before + 1
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a store of another user, and mount one")
@@ -228,7 +240,7 @@ def test_removed(layout: Layout) -> None:
     journal.remove(layout)
     journal.note(layout, "test", result="ok")
     journal.remove(layout)
-    assert not layout.journal.exists()
-    assert journal.read(layout) == journal.Journal([], {}, 0, 0)
+    assert names(layout) == []
+    assert journal.read(layout) == journal.Journal([], {}, 0)
     journal.note(layout, "test", result="ok")
     assert count(layout) == 1

@@ -21,7 +21,7 @@ def setup(at: int, result: str, cluster: str = "", key: str = A, **more: Any) ->
 
 
 def told(*events: Event, since: str = "", project: str = "") -> Statistics:
-    return statistics(Journal([*events], {}, 0, 0), (), since, project)
+    return statistics(Journal([*events], {}, 0), (), since, project)
 
 
 BUILD = event(1, "build", key=A, project="p", seconds=60)
