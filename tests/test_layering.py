@@ -22,7 +22,7 @@ BEHIND_A_BOUNDARY = ("ray_envcache.build", "ray_envcache.gc", "ray_envcache.doct
 LIBRARIES = {
     "ray": {"cluster", "plugin", "hook", "doctor/cluster"},
     "click": {"cli"},
-    "prometheus_client": {"survey/metrics"},
+    "prometheus_client": {"survey/statistics"},
     "rich": {"cli", "build/progress"},
 }
 

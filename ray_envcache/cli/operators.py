@@ -16,8 +16,7 @@ from ray_envcache.store import journal
 from ray_envcache.store.journal import Event, Journal
 from ray_envcache.store.layout import SHOWN_DIGITS, only_key
 from ray_envcache.survey import inventory
-from ray_envcache.survey.metrics import exposition
-from ray_envcache.survey.statistics import Statistics, statistics
+from ray_envcache.survey.statistics import Statistics, exposition, statistics
 from ray_envcache.system import files
 from ray_envcache.system.texts import format_duration, format_size, parse_duration, utc
 
@@ -52,11 +51,12 @@ def _print_statistics(found: Statistics) -> None:
     rate = "-" if found.hit_rate is None else f"{found.hit_rate:.0%}"
     tables.say(f"Since {found.begins_at}")
     tables.say(f"Set-ups: {results}; hit rate {rate}")
-    waits = f"waits: {found.setups['waited']}, {format_duration(found.wait_seconds)}"
-    tables.say(f"Builds:  {found.builds}, {format_duration(found.build_seconds)}; {waits}")
+    counts, waits = found.counts, f"waits: {found.setups['waited']}, {format_duration(found.wait_seconds)}"
+    tables.say(f"Builds:  {counts['builds']}, {format_duration(counts['build_seconds'])}; {waits}")
     saved = f"{format_size(found.saved_bytes)} and {format_duration(found.saved_seconds)}"
     tables.say(f"Saved:   at most {saved}; copies not made: {found.saved_copies}")
-    tables.say(f"Removed: {found.removed}, freed {format_size(found.freed_bytes)}; collections: {found.collections}")
+    freed = f"freed {format_size(counts['freed_bytes'])}; collections: {counts['collections']}"
+    tables.say(f"Removed: {counts['removals']}, {freed}")
     slowest = [(one.key[:SHOWN_DIGITS], one.project or "-", f"{one.seconds:.1f}", one.at) for one in found.slowest]
     tables.print_table(("SLOWEST BUILDS", "PROJECT", "SECONDS", "AT"), slowest, {"SECONDS"})
     often = [(one.project or "-", str(one.builds), str(one.keys), f"{one.seconds:.1f}") for one in found.most_often]

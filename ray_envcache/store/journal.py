@@ -67,7 +67,8 @@ class Event(NamedTuple):
 class Journal(NamedTuple):
     """What the journal has, oldest first; and `totals` since the store began, of lines too that are gone by now.
 
-    `totals` has the sum of each number, and a count, by event and result: "setup found seconds", "build count".
+    `totals` has the sum of each number, and a count, by event, and by event and result: "build count", "setup found
+    seconds".
     `passed_over` is the number of lines that are torn, or of a newer version of this package.
     """
 
@@ -142,15 +143,14 @@ def read(layout: Layout) -> Journal:
 
 
 def summed(events: Iterable[Event], to: Mapping[str, float] = MappingProxyType({})) -> Totals:
-    """The sum of each number, and a count, by event and result, added to those that there are."""
-    sums = defaultdict(float, to)
+    """The sum of each number, and a count, by event, and by event and result, added to those that there are."""
+    sums = defaultdict[str, float](int, to)  # bytes stay integers
     for event in events:
-        kind = f"{event.name} {event.text('result')}".strip()
-        sums[f"{kind} count"] += 1
-        for name in event.fields:
-            if value := event.number(name):
+        numbers = [("count", 1), *((name, event.number(name)) for name in event.fields)]
+        for kind in {event.name, f"{event.name} {event.text('result')}".strip()}:
+            for name, value in numbers:
                 sums[f"{kind} {name}"] += value
-    return dict(sums)
+    return {name: value for name, value in sums.items() if value}
 
 
 def remove(layout: Layout) -> None:

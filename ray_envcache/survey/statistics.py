@@ -1,4 +1,4 @@
-"""What the journal tells of a store's work: set-ups, builds, what sharing saved, and what was removed.
+"""A store in numbers, from its journal: for people what it did and what sharing saved, and counters for Prometheus.
 
 Sharing saved what the clusters would have had without it, a copy each, less what was really built. A cluster counts
 once for an environment, however often and on however many nodes it asks, and so does each `ray-envcache run`; a build
@@ -9,20 +9,44 @@ cache and find wheels there.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ray_envcache.store.journal import Event, Journal
-from ray_envcache.store.layout import Entry
+from ray_envcache.errors import EnvCacheError
+from ray_envcache.store.journal import Event, Journal, Totals, summed
+from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.record import MeasuredRecord, ReadyRecord
+from ray_envcache.survey.inventory import Status
+from ray_envcache.system import disk
+from ray_envcache.system.texts import needs_extra
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
 RESULTS = ("found", "lower", "fetched", "built", "waited", "refused", "failed")
 """How a set-up may end; "lower": it was found in a read-only store."""
 _THERE = ("found", "lower")
 _HANDED_OUT = ("found", "lower", "fetched", "built", "waited")
+STATES = ("ready", "building", "broken")
 SHOWN = 5
 """How many of the slowest builds, and of the projects with most builds, are shown."""
+
+_RESULT = "How: found, lower (in a read-only store), fetched, built, waited (for another builder), refused, failed."
+COUNTERS = {
+    "builds": ("Environments and layers that were built.", "build count"),
+    "build_seconds": ("Seconds that successful builds took.", "build seconds"),
+    "removals": ("Environments and layers that were removed.", "removal count"),
+    "freed_bytes": ("Bytes that removals and collections freed.", "removal freed_bytes", "collection swept_bytes"),
+    "collections": ("Runs of the collector.", "collection count"),
+    "collection_failures": ("What a collection could not remove.", "collection failed"),
+    "verifications": ("Verifications of environments.", "verification count"),
+    "repairs": ("Repairs of environments.", "repair count"),
+}
+"""What is counted beside set-ups: what it is, and the sums of the journal that it adds up."""
+_TYPE = re.compile(r"^# TYPE (\S+_(bytes|seconds)(?:_total)?) .*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -45,24 +69,20 @@ class Builds:
     seconds: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class Statistics:
-    """Numbers of a span of time. Seconds of waits are those of the whole set-up."""
+    """Numbers of a span of time; `counts` by the names in COUNTERS. Seconds of waits are those of the whole set-up."""
 
     begins_at: str
-    setups: dict[str, int] = field(default_factory=lambda: dict.fromkeys(RESULTS, 0))
-    hit_rate: float | None = None
-    builds: int = 0
-    build_seconds: float = 0.0
-    wait_seconds: float = 0.0
-    saved_copies: int = 0
-    saved_bytes: int = 0
-    saved_seconds: float = 0.0
-    removed: int = 0
-    freed_bytes: int = 0
-    collections: int = 0
-    slowest: list[Build] = field(default_factory=list)
-    most_often: list[Builds] = field(default_factory=list)
+    setups: dict[str, int]
+    hit_rate: float | None
+    wait_seconds: float
+    counts: dict[str, float]
+    saved_copies: int
+    saved_bytes: int
+    saved_seconds: float
+    slowest: list[Build]
+    most_often: list[Builds]
 
 
 @dataclass
@@ -84,15 +104,27 @@ def statistics(journal: Journal, entries: Sequence[Entry], since: str = "", proj
     events = [
         event for event in recent if not project or known[event.text("key") or event.text("path")].project == project
     ]
-    found = Statistics(begins_at=max(since, journal.events[0].at) if journal.events else since)
-    _count_setups(found, events)
-    _count_builds(found, (event for event in events if event.name == "build"))
-    _count_savings(found, events, known)
-    for event in events:
-        found.removed += event.name == "removal"
-        found.collections += event.name == "collection"
-        found.freed_bytes += int(event.number("freed_bytes") + event.number("swept_bytes"))
-    return found
+    totals, copies = summed(events), _copies(events)
+    setups = {result: int(totals.get(f"setup {result} count", 0)) for result in RESULTS}
+    handed_out, there = (sum(setups[result] for result in results) for results in (_HANDED_OUT, _THERE))
+    waited = totals.get("setup waited seconds", 0)
+    builds = [
+        Build(one.text("key"), one.text("project"), one.number("seconds"), one.at)
+        for one in events
+        if one.name == "build"
+    ]
+    return Statistics(
+        begins_at=max(since, journal.events[0].at) if journal.events else since,
+        setups=setups,
+        hit_rate=there / handed_out if handed_out else None,
+        wait_seconds=waited,
+        counts=_counts(totals),
+        saved_copies=copies.total(),
+        saved_bytes=sum(count * known[key].size for key, count in copies.items()),
+        saved_seconds=max(sum(count * known[key].seconds for key, count in copies.items()) - waited, 0),
+        slowest=sorted(builds, key=lambda one: -one.seconds)[:SHOWN],
+        most_often=_most_often(builds),
+    )
 
 
 def _known(events: Iterable[Event], entries: Sequence[Entry]) -> defaultdict[str, _Known]:
@@ -114,46 +146,80 @@ def _known(events: Iterable[Event], entries: Sequence[Entry]) -> defaultdict[str
     return found
 
 
-def _count_setups(found: Statistics, events: Iterable[Event]) -> None:
-    for event in events:
-        if event.name == "setup" and (result := event.text("result")) in RESULTS:
-            found.setups[result] += 1
-            found.wait_seconds += event.number("seconds") if result == "waited" else 0
-    handed_out = sum(found.setups[result] for result in _HANDED_OUT)
-    if handed_out:
-        found.hit_rate = sum(found.setups[result] for result in _THERE) / handed_out
+def _counts(totals: Totals) -> dict[str, float]:
+    return {name: sum(totals.get(one, 0) for one in sums) for name, (_, *sums) in COUNTERS.items()}
 
 
-def _count_builds(found: Statistics, events: Iterable[Event]) -> None:
-    builds = [Build(one.text("key"), one.text("project"), one.number("seconds"), one.at) for one in events]
-    found.builds, found.build_seconds = len(builds), sum(one.seconds for one in builds)
-    found.slowest = sorted(builds, key=lambda one: -one.seconds)[:SHOWN]
-    of_project: defaultdict[str, list[Build]] = defaultdict(list)
-    for one in builds:
-        of_project[one.project].append(one)
-    often = [
-        Builds(name, len(those), len({one.key for one in those}), sum(one.seconds for one in those))
-        for name, those in of_project.items()
-    ]
-    found.most_often = sorted(often, key=lambda one: (-one.builds, one.project))[:SHOWN]
+def _most_often(builds: list[Build]) -> list[Builds]:
+    found = []
+    for project, count in Counter(one.project for one in builds).most_common(SHOWN):
+        those = [one for one in builds if one.project == project]
+        found.append(Builds(project, count, len({one.key for one in those}), sum(one.seconds for one in those)))
+    return found
 
 
-def _count_savings(found: Statistics, events: Iterable[Event], known: dict[str, _Known]) -> None:
-    users: defaultdict[str, set[str]] = defaultdict(set)
-    builds: defaultdict[str, int] = defaultdict(int)
-    for number, event in enumerate(events):
-        builds[event.text("key")] += event.name == "build"
-        if event.name == "setup" and event.text("result") in _HANDED_OUT and (user := _user(event, number)):
-            for key in filter(None, (event.text("key"), event.text("base"))):
-                users[key].add(user)
-    for key, those in users.items():
-        copies = max(len(those) - builds[key], 0)
-        found.saved_copies += copies
-        found.saved_bytes += copies * known[key].size
-        found.saved_seconds += copies * known[key].seconds
-    found.saved_seconds = max(found.saved_seconds - found.wait_seconds, 0.0)
+def _copies(events: Sequence[Event]) -> Counter[str]:
+    """By key how many copies were not made: one for each cluster and run that used it, less its builds."""
+    uses = {
+        (key, user)
+        for number, event in enumerate(events)
+        if event.name == "setup" and event.text("result") in _HANDED_OUT
+        # A set-up that is for no cluster and no run only makes ready.
+        if (user := event.text("cluster") or (f"run {number}" if event.text("kind") == "run" else ""))
+        for key in (event.text("key"), event.text("base"))
+        if key
+    }
+    copies = Counter(key for key, _ in uses)
+    copies.subtract(event.text("key") for event in events if event.name == "build")
+    return +copies
 
 
-def _user(event: Event, number: int) -> str:
-    """The cluster that a set-up was for, or the run; "" for one that only makes ready."""
-    return event.text("cluster") or (f"run {number}" if event.text("kind") == "run" else "")
+def exposition(journal: Journal, layout: Layout, found: list[Status]) -> str:
+    """The text for a store whose environments are `found`. Raises EnvCacheError where prometheus_client is missing."""
+    try:
+        from prometheus_client import generate_latest
+        from prometheus_client.registry import Collector
+    except ModuleNotFoundError as error:
+        raise EnvCacheError(
+            f"`metrics` needs the package prometheus-client: {error}", needs_extra("metrics")
+        ) from error
+
+    class Numbers(Collector):
+        def collect(self) -> Iterator[Metric]:
+            yield from _counters(journal.totals)
+            yield from _gauges(layout, found)
+
+    # node_exporter reads the older format, which has no UNIT: there it is a comment.
+    return _TYPE.sub(r"\g<0>\n# UNIT \1 \2", generate_latest(Numbers()).decode())
+
+
+def _counters(totals: Totals) -> Iterator[Metric]:
+    from prometheus_client.core import CounterMetricFamily as Family
+
+    setups = Family("ray_envcache_setups", f"Set-ups of environments. {_RESULT}", labels=["result"])
+    seconds = Family("ray_envcache_setup_seconds", f"Seconds that set-ups took. {_RESULT}", labels=["result"])
+    # Of the known results only: labels are not taken from what any process may have written.
+    for result in RESULTS:
+        setups.add_metric([result], totals.get(f"setup {result} count", 0))
+        seconds.add_metric([result], totals.get(f"setup {result} seconds", 0))
+    yield from (setups, seconds)
+    for name, value in _counts(totals).items():
+        yield Family(f"ray_envcache_{name}", COUNTERS[name][0], value)
+
+
+def _gauges(layout: Layout, ours: list[Status]) -> Iterator[Metric]:
+    from prometheus_client.core import GaugeMetricFamily as Gauge
+
+    states = Gauge("ray_envcache_environments", "Environments and layers in the store.", labels=["state"])
+    for state in STATES:
+        states.add_metric([state], sum(one.state == state for one in ours))
+    in_use, pinned = sum(one.in_use for one in ours), sum(one.pinned for one in ours)
+    size, reclaimable = sum(one.size_bytes for one in ours), sum(one.reclaimable_bytes for one in ours)
+    space = disk.free_space(layout.root)
+    yield states
+    yield Gauge("ray_envcache_environments_in_use", "Of these, in use now.", in_use)
+    yield Gauge("ray_envcache_environments_pinned", "Of these, pinned.", pinned)
+    yield Gauge("ray_envcache_environments_bytes", "Their sizes; a shared file counts in each.", size)
+    yield Gauge("ray_envcache_reclaimable_bytes", "Bytes that removing all would free, at least.", reclaimable)
+    yield Gauge("ray_envcache_disk_free_bytes", "Free bytes on the disk of the store.", space.free)
+    yield Gauge("ray_envcache_disk_size_bytes", "All bytes of the disk of the store.", space.total)

@@ -50,10 +50,10 @@ def test_stats(layout: Layout) -> None:
                  "Removed: 1, freed 5.0 MB", "a1a1a1a1a1a1", "q?[31m"):  # fmt: skip
         assert text in done.stdout, text
     data = answer("stats", "--since", "1d12h")
-    assert (data["schema_version"], data["builds"], data["saved_bytes"]) == (1, 2, 14_000_000)
+    assert (data["schema_version"], data["counts"]["builds"], data["saved_bytes"]) == (1, 2, 14_000_000)
     assert [one["key"] for one in data["slowest"]] == [A, B]
-    assert answer("stats", "--project", "p")["builds"] == 1
-    assert answer("stats", "--project", "unknown")["builds"] == 0
+    assert answer("stats", "--project", "p")["counts"]["builds"] == 1
+    assert answer("stats", "--project", "unknown")["counts"]["builds"] == 0
 
 
 def test_an_empty_journal(store: Store) -> None:
@@ -181,7 +181,7 @@ def test_log_of_an_ambiguous_or_unknown_key(layout: Layout, key: str, says: str)
 def test_purge_removes_the_journal(layout: Layout) -> None:
     """`gc --all` keeps the history, `purge` does not."""
     assert run("gc", "--all").returncode == 0
-    assert answer("stats")["removed"] == 2
+    assert answer("stats")["counts"]["removals"] == 2
     assert run("purge", "--yes").returncode == 0
     assert not layout.journal.exists()
 
@@ -189,4 +189,4 @@ def test_purge_removes_the_journal(layout: Layout) -> None:
 def test_stores_without_a_journal_of_their_own(layout: Layout) -> None:
     """A store of which the journal was removed has an empty one."""
     layout.journal.unlink()
-    assert answer("stats")["builds"] == 0
+    assert answer("stats")["counts"]["builds"] == 0
