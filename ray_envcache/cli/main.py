@@ -33,7 +33,7 @@ _COMMANDS = {
     "run": "build.run",
     "stats": "operators.stats",
     "unpin": "store.unpin",
-    "verify": "verify.verify_",
+    "verify": "operators.verify_",
     "why": "store.why",
 }
 
