@@ -1,4 +1,4 @@
-"""`build`, `push` and `run`: environments for images and CI, for other hosts, or for an unmodified Ray program."""
+"""`build`, `explain`, `push` and `run`: environments for images, CI and other hosts, and for unmodified programs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,17 @@ from ray_envcache.build import bytecode
 from ray_envcache.build.progress import observer
 from ray_envcache.cli import tables
 from ray_envcache.cluster import program
+from ray_envcache.doctor.explain import explain
 from ray_envcache.errors import CommandError, EnvCacheError, FieldValueError, StoreError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.remote import bucket
 from ray_envcache.remote.push import push
 from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.sessions.run_directory import RunTmpdir
+from ray_envcache.store import readonly
+from ray_envcache.store.layout import SHOWN_DIGITS
 from ray_envcache.store.leases import Holder
+from ray_envcache.survey.nearest import DIGESTS, Difference
 from ray_envcache.system.texts import format_size
 
 USAGE_ERROR = 2
@@ -130,6 +135,38 @@ def build(**options: Any) -> None:
             store.finish_all(lease, os.environ)
             raise
         click.echo(os.fsencode(lease.python))  # as bytes: stdout may have an encoding without some of its letters
+
+
+@click.command("explain", epilog="Example: ray-envcache explain .")
+@field_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.argument("path", type=click.Path())
+def explain_(*, as_json: bool, **options: Any) -> None:
+    """Show whether `build` would make a new environment, and why.
+
+    PATH and the options are those of `build`. Of a new environment it names the nearest one in the store, and what
+    differs: packages, Python, ray, options, settings of uv; of a new layer the local packages whose content changed.
+    Builds nothing; the exit code is 0 in both cases.
+    """
+    own, below = readonly.opened()
+    parts = explain(spec_of(**options), installed_ray(), (own, *below))
+    new = next((one for one in parts if one.path is None), None)
+    if as_json:
+        tables.print_json({"new": new is not None, "parts": [asdict(one) for one in parts]})
+    elif new is None:
+        keys = " on ".join(one.key[:SHOWN_DIGITS] for one in reversed(parts))
+        tables.say(f"{parts[0].project} is there: {keys}")
+    else:
+        tables.say(f"{new.project} would be {new.reason}")
+        if near := new.nearest:
+            tables.say(f"Compared with {near.key[:SHOWN_DIGITS]} of {near.project}:")
+            rows = [[one.kind, one.name, _shown(one, one.was), _shown(one, one.now)] for one in near.differences]
+            tables.print_table(("KIND", "NAME", "THERE", "WANTED"), rows, numeric=())
+
+
+def _shown(one: Difference, value: str | None) -> str:
+    # The beginnings of digests tell them apart.
+    return "-" if value is None else f"{value[:SHOWN_DIGITS]}…" if one.kind in DIGESTS else value
 
 
 @click.command("push", epilog="Example: ray-envcache push . --to s3://bucket/envcache")

@@ -20,7 +20,7 @@ from ray_envcache.version import __version__
 _COMMANDS = {
     "build": "build.build",
     "doctor": "doctor.doctor",
-    "explain": "explain.explain_",
+    "explain": "build.explain_",
     "gc": "store.gc",
     "list": "listing.list_",
     "log": "operators.log",

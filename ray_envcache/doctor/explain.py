@@ -22,53 +22,40 @@ _NOTHING_ALIKE = "new: the store has nothing to compare it with"
 
 @dataclass(frozen=True)
 class Part:
-    """The environment, or the layer with the local packages on it: its key, and where it is.
+    """The environment of `project`, or the layer with the local packages on it: its key, and where it is.
 
     Where `path` is None it would be new. Then `reason` says why in one line, and `nearest` is what the store has
     instead, None where it has nothing of the kind.
     """
 
+    project: str
     key: str
     path: str | None
     reason: str | None = None
     nearest: Nearest | None = None
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """What a build of `project` would find. `layer` is None where no local packages are to be installed."""
+def explain(spec: EnvSpec, ray: AnyRay, stores: Iterable[Layout]) -> list[Part]:
+    """What `Store.acquire` would find in these stores: the environment, and the layer on it where there is one.
 
-    project: str
-    environment: Part
-    layer: Part | None
-
-    @property
-    def new(self) -> Part | None:
-        """What would be built first; None where all is there. A new environment has a new layer."""
-        return next((one for one in (self.environment, self.layer) if one and one.path is None), None)
-
-
-def explain(spec: EnvSpec, ray: AnyRay, stores: Iterable[Layout]) -> Explanation:
-    """What `Store.acquire` would find in these stores. `spec.path` is absolute. Raises as `plan_of`, and LockfileError.
-
-    A layer on a new environment has nothing to be compared with: it is new for the same reason.
+    `spec.path` is absolute. A layer on a new environment is new for the same reason, and compared with nothing. Raises
+    as `plan_of`, and LockfileError.
     """
     stores, executable = tuple(stores), interpreter.base_executable(spec.python)
     plan = plan_of(spec, Project.locate(Path(spec.path), spec.package), executable, ray, check_current=True)
     found = _ready(plan.key, stores)
-    environment = _part(plan, found, stores)
-    layer = None
+    parts = [_part(plan, found, stores)]
     if plan.resolved.local and spec.install_project:
         on = layers.layer_plan(spec, plan, found or stores[0].first_entry(plan.key), editable=False)
-        layer = _part(on, _ready(on.key, stores), stores)
-    return Explanation(plan.project, environment, layer)
+        parts.append(_part(on, _ready(on.key, stores), stores))
+    return parts
 
 
 def _part(plan: Plan, found: Entry | None, stores: Iterable[Layout]) -> Part:
     if found:
-        return Part(plan.key, os.fspath(found.path))
+        return Part(plan.project, plan.key, os.fspath(found.path))
     near = nearest(stores, plan.project, plan.facts())
-    return Part(plan.key, None, near.reason(plan.project) if near else _NOTHING_ALIKE, near)
+    return Part(plan.project, plan.key, None, near.reason(plan.project) if near else _NOTHING_ALIKE, near)
 
 
 def _ready(key: str, stores: Iterable[Layout]) -> Entry | None:

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.record import Facts, ReadyRecord, read_facts
-from ray_envcache.survey.inventory import last_used
-
-RECENT = 100
-"""So many entries are compared, 0.5 ms each, in a store of any size."""
 
 KINDS = ("python", "ray", "option", "setting", "content", "package", "artifact")
 """What may differ, in the order in which people see it."""
 
 NAMED = 3
 """So many differences are named in one line."""
+
+DIGESTS = frozenset({"setting", "content", "artifact"})
+"""The kinds whose values are digests, which say nothing to people."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +32,8 @@ class Difference:
     now: str | None
 
     def __str__(self) -> str:
-        change = f"{self.was or 'off'} -> {self.now or 'off'}"
-        if self.kind == "setting":
-            return f"uv's setting {self.name}"
-        if self.kind == "python":
-            return f"Python {change}" if self.name == "version" else f"Python's {self.name} {change}"
-        if self.kind == "option":
-            return f"{self.name} {change}"
-        if self.was is None or self.now is None:
-            return f"+{self.name} {self.now}" if self.was is None else f"-{self.name} {self.was}"
-        if self.kind == "content":
-            return f"the code of {self.name}"
-        return f"another file of {self.name}" if self.kind == "artifact" else f"{self.name} {change}"
+        name = self.name if self.kind in {"package", "ray", "option"} else f"{self.kind} {self.name}"
+        return name if self.kind in DIGESTS else f"{name} {self.was or 'none'} -> {self.now or 'none'}"
 
 
 @dataclass(frozen=True)
@@ -62,23 +51,22 @@ class Nearest:
 
     def reason(self, project: str) -> str:
         """Why what `project` wants is new, in one line."""
-        if self.fault and not self.differences:
-            return f"new: of the earlier one {self.fault}"
-        if not self.differences:
-            return "new: another version of ray-envcache built the one before"
-        if self.project == project:
-            return f"new: {_summary(self.differences)}"
-        count = len(self.differences)
-        return f"new: the first of {project}; {count} difference{'s' * (count > 1)} from {self.project}"
+        if self.differences:
+            more = len(self.differences) - NAMED
+            why = ", ".join(map(str, self.differences[:NAMED])) + (f", and {more} more" if more > 0 else "")
+        else:
+            why = f"of the earlier one {self.fault}" if self.fault else "another version of ray-envcache built the last"
+        other = "" if self.project == project else f"the first of {project}; compared with {self.project}: "
+        return f"new: {other}{why}"
 
 
 def nearest(layouts: Iterable[Layout], project: str, wanted: Facts) -> Nearest | None:
     """The entry of the same kind with the fewest differences, of the same project if it has any; None where none is.
 
-    Of a large store the most recently used entries are looked at. One that is not handed out any more counts too.
+    One that is not handed out any more counts too.
     """
-    entries = sorted((one for layout in layouts for one in layout.all_entries()), key=last_used, reverse=True)
-    alike = [found for one in entries[:RECENT] if (found := _compared(one, wanted))]
+    entries = (one for layout in layouts for one in layout.all_entries())
+    alike = [found for one in entries if (found := _compared(one, wanted))]
     own = [one for one in alike if one.project == project]
     return min(own or alike, key=lambda one: len(one.differences), default=None)
 
@@ -119,15 +107,3 @@ def _follows(fact: str, changed: Collection[str]) -> bool:
     kind, _, name = fact.partition(" ")
     cause = {"python": "python version", "artifact": f"package {name}"}.get(kind)
     return cause in changed and cause != fact
-
-
-def _summary(differences: Iterable[Difference]) -> str:
-    """The differences in a few words: changes first, then how many packages are more or fewer."""
-    parts = {"": [], "+": [], "-": []}  # type: dict[str, list[str]]
-    for one in differences:
-        text = str(one)
-        parts[text[0] if text[0] in "+-" else ""].append(text)
-    changed, *others = parts.values()
-    more = [f"{len(changed) - NAMED} more changes"] if len(changed) > NAMED else []
-    counts = [each[0] if len(each) == 1 else f"{each[0][0]}{len(each)} packages" for each in others if each]
-    return ", ".join([*changed[:NAMED], *more, *counts])

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from ray_envcache.acquire import Store
-from ray_envcache.doctor.explain import Explanation, explain
+from ray_envcache.doctor.explain import Part, explain
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store.leases import Holder
 from ray_envcache.store.record import read_facts
-from ray_envcache.survey.nearest import Difference
+from ray_envcache.survey.nearest import Difference, Nearest
 from tests import support
 from tests.build.test_layers import edit, make_package
 from tests.conftest import Acquire
@@ -25,21 +25,29 @@ from tests.conftest import Acquire
 pytestmark = pytest.mark.host
 
 
-def explained(store: Store, project: Path, **options: Any) -> Explanation:
+def explained(store: Store, project: Path, **options: Any) -> list[Part]:
     spec = EnvSpec.parse({"path": os.fspath(project), **options})
     return explain(spec, installed_ray(), (store.layout, *store.readonly))
 
 
-def reason(found: Explanation) -> str:
-    assert found.new is not None
-    assert found.new.nearest is not None
-    return found.new.nearest.reason(found.project)
+def new(found: list[Part]) -> Part | None:
+    """What would be built first; None where all is there."""
+    return next((one for one in found if one.path is None), None)
 
 
-def differences(found: Explanation) -> list[Difference]:
-    assert found.new is not None
-    assert found.new.nearest is not None
-    return list(found.new.nearest.differences)
+def near(found: list[Part]) -> Nearest:
+    part = new(found)
+    assert part is not None
+    assert part.nearest is not None
+    return part.nearest
+
+
+def reason(found: list[Part]) -> str:
+    return near(found).reason(found[0].project)
+
+
+def differences(found: list[Part]) -> list[Difference]:
+    return list(near(found).differences)
 
 
 def lock_again(project: Path, *packages: str) -> None:
@@ -60,13 +68,12 @@ def project(tmp_path: Path, wheels: Path) -> Path:
 
 def test_nothing_there_then_there(store: Store, acquire: Acquire, project: Path) -> None:
     """In an empty store there is nothing to compare with; what a build made is found by its key, and nothing is built."""
-    found = explained(store, project)
-    assert (found.project, found.layer, found.new) == ("study", None, found.environment)
-    assert found.environment.nearest is None
+    (found,) = explained(store, project)
+    assert (found.project, found.path, found.nearest) == ("study", None, None)
     assert list(store.layout.all_entries()) == []
     entry = acquire(project).entry
-    found = explained(store, project)
-    assert (found.new, found.environment.key, found.environment.path) == (None, entry.key, os.fspath(entry.path))
+    (found,) = explained(store, project)
+    assert (found.key, found.path, found.reason) == (entry.key, os.fspath(entry.path), None)
 
 
 def test_packages(store: Store, acquire: Acquire, project: Path) -> None:
@@ -80,8 +87,8 @@ def test_packages(store: Store, acquire: Acquire, project: Path) -> None:
         Difference("package", "cc", None, "1.0"),
         Difference("package", "dd", None, "1.0"),
     ]
-    assert reason(found) == "new: aa 1.0 -> 2.0, +2 packages, -bb 1.0"
-    assert acquire(project).entry.key == found.environment.key
+    assert reason(found) == "new: aa 1.0 -> 2.0, bb 1.0 -> none, cc none -> 1.0, and 1 more"
+    assert acquire(project).entry.key == found[0].key
 
 
 def test_another_file_of_the_same_version(store: Store, acquire: Acquire, project: Path, wheels: Path) -> None:
@@ -93,7 +100,7 @@ def test_another_file_of_the_same_version(store: Store, acquire: Acquire, projec
     (one,) = differences(found)
     assert (one.kind, one.name) == ("artifact", "bb")
     assert one.was != one.now
-    assert reason(found) == "new: another file of bb"
+    assert reason(found) == "new: artifact bb"
 
 
 def test_inherited_packages(store: Store, acquire: Acquire, project: Path) -> None:
@@ -109,18 +116,18 @@ def test_the_nearest_is_of_the_same_project(store: Store, acquire: Acquire, proj
     acquire(project)
     other = support.make_project(project.parent.parent / "other", wheels, ["ray", "aa==2.0", "bb", "cc"])
     found = explained(store, other)
-    assert reason(found) == "new: the first of other; 2 differences from study"
+    assert reason(found) == "new: the first of other; compared with study: aa 1.0 -> 2.0, cc none -> 1.0"
     acquire(other)
     lock_again(project, "aa==2.0", "bb", "cc", "dd")
-    assert reason(explained(store, project)) == "new: aa 1.0 -> 2.0, +2 packages"
+    assert reason(explained(store, project)) == "new: aa 1.0 -> 2.0, cc none -> 1.0, dd none -> 1.0"
 
 
 def test_records_of_earlier_versions(store: Store, acquire: Acquire, project: Path) -> None:
     """They stay valid, and are compared with nothing: they have no facts."""
     acquire(project).entry.facts.unlink()
-    assert explained(store, project).new is None
+    assert new(explained(store, project)) is None
     lock_again(project, "aa==2.0", "bb")
-    assert explained(store, project).environment.nearest is None
+    assert explained(store, project)[0].nearest is None
 
 
 def test_why_an_entry_is_not_used_any_more(store: Store, acquire: Acquire, project: Path) -> None:
@@ -142,23 +149,19 @@ def test_layers(store: Store, acquire: Acquire, tmp_path: Path, wheels: Path) ->
         file.write(f'[tool.uv]\nno-index = true\nfind-links = ["{wheels}"]\n[tool.uv.sources]\n')
         file.write('lib = { path = "../lib" }\n')
     support.run_uv("lock", cwd=app)
-    found = explained(store, app)
-    assert (found.environment.path, found.layer and found.layer.path, found.layer and found.layer.nearest) == (
-        None,
-    ) * 3
-    assert found.layer is not None
+    below, layer = explained(store, app)
+    assert (below.path, layer.path, layer.nearest) == (None, None, None)
     lease = acquire(app)
-    keys = [found.layer.key, found.environment.key]
+    keys = [layer.key, below.key]
     assert [one.key for one in lease.entries] == keys
     assert read_facts(lease.entry).items() > read_facts(lease.entries[1]).items()
-    found = explained(store, app)
-    assert (found.new, found.layer and found.layer.path) == (None, os.fspath(lease.entry.path))
+    assert [one.path for one in explained(store, app)] == [os.fspath(one.path) for one in reversed(lease.entries)]
     edit(tmp_path / "lib", "X = 2")
     found = explained(store, app)
-    assert found.new == found.layer
+    assert new(found) == found[1]
     assert [(one.kind, one.name) for one in differences(found)] == [("content", "lib")]
-    assert reason(found) == "new: the code of lib"
-    assert [one.key for one in acquire(app).entries] == [found.new.key if found.new else "", keys[1]]
+    assert reason(found) == "new: content lib"
+    assert [one.key for one in acquire(app).entries] == [found[1].key, keys[1]]
     with store.acquire(EnvSpec.parse(app), installed_ray(), Holder("test"), finish=False, editable=True) as edited:
         was, now = read_facts(acquire(app).entry), read_facts(edited.entry)
     # The lockfile has `lib` as a copy, whose code is what it was; of `app` only the definition counts.
@@ -176,7 +179,7 @@ def test_the_reason_is_in_the_progress_of_a_build(acquire: Acquire, project: Pat
 
     assert "new:" not in told()
     lock_again(project, "aa==2.0", "bb", "cc")
-    assert "\n  new: aa 1.0 -> 2.0, +cc 1.0\n" in told()
+    assert "\n  new: aa 1.0 -> 2.0, cc none -> 1.0\n" in told()
 
 
 def test_command(store: Store, project: Path) -> None:
@@ -190,7 +193,7 @@ def test_command(store: Store, project: Path) -> None:
     key = support.build_finished(store, project).key
     assert run("explain", project) == f"study is there: {key[:12]}\n"
     data = json.loads(run("explain", "--json", project))
-    assert (data["schema_version"], data["new"], data["environment"]["key"], data["layer"]) == (1, False, key, None)
+    assert (data["schema_version"], data["new"], [one["key"] for one in data["parts"]]) == (1, False, [key])
     lock_again(project, "aa==2.0", "bb")
     assert run("explain", project).splitlines() == [
         "study would be new: aa 1.0 -> 2.0",
@@ -198,7 +201,7 @@ def test_command(store: Store, project: Path) -> None:
         "KIND     NAME  THERE  WANTED",
         "package  aa    1.0    2.0",
     ]
-    near = json.loads(run("explain", "--json", project))["environment"]["nearest"]
-    assert near["differences"] == [{"kind": "package", "name": "aa", "was": "1.0", "now": "2.0"}]
+    (part,) = json.loads(run("explain", "--json", project))["parts"]
+    assert part["nearest"]["differences"] == [{"kind": "package", "name": "aa", "was": "1.0", "now": "2.0"}]
     assert len(list(store.layout.all_entries())) == 1
     run("explain", project.parent / "missing", code=1)
