@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import click
 
@@ -14,10 +17,11 @@ from ray_envcache.sessions import directories
 from ray_envcache.sessions.liveness import judge_sessions
 from ray_envcache.store import readonly
 from ray_envcache.store.layout import Layout
-from ray_envcache.survey import filters, inventory, uv_cache
+from ray_envcache.store.record import read_facts
+from ray_envcache.survey import inventory, uv_cache
 from ray_envcache.survey.inventory import Status
 from ray_envcache.survey.uv_cache import UvCache
-from ray_envcache.system.texts import printable
+from ray_envcache.system.texts import from_utc, parse_duration, parse_size, printable
 
 tmpdir_option = click.option(
     "--tmpdir", metavar="DIR", help="With --sessions: look here instead of $RAY_TMPDIR/ray, $TMPDIR/ray or /tmp/ray."
@@ -30,25 +34,38 @@ def refuse_without_sessions(*given: object) -> None:
         raise click.UsageError("--tmpdir and --older-than are about session directories: add --sessions")
 
 
-def usage(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """The function `parse` as the type of an option: its FieldValueError becomes an error of usage."""
+Filter: TypeAlias = Callable[[Layout, Status], bool]
+"""Whether to show the environment with this status; the layout is that of the user's own store."""
 
-    def parsed(value: str) -> Any:
-        try:
-            return parse(value)
-        except FieldValueError as error:
-            raise click.BadParameter(f"{error.message}; {error.hint}") from error
+POSSIBLE = "size>1GB, unused>7d, used<1d (either with < or >), has:torch, has:torch==2.8.0, project:NAME"
+_FORM = re.compile(r"\s*([a-z]+)\s*([<>:])\s*(.+?)\s*", re.DOTALL)
 
-    return parsed
+
+def _idle(one: Status) -> float:
+    return 0.0 if one.in_use else max(time.time() - one.last_used, 0.0)
+
+
+def _age(one: Status) -> float:
+    # An entry without a record was used last when its build began.
+    return max(time.time() - (from_utc(one.created_at) if one.created_at else one.last_used), 0.0)
+
+
+_MEASURED: Mapping[str, tuple[Callable[[Status], float], Callable[[str], float]]] = {
+    "size": (lambda one: one.size_bytes, parse_size),
+    "unused": (_idle, parse_duration),
+    "used": (_idle, parse_duration),
+}
+ORDERS: Mapping[str, Callable[[Status], float]] = {"size": lambda one: -one.size_bytes, "used": _idle, "created": _age}
+"""The largest, the last used, the newest first."""
 
 
 @click.command("list", epilog="Example: ray-envcache list --filter 'unused>7d' --sort size")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with sizes in bytes and times in UTC.")
 @click.option(
-    "--filter", "chosen", multiple=True, type=usage(filters.parse_filter), metavar="FILTER",
-    help=f"Show only these; may be repeated, all must hold: {filters.POSSIBLE}.",
+    "--filter", "chosen", multiple=True, metavar="FILTER",
+    help=f"Show only these; may be repeated, all must hold: {POSSIBLE}.",
 )  # fmt: skip
-@click.option("--sort", type=click.Choice([*filters.ORDERS]), help="The largest, last used or newest first.")
+@click.option("--sort", type=click.Choice([*ORDERS]), help="The largest, last used or newest first.")
 @click.option("--limit", type=click.IntRange(min=0), metavar="N", help="Show the first N of them.")
 @click.option("-q", "--quiet", is_flag=True, help="Print keys only, for other commands.")
 @click.option("--uv-cache", is_flag=True, help="Measure your own cache of uv too; takes seconds where it is large.")
@@ -68,9 +85,10 @@ def list_(*, as_json: bool, sessions: bool, tmpdir: str | None, quiet: bool, **o
         _show_sessions(tmpdir, as_json=as_json)
         return
     refuse_without_sessions(tmpdir)
+    filters = [parse_filter(text) for text in options["chosen"]]
     layout, below = readonly.opened()
     everything = inventory.survey(layout, below)
-    found = _chosen(layout, everything, options)
+    found = _chosen(layout, everything, filters, options)
     if quiet:
         for key in dict.fromkeys(one.key for one in found):
             click.echo(key)
@@ -87,12 +105,47 @@ def list_(*, as_json: bool, sessions: bool, tmpdir: str | None, quiet: bool, **o
         click.echo(f"note: {readonly.VARIABLE} names `{root}`, where there is no store", err=True)
 
 
-def _chosen(layout: Layout, found: list[Status], options: dict[str, Any]) -> list[Status]:
+def _chosen(layout: Layout, found: list[Status], filters: list[Filter], options: dict[str, Any]) -> list[Status]:
     """Those that pass all filters, in the order that was asked for, and of these the first."""
-    chosen = [one for one in found if all(passes(layout, one) for passes in options["chosen"])]
+    chosen = [one for one in found if all(passes(layout, one) for passes in filters)]
     if options["sort"]:
-        chosen.sort(key=filters.ORDERS[options["sort"]])
+        chosen.sort(key=ORDERS[options["sort"]])
     return chosen[: options["limit"]]
+
+
+def parse_filter(text: str) -> Filter:
+    """The filter that is written so. Raises FieldValueError, which names it and what may be written."""
+    parts = _FORM.fullmatch(text)
+    name, sign, value = parts.groups() if parts else ("", "", "")
+    if (name, sign) == ("has", ":"):
+        return _has(value)
+    if (name, sign) == ("project", ":"):
+        return lambda _, one: one.project == value
+    if name in _MEASURED and sign != ":":
+        measure, parse = _MEASURED[name]
+        compare, limit = operator.gt if sign == ">" else operator.lt, parse(value)
+        return lambda _, one: compare(measure(one), limit)
+    raise FieldValueError(f"Unknown filter: `{text}`", f"write one of {POSSIBLE}")
+
+
+def _has(text: str) -> Filter:
+    from packaging.requirements import InvalidRequirement, Requirement  # 20 ms that `list` mostly does without
+    from packaging.utils import canonicalize_name
+
+    try:
+        wanted = Requirement(text)
+    except InvalidRequirement as error:
+        raise FieldValueError(f"Not a package: `{text}`", "write has:torch or has:torch==2.8.0") from error
+    if wanted.extras or wanted.marker or wanted.url:
+        raise FieldValueError(f"Only a name and versions can be asked for: `{text}`", "write has:torch==2.8.0")
+    fact = f"package {canonicalize_name(wanted.name)}"
+
+    def has(layout: Layout, one: Status) -> bool:
+        entry = layout.entry(one.path) if one.state == "ready" else None
+        found = read_facts(entry).get(fact) if entry else None
+        return found is not None and (not wanted.specifier or wanted.specifier.contains(found.partition(" ")[0], True))
+
+    return has
 
 
 def _uv_caches(layout: Layout, *, users: bool) -> Iterator[UvCache | None]:

@@ -12,7 +12,7 @@ import click
 
 from ray_envcache.acquire import Store
 from ray_envcache.cli import tables
-from ray_envcache.cli.listing import refuse_without_sessions, tmpdir_option, usage
+from ray_envcache.cli.listing import refuse_without_sessions, tmpdir_option
 from ray_envcache.gc.collector import Collected, collect
 from ray_envcache.gc.evict import evict, with_layers
 from ray_envcache.gc.policy import Limits, parse_limit
@@ -97,23 +97,15 @@ def purge(*, yes: bool) -> None:
         click.echo(f"The read-only store at {layout.root} stays as it is", err=True)
 
 
-def _limit(_context: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, Any]:
-    """The limit by its name, as it may be "off"; nothing where it is not given."""
-    name = str(parameter.name)
-    return {} if value is None else {name: usage(lambda text: parse_limit(name, text))(value)}
-
-
 @click.command(epilog="Example: ray-envcache gc --dry-run --unused-for 2d")
 @click.option("-n", "--dry-run", is_flag=True, help="Only show what would be removed.")
-@click.option("--unused-for", callback=_limit, metavar="14d", help="Remove what was unused this long.")
-@click.option("--max-used-space", callback=_limit, metavar="50GB|30%", help="Shrink the store to this.")
-@click.option("--min-free-space", callback=_limit, metavar="10%", help="Free the disk up to this.")
-@click.option("--reserved-space", callback=_limit, metavar="20GB", help="Never shrink the store below this.")
+@click.option("--unused-for", metavar="14d", help="Remove what was unused this long.")
+@click.option("--max-used-space", metavar="50GB|30%", help="Shrink the store to this.")
+@click.option("--min-free-space", metavar="10%", help="Free the disk up to this.")
+@click.option("--reserved-space", metavar="20GB", help="Never shrink the store below this.")
 @click.option("--all", "everything", is_flag=True, help="Remove everything that is neither in use nor pinned.")
 @click.option("--sessions", is_flag=True, help="Remove Ray's session directories of dead clusters instead.")
-@click.option(
-    "--older-than", type=usage(parse_duration), metavar="1d", help="With --sessions: not written to for so long."
-)
+@click.option("--older-than", metavar="1d", help="With --sessions: not written to for so long.")
 @tmpdir_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def gc(*, dry_run: bool, everything: bool, as_json: bool, sessions: bool, **limits: Any) -> None:
@@ -127,12 +119,13 @@ def gc(*, dry_run: bool, everything: bool, as_json: bool, sessions: bool, **limi
     RAY_ENVCACHE_MIN_FREE_SPACE and RAY_ENVCACHE_RESERVED_SPACE change that; the value "off" switches a limit off.
     """
     older_than, tmpdir = limits.pop("older_than"), limits.pop("tmpdir")
-    given = {name: value for one in limits.values() for name, value in one.items()}
+    given = {name: parse_limit(name, value) for name, value in limits.items() if value is not None}
     if sessions:
         others = [f"--{name.replace('_', '-')}" for name in given] + ["--all"] * everything
         if others:
             raise click.UsageError(f"--sessions is about session directories: leave out {', '.join(others)}")
-        _collect_sessions(tmpdir, older_than or 0.0, dry_run=dry_run, as_json=as_json)
+        age = 0.0 if older_than is None else parse_duration(older_than)
+        _collect_sessions(tmpdir, age, dry_run=dry_run, as_json=as_json)
         return
     refuse_without_sessions(older_than, tmpdir)
     chosen = replace(Limits.from_environ(os.environ), everything=everything, **given)

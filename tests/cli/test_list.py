@@ -13,8 +13,7 @@ from ray_envcache.acquire import Store
 from ray_envcache.store.layout import Entry
 from ray_envcache.survey.inventory import record_sizes
 from tests.cli.test_commands import run
-from tests.gc.fabricated import add_file, make_entry
-from tests.survey.test_filters import change
+from tests.gc.fabricated import add_file, change, make_entry
 
 pytestmark = pytest.mark.host
 
@@ -74,7 +73,7 @@ def test_sort_and_limit(store: Store, entries: list[Entry]) -> None:
         (["--sort", "name"], ["'name' is not one of", "'size', 'used', 'created'"]),
         (["--limit", "-1"], ["-1"]),
         (["-q", "--json"], ["leave out one"]),
-        (["--sessions", "--filter", "in-use"], ["leave out --filter"]),
+        (["--sessions", "--filter", "size>1GB"], ["leave out --filter"]),
         (["--sessions", "-q"], ["leave out --quiet"]),
         (["--sessions", "--uv-cache"], ["leave out --uv-cache"]),
     ],

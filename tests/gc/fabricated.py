@@ -44,6 +44,13 @@ def publish(entry: Entry) -> None:
     files.write_json(entry.ready, {"schema_version": 1, **record._asdict()}, durable=False)
 
 
+def change(entry: Entry, **fields: object) -> None:
+    """Change fields of its ready record."""
+    record = ReadyRecord.read(entry)
+    assert record is not None
+    record._replace(**fields).write(entry)  # type: ignore[arg-type]
+
+
 def add_file(entry: Entry, size: int, name: str = "data") -> Path:
     """Give the entry a file of so many bytes."""
     path = entry.site_packages / name

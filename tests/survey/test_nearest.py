@@ -10,8 +10,7 @@ from ray_envcache.build.plan import settings_facts
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.record import Facts, write_facts
 from ray_envcache.survey.nearest import Difference, Nearest, nearest, why_new
-from tests.gc.fabricated import make_entry, make_layout
-from tests.survey.test_filters import change
+from tests.gc.fabricated import change, make_entry, make_layout
 
 PYTHON = {"version": "3.11.7", "executable": "/usr/bin/python3.11", "build": "gcc", "os_name": "posix"}
 
