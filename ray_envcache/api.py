@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_envcache import acquire
-from ray_envcache.doctor.findings import Finding, Prefetched, ask
+from ray_envcache.doctor.findings import Finding, Prefetched, ask, latest
 from ray_envcache.doctor.repair import chosen
 from ray_envcache.field.registration import WORKER_MODULE
 from ray_envcache.field.spec import EnvSpec
@@ -93,11 +93,7 @@ def prefetch(
     wanted = [os.path.abspath(os.path.expanduser(path)) for path in given]
     fields = {path: pinned_field({**options, "path": path}) for path in wanted}
     node: Any = getattr(sys.modules.get(WORKER_MODULE), "_global_node", None)
-    rows: dict[tuple[str, str], Prefetched] = {}
-
-    def enter(row: dict[str, Any]) -> None:
-        found = [Finding(**each) for each in row["findings"]]
-        rows[row["node_id"], row["path"]] = Prefetched(**{**row, "findings": found})
-
-    ask(address or (node.gcs_address if node else "auto"), enter, timeout=timeout, fields=fields, follow=0)
-    return [*rows.values()]
+    answers: list[dict[str, Any]] = []
+    ask(address or (node.gcs_address if node else "auto"), answers.append, timeout=timeout, fields=fields, follow=0)
+    rows = latest(answers)
+    return [Prefetched(**{**row, "findings": [Finding(**each) for each in row["findings"]]}) for row in rows]

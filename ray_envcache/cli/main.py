@@ -26,7 +26,7 @@ _COMMANDS = {
     "log": "operators.log",
     "metrics": "operators.metrics_",
     "pin": "store.pin",
-    "prefetch": "prefetch.prefetch",
+    "prefetch": "doctor.prefetch",
     "purge": "store.purge",
     "push": "build.push_",
     "rm": "store.rm",

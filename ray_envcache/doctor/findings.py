@@ -133,6 +133,11 @@ def enter_environment(row: Prefetched, facts: dict[str, Any]) -> None:
         row.findings.append(Finding("environment", ERROR, text, "does another plugin set the interpreter?"))
 
 
+def latest(answers: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of all that was said of prefetched environments the last of each one on each node."""
+    return [*{(row["node_id"], row["path"]): row for row in answers}.values()]
+
+
 def find_unequal(rows: Iterable[Prefetched]) -> Iterator[Prefetched]:
     """Yield, with a finding, each that has another key than most nodes of the same platform for the same path."""
     alike = defaultdict(list)

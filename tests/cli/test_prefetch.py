@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
+from ray_envcache.cli.doctor import _table
 from ray_envcache.cli.main import cli
-from ray_envcache.cli.prefetch import _table
 from tests import support
 
 ROW: dict[str, Any] = {
@@ -26,13 +26,14 @@ FAILED = {"seconds": 3.0, "findings": [{"name": "answer", "state": "error", "tex
 
 
 def test_live_table() -> None:
-    """What is not ready comes first, and text of other machines reaches no terminal as it is."""
-    rows = {
-        1: {**ROW, **DONE},
-        2: {**ROW, **FAILED, "path": "/bad[red]\x1b[31m"},
-        3: ROW,
-        4: {**ROW, **DONE, "bytecode": False},
-    }
+    """What is not ready comes first, each as it is by now, and text of other machines reaches no terminal as it is."""
+    rows = [
+        {**ROW, "node_id": "1", "how": "built"},
+        {**ROW, **FAILED, "path": "/bad[red]\x1b[31m"},
+        ROW,
+        {**ROW, **DONE, "node_id": "1"},
+        {**ROW, **DONE, "node_id": "4", "bytecode": False},
+    ]
     console = Console(width=150, record=True, file=io.StringIO())
     console.print(_table(rows))
     head, *lines = [line.split() for line in console.export_text().splitlines()]

@@ -125,7 +125,7 @@ def _check_broken(host: Host, status: int, out: str, err: str) -> None:
 
 def _check_table(host: Host, data: dict[str, Any]) -> None:
     with redirect_stdout(io.StringIO()) as out:
-        doctor.print_cluster(data)
+        doctor._print_cluster(data)
     head, *lines = out.getvalue().splitlines()
     assert head.split() == ["NODE", "HOST", "PLUGIN", "STORE", "SPACE", "UV"]
     assert [line for line in lines[:5] if f" {host.folder}/two " in line]
