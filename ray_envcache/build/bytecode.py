@@ -20,7 +20,7 @@ from ray_envcache.inside import pyc
 from ray_envcache.remote.push import push_built
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, Lease, claim
-from ray_envcache.survey import listing, shared_bytecode
+from ray_envcache.survey import shared_bytecode, verification
 from ray_envcache.survey.inventory import record_sizes
 from ray_envcache.system import capacity, children, files, flock, testpoints
 from ray_envcache.system.texts import utc_now
@@ -81,7 +81,7 @@ def _finish_claimed(layout: Layout, entry: Entry, descriptor: int, *, background
             return False
         began = time.monotonic()
         # As soon as may be: later changes are to be noticed.
-        listing.seal(entry)
+        verification.seal(entry)
         tag = compile_all(layout, entry, [descriptor, *lease.descriptors], background=background)
         # From here on the entry survives a crash of the machine, not only of processes; and what it shares.
         files.sync_file_system(entry.path)

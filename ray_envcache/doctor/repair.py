@@ -31,8 +31,7 @@ from ray_envcache.store.leases import Holder, claim
 from ray_envcache.store.record import ReadyRecord
 from ray_envcache.survey import inventory, shared_bytecode
 from ray_envcache.survey.inventory import User
-from ray_envcache.survey.listing import module_of
-from ray_envcache.survey.verification import Verified, verify
+from ray_envcache.survey.verification import Verified, module_of, verify
 from ray_envcache.system import testpoints
 
 

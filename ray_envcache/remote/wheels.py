@@ -25,9 +25,8 @@ from packaging.version import Version
 
 from ray_envcache.errors import RemoteError
 from ray_envcache.store.layout import Entry
-from ray_envcache.survey import listing
-from ray_envcache.survey.listing import LINK, Listed
-from ray_envcache.survey.verification import verify
+from ray_envcache.survey import verification
+from ray_envcache.survey.verification import LINK, Listed, verify
 
 _MADE_BY_UV = ("INSTALLER", "RECORD", "REQUESTED", "direct_url.json", "uv_build.json", "uv_cache.json")
 _OURS = ("_ray_envcache_", "_virtualenv.")
@@ -55,7 +54,7 @@ def packages_of(entry: Entry) -> list[Package]:
         what = f"`{entry.path}` is {found.state}{found.reason and f': {found.reason}'}"
         raise RemoteError(what, f"ray-envcache verify --repair {entry.short}")
     files: dict[str, dict[str, Listed]] = defaultdict(dict)
-    for path, listed in listing.listed_in(entry).items():
+    for path, listed in verification.listed_in(entry).items():
         if not listed.content.startswith(LINK):
             files[listed.package][path] = listed
     site = _site(entry)
@@ -94,8 +93,8 @@ def write(package: Package, entry: Entry, file: IO[bytes]) -> list[str]:
     with _new_zip(file) as archive:
         for path, listed in package.files.items():
             name, script = _in_wheel(path, package, entry)
-            _add(archive, name, [script] if script else listing.chunks_of(entry.venv / path), listed)
-            content = listing.as_recorded(hashlib.sha256(script).hexdigest()) if script else listed.content
+            _add(archive, name, [script] if script else verification.chunks_of(entry.venv / path), listed)
+            content = verification.as_recorded(hashlib.sha256(script).hexdigest()) if script else listed.content
             lines.writerow((name, content, len(script) or listed.size))
             modules += [base64.urlsafe_b64decode(f"{content[7:]}=").hex()] if name.endswith(".py") else []
         lines.writerow((record, "", ""))

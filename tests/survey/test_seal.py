@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ray_envcache.store.layout import Entry, Layout
-from ray_envcache.survey import listing
-from ray_envcache.survey.listing import Listed
+from ray_envcache.survey import verification
+from ray_envcache.survey.verification import Listed
 
 SITE = "lib/python3.12/site-packages"
 RECORD = f"{SITE}/one-1.0.dist-info/RECORD"
@@ -34,8 +34,8 @@ def write_record(entry: Entry, text: str | bytes) -> None:
 
 def sealed(entry: Entry) -> dict[str, Listed]:
     """What the seal lists, but for the RECORD."""
-    listing.seal(entry)
-    return {path: one for path, one in listing.listed_in(entry).items() if path != RECORD}
+    verification.seal(entry)
+    return {path: one for path, one in verification.listed_in(entry).items() if path != RECORD}
 
 
 def test_what_a_record_notes(entry: Entry) -> None:
@@ -130,10 +130,10 @@ def test_only_regular_files_are_read(entry: Entry, tmp_path: Path) -> None:
     path.unlink()
     path.symlink_to(entry.venv / SITE / "one.py")
     with pytest.raises(OSError, match="symbolic links"):
-        listing.content_of(path, found)
+        verification.content_of(path, found)
     path.unlink()
     os.mkfifo(path)
-    assert listing.content_of(path, found) == DIGEST
+    assert verification.content_of(path, found) == DIGEST
 
 
 @pytest.mark.parametrize("text", ["{}", "a,b,c\n", "one.py,x,many,0,\n", "one.py,x,0,9,\n", '"', "\0,\n"])
@@ -141,7 +141,7 @@ def test_damaged_seal(entry: Entry, text: str) -> None:
     """A seal that is none is an error."""
     entry.sealed.write_text(text)
     with pytest.raises((ValueError, csv.Error)):
-        listing.listed_in(entry)
+        verification.listed_in(entry)
 
 
 @pytest.mark.parametrize(
@@ -157,4 +157,4 @@ def test_damaged_seal(entry: Entry, text: str) -> None:
     ],
 )
 def test_places_of_bytecode(path: str, module: str) -> None:
-    assert listing.module_of(path) == module
+    assert verification.module_of(path) == module
