@@ -20,6 +20,16 @@ SHOWN_DIGITS = 12
 _ENTRY_NAME = re.compile(r"(?P<key>[0-9a-f]{32})-(?P<number>[1-9][0-9]*)")
 
 
+class _Below:
+    """A path below that of an entry, or below the top of a store."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, owner: Entry | Layout, _: object) -> Path:
+        return (owner.path if isinstance(owner, Entry) else owner.top) / self.name
+
+
 @dataclass(frozen=True)
 class Entry:
     """The paths of one environment. An entry is never rebuilt in place: the next build takes the next `number`.
@@ -32,6 +42,26 @@ class Entry:
     path: Path
     readonly: bool = False
 
+    venv = _Below("venv")
+    bin = _Below("venv/bin")
+    python = _Below("venv/bin/python")
+    pylock = _Below("pylock.toml")
+    build_log = _Below("build.log")
+    building = _Below("building.json")
+    ready = _Below("ready.json")
+    measured = _Below("measured.json")
+    facts = _Below("facts.json")
+    """What its key is made of, in words."""
+    sealed = _Below("seal.csv")
+    """The list of all that should be in the venv, bytecode apart."""
+    in_use = _Below("in-use")
+    """The file on which leases and interpreters hold shared flocks; its mtime is the entry's last use."""
+    compiled = _Below("compiled.json")
+    finishing_flock = _Below("finishing")
+    """The flock of the process that compiles the bytecode."""
+    staged_bytecode = _Below("bytecode")
+    """Bytecode on its way to all entries; what a killed compiler left here the next compiler takes over."""
+
     @property
     def name(self) -> str:
         """The name of its directory."""
@@ -43,70 +73,9 @@ class Entry:
         return self.key[:SHOWN_DIGITS]
 
     @property
-    def venv(self) -> Path:
-        return self.path / "venv"
-
-    @property
-    def bin(self) -> Path:
-        return self.venv / "bin"
-
-    @property
-    def python(self) -> Path:
-        return self.bin / "python"
-
-    @property
     def site_packages(self) -> Path:
         """Where the venv keeps its packages; a path that does not exist before the venv does."""
         return next((self.venv / "lib").glob("python3.*"), self.venv / "lib") / "site-packages"
-
-    @property
-    def ready(self) -> Path:
-        return self.path / "ready.json"
-
-    @property
-    def facts(self) -> Path:
-        """What its key is made of, in words."""
-        return self.path / "facts.json"
-
-    @property
-    def sealed(self) -> Path:
-        """The list of all that should be in the venv, bytecode apart."""
-        return self.path / "seal.csv"
-
-    @property
-    def building(self) -> Path:
-        return self.path / "building.json"
-
-    @property
-    def compiled(self) -> Path:
-        return self.path / "compiled.json"
-
-    @property
-    def measured(self) -> Path:
-        return self.path / "measured.json"
-
-    @property
-    def staged_bytecode(self) -> Path:
-        """Bytecode on its way to all entries; what a killed compiler left here the next compiler takes over."""
-        return self.path / "bytecode"
-
-    @property
-    def in_use(self) -> Path:
-        """The file on which leases and interpreters hold shared flocks; its mtime is the entry's last use."""
-        return self.path / "in-use"
-
-    @property
-    def finishing_flock(self) -> Path:
-        """The flock of the process that compiles the bytecode."""
-        return self.path / "finishing"
-
-    @property
-    def build_log(self) -> Path:
-        return self.path / "build.log"
-
-    @property
-    def pylock(self) -> Path:
-        return self.path / "pylock.toml"
 
     def base(self, name: str) -> Entry | None:
         """The entry below this one, by the name that its ready record has; None where that is no name of an entry."""
@@ -120,68 +89,33 @@ class Layout:
     root: Path
     readonly: bool = False
 
+    entries = _Below("entries")
+    leases = _Below("leases")
+    pins = _Below("pins")
+    memo = _Below("memo")
+    trash = _Below("trash")
+    flocks = _Below("flocks")
+    collector_flock = _Below("flocks/collector")
+    """The flock of the one collector at work."""
+    last_collection = _Below("last-collection")
+    """Its mtime is when the collector last ran by itself."""
+    bytecode = _Below("bytecode")
+    """Bytecode that entries share, a folder for each Python; made when there is some."""
+    journal = _Below("journal.jsonl")
+    """What happened here; made with the first line."""
+    older_journal = _Below("journal.1.jsonl")
+    """What happened before."""
+    cachedir_tag = _Below("CACHEDIR.TAG")
+    """Tells backups to leave out what is ours: the root may be a folder that holds other data too."""
+
     @property
     def top(self) -> Path:
         return self.root / VERSION
 
     @property
-    def entries(self) -> Path:
-        return self.top / "entries"
-
-    @property
-    def leases(self) -> Path:
-        return self.top / "leases"
-
-    @property
-    def pins(self) -> Path:
-        return self.top / "pins"
-
-    @property
-    def memo(self) -> Path:
-        return self.top / "memo"
-
-    @property
-    def trash(self) -> Path:
-        return self.top / "trash"
-
-    @property
-    def bytecode(self) -> Path:
-        """Bytecode that entries share, a folder for each Python; made when there is some."""
-        return self.top / "bytecode"
-
-    @property
-    def journal(self) -> Path:
-        """What happened here; made with the first line."""
-        return self.top / "journal.jsonl"
-
-    @property
-    def older_journal(self) -> Path:
-        """What happened before."""
-        return self.top / "journal.1.jsonl"
-
-    @property
-    def flocks(self) -> Path:
-        return self.top / "flocks"
-
-    @property
-    def collector_flock(self) -> Path:
-        """The flock of the one collector at work."""
-        return self.flocks / "collector"
-
-    @property
-    def last_collection(self) -> Path:
-        """Its mtime is when the collector last ran by itself."""
-        return self.top / "last-collection"
-
-    @property
     def uv_cache(self) -> Path:
         """The cache of uv where uv cannot link from the user's own into the store."""
         return self.root / "uv"
-
-    @property
-    def cachedir_tag(self) -> Path:
-        """Tells backups to leave out what is ours: the root may be a folder that holds other data too."""
-        return self.top / "CACHEDIR.TAG"
 
     def directories(self) -> tuple[Path, ...]:
         """The directories that every store has."""
