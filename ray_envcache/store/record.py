@@ -88,7 +88,6 @@ class MeasuredRecord(NamedTuple):
 
     size_bytes: int
     reclaimable_bytes: int
-    files: int
     exact: bool
 
     def write(self, entry: Entry) -> None:

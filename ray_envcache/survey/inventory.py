@@ -104,47 +104,34 @@ def _statuses(layout: Layout, store: Layout, entries: list[Entry], max_age: floa
     # Found in one pass over all processes: with 120 of them that takes 35 ms.
     running = processes.processes_using(store.entries, [entry.path.name for entry in entries]) if entries else {}
     pinned = set() if store.readonly else pins.pinned_keys(store)
-    sizes, statuses = Sizes(layout, max_age), []
+    sizes, found = Sizes(layout, max_age), []
     for entry in entries:
         name = entry.path.name
         users = _users(layout, entry, running.get(name, ()), leases_of.get(entry.key, []))
         # Asked where no user has a name, as in another container: it takes an exclusive flock, for which claims wait.
         in_use = bool(users) or not (entry.readonly or flock.is_free(entry.in_use))
-        size, used = sizes.of(entry), last_used(entry)
-        # A pin keeps the sound entry of a key.
-        is_pinned = entry.key in pinned and entry.ready.exists()
-        statuses.append(_status(layout, entry, users, size, used, in_use=in_use, pinned=is_pinned))
-    return statuses
-
-
-def _status(
-    layout: Layout,
-    entry: Entry,
-    users: tuple[User, ...],
-    size: MeasuredRecord,
-    used: float,
-    *,
-    in_use: bool,
-    pinned: bool,
-) -> Status:
-    record = ReadyRecord.read(entry)
-    base = entry.base(record.base) if record and record.base else None
-    return Status(
-        key=entry.key,
-        state=_state(layout, entry, record),
-        in_use=in_use,
-        users=users,
-        pinned=pinned,
-        size_bytes=size.size_bytes,
-        reclaimable_bytes=0 if entry.readonly else size.reclaimable_bytes,
-        exact=entry.readonly or size.exact,
-        last_used=used,
-        path=os.fspath(entry.path),
-        base=base.key if base else None,
-        readonly=entry.readonly,
-        base_path=os.fspath(base.path) if base else None,
-        **{name: getattr(record, name, None) for name in _RECORDED},
-    )
+        record, size = ReadyRecord.read(entry), sizes.of(entry)
+        base = entry.base(record.base) if record and record.base else None
+        found.append(
+            Status(
+                key=entry.key,
+                state=_state(layout, entry, record),
+                in_use=in_use,
+                users=users,
+                # A pin keeps the sound entry of a key.
+                pinned=entry.key in pinned and entry.ready.exists(),
+                size_bytes=size.size_bytes,
+                reclaimable_bytes=0 if entry.readonly else size.reclaimable_bytes,
+                exact=entry.readonly or size.exact,
+                last_used=last_used(entry),
+                path=os.fspath(entry.path),
+                base=base.key if base else None,
+                readonly=entry.readonly,
+                base_path=os.fspath(base.path) if base else None,
+                **{name: getattr(record, name, None) for name in _RECORDED},
+            )
+        )
+    return found
 
 
 def _users(layout: Layout, entry: Entry, pids: Iterable[int], live: Iterable[Mapping[str, Any]]) -> tuple[User, ...]:
@@ -192,18 +179,13 @@ class Sizes:
 
     def of(self, entry: Entry) -> MeasuredRecord:
         """The sizes of an entry. Those of a read-only store are believed at any age: only its owner measures there."""
-        record, measured = MeasuredRecord.read(entry), _mtime(entry.measured)
+        record, age = MeasuredRecord.read(entry), time.time() - _mtime(entry.measured)
         # A record of the future means that the clock went back.
-        if record is not None and (entry.readonly or 0 <= time.time() - measured < self.max_age):
-            return record
-        return self._measure(entry)
-
-    def _measure(self, entry: Entry) -> MeasuredRecord:
-        """Measure an entry, and keep the result where the entry is finished and the disk has room for a record."""
-        record = MeasuredRecord(*disk.measure(entry.path, self._going_too))
-        if entry.compiled.exists() and not entry.readonly:
-            with suppress(OSError):
-                record.write(entry)
+        if record is None or not (entry.readonly or 0 <= age < self.max_age):
+            record = MeasuredRecord(*disk.measure(entry.path, self._going_too))
+            if entry.compiled.exists() and not entry.readonly:
+                with suppress(OSError):  # no room for it
+                    record.write(entry)
         return record
 
     @cached_property

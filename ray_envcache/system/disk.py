@@ -43,16 +43,15 @@ _VANISHED = (FileNotFoundError, NotADirectoryError)
 
 
 class DiskUse(NamedTuple):
-    """Bytes and files of one tree.
+    """Bytes of one tree.
 
     `size`: bytes the tree occupies, each inode once. `reclaimable`: bytes that deleting it would free now. What is
-    kept by a hard link outside of it, or by a reflinked copy anywhere, does not count. `files`: inodes other than
-    directories. With `exact` False something could not be known and `reclaimable` is what is known: "at least".
+    kept by a hard link outside of it, or by a reflinked copy anywhere, does not count. With `exact` False something
+    could not be known and `reclaimable` is what is known: "at least".
     """
 
     size: int
     reclaimable: int
-    files: int
     exact: bool
 
 
@@ -184,7 +183,6 @@ class _Tally:
     besides: Collection[tuple[int, int]] = ()
     size: int = 0
     reclaimable: int = 0
-    files: int = 0
     linked: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     shared: list[_Place] = field(default_factory=list)
 
@@ -201,7 +199,6 @@ class _Tally:
             self.linked[key] = (seen, occupied)
             return
         self.size += occupied
-        self.files += 1
         may_share = self.shares and occupied > 0 and stat.S_ISREG(found.st_mode)
         self.reclaimable += self._own_bytes(path, found.st_dev, occupied) if may_share else occupied
 
@@ -211,7 +208,7 @@ class _Tally:
 
     def use(self) -> DiskUse:
         size = self.size + sum(occupied for _, occupied in self.linked.values())
-        return DiskUse(size, self.reclaimable, self.files + len(self.linked), self.is_exact)
+        return DiskUse(size, self.reclaimable, self.is_exact)
 
     @property
     def is_exact(self) -> bool:
