@@ -134,7 +134,7 @@ def gc(*, dry_run: bool, everything: bool, as_json: bool, sessions: bool, **limi
 
 
 def _collect_sessions(tmpdir: str | None, older_than: float, *, dry_run: bool, as_json: bool) -> None:
-    """Remove dead sessions, unused links of `short_tmpdir`, and directories of killed runs."""
+    """Remove dead sessions, and directories of killed runs."""
     temps = directories.temp_dirs(tmpdir, os.environ)
     report = collect_sessions(temps, older_than=older_than, dry_run=dry_run)
     if not dry_run:

@@ -78,7 +78,7 @@ def collect_sessions(
 def _remove(one: Session, report: SessionReport, *, keep_logs: bool) -> None:
     place = one.path
     try:
-        held = directories.try_flock(Path(place))
+        held = flock.try_flock(place, exclusive=True, flags=os.O_RDONLY | os.O_DIRECTORY)
         if held is None:
             report.stays(one, "a process holds a flock on it")
             return

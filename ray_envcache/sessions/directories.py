@@ -10,25 +10,21 @@ import os
 import re
 import stat
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from ray_envcache.errors import TempDirError
-from ray_envcache.system import disk, files, flock
+from ray_envcache.system import disk, files
 
 LATEST, LOGS = "session_latest", "logs"
 RUN_PREFIX = "ray-run-"
 """Begins the name of a directory that `ray-envcache run` makes for the clusters of one run."""
-LINK_PREFIX = "re-"
-"""Begins the name of a directory with a short link."""
 NAME = r"session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}_\d{1,10}"
 _GOING = "going-"
-_RANDOM = re.compile(rf"(?:{RUN_PREFIX}|{LINK_PREFIX})[a-z0-9_]{{8}}")
 _DAY = 86_400
 
 State = Literal["alive", "dead", "in doubt"]
@@ -73,9 +69,8 @@ def temp_dirs(chosen: str | os.PathLike[str] | None, environ: Mapping[str, str])
 
 
 def run_dirs(chosen: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> list[Path]:
-    """Return what may be a directory of our own runs where `temp_dirs` searches, with Ray's in it or not."""
-    top = _top(chosen, environ)
-    return [top.parent if top.name == "ray" else top, *_runs_in(top)]
+    """Return the directories of our own runs where `temp_dirs` searches, with Ray's in it or not."""
+    return _runs_in(_top(chosen, environ))
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
@@ -115,7 +110,7 @@ def _resolved(temps: Iterable[Path]) -> list[Path]:
 
 
 def _runs_in(top: Path) -> list[Path]:
-    return sorted(run for run in top.glob(f"{RUN_PREFIX}*") if is_own(run))
+    return sorted(run for run in top.glob(f"{RUN_PREFIX}????????") if is_own(run))  # as mkdtemp names them
 
 
 def is_own(path: Path, *, private: bool = False) -> bool:
@@ -127,57 +122,6 @@ def is_own(path: Path, *, private: bool = False) -> bool:
     # The bits above 0777 may come from the directory above: new directories inherit its set-group-id bit.
     is_open = private and stat.S_IMODE(found.st_mode) & 0o777 != stat.S_IRWXU
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not is_open
-
-
-def try_flock(path: Path) -> int | None:
-    """Take the exclusive flock on a directory; None while another process has one. Raises OSError."""
-    return flock.try_flock(path, exclusive=True, flags=os.O_RDONLY | os.O_DIRECTORY)
-
-
-def make_private(prefix: str, top: str | Path) -> tuple[Path, int | None]:
-    """Make a directory with a random name, mode 0700, and take the flock on it, which keeps sweeps away.
-
-    Return its path and the descriptor: None on a file system that has no flocks. Raises OSError.
-    """
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=top))
-        try:
-            descriptor = try_flock(folder)
-        except FileNotFoundError:
-            continue  # a sweep removed it before the flock was ours
-        except OSError:
-            return folder, None
-        if descriptor is not None:
-            if flock.still_names(folder, descriptor):
-                return folder, descriptor
-            os.close(descriptor)
-
-
-def close(descriptor: int | None) -> None:
-    """Let go of the flock that `make_private` took, if it did."""
-    if descriptor is not None:
-        os.close(descriptor)
-
-
-def sweep(folders: Iterable[Path], remove: Callable[[Path], object]) -> None:
-    """Call `remove` for each of these that `make_private` made, once no process has its flock: under that."""
-    for folder in folders:
-        with suppress(OSError):
-            is_ours = _RANDOM.fullmatch(folder.name) and is_own(folder, private=True)
-            held = try_flock(folder) if is_ours else None
-            if held is not None:
-                try:
-                    remove(folder)
-                finally:
-                    os.close(held)
-
-
-def wait_until(is_so: Callable[[], bool], patience: float) -> bool:
-    """Return whether it is so within `patience` seconds."""
-    deadline = time.monotonic() + patience
-    while not (answer := is_so()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return answer
 
 
 def session_paths(temp: Path) -> list[Path]:

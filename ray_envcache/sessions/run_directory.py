@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,9 +15,8 @@ from pathlib import Path
 
 from ray_envcache.sessions import directories
 from ray_envcache.sessions.collector import collect_sessions
-from ray_envcache.sessions.directories import wait_until
 from ray_envcache.sessions.liveness import judge_sessions
-from ray_envcache.sessions.short_path import ShortTmpdir, require_usable, short_tmpdir, sweep_links
+from ray_envcache.sessions.short_path import require_usable, short_tmpdir
 from ray_envcache.system import files, flock
 from ray_envcache.system.texts import printable
 
@@ -25,6 +25,8 @@ PATIENCE_SECONDS = 10.0
 """How long the processes of a cluster may take to end after the program that started it."""
 LENT_SECONDS = 1.0
 """How long other processes of the program may take to end after it."""
+UNUSED_SECONDS = 86_400.0
+"""How long the directory of a killed run stays after the last change in it."""
 
 _OF_RAY = {
     "ray": re.compile(r"session_latest|ray_current_cluster|(?:tmp_)?prom_metrics_service_discovery\.json"),
@@ -66,12 +68,24 @@ def _shut_down() -> None:
 
 
 def sweep(runs: Iterable[Path]) -> None:
-    """Remove unused links, and what Ray left in the directories of killed runs that have no process and no session.
+    """Remove what Ray left in the directories of killed runs that no process and no session has, after a day.
 
     Everything that Ray did not make stays.
     """
-    sweep_links()
-    directories.sweep(runs, _remove)
+    for folder in runs:
+        with suppress(OSError):
+            # A run that has just made its directory may not have the flock yet.
+            is_unused = time.time() - folder.stat().st_mtime > UNUSED_SECONDS
+            held = _try_flock(folder) if is_unused and directories.is_own(folder, private=True) else None
+            if held is not None:
+                try:
+                    _remove(folder)
+                finally:
+                    os.close(held)
+
+
+def _try_flock(folder: Path) -> int | None:
+    return flock.try_flock(folder, exclusive=True, flags=os.O_RDONLY | os.O_DIRECTORY)
 
 
 def _remove(folder: Path) -> list[str]:
@@ -97,45 +111,52 @@ def _remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
+def _wait_until(is_so: Callable[[], bool], patience: float) -> bool:
+    """Return whether it is so within `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while not (answer := is_so()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return answer
+
+
 @dataclass(frozen=True)
 class RunTmpdir:
     """A directory of one run below the chosen temp directory, mode 0700, and the short path to it for Ray.
 
-    It carries a flock: no sweep takes it while a process has a descriptor of that.
+    It carries a flock, which the program inherits: no sweep takes it while a process has a descriptor of that.
     """
 
     folder: Path
-    short: ShortTmpdir
-    descriptor: int | None
+    short: str
+    descriptors: tuple[int, ...]
+    """That of the flock; none on a file system without flocks, where no sweep removes anything."""
 
     @classmethod
     def make(cls, chosen: str | None, environ: Mapping[str, str]) -> RunTmpdir:
         """Make one below `chosen`, else $RAY_TMPDIR, else $TMPDIR, else the system's. Raises TempDirError."""
         top = chosen or environ.get("RAY_TMPDIR") or environ.get("TMPDIR") or tempfile.gettempdir()
         require_usable(top := directories.absolute(top))
-        folder, descriptor = directories.make_private(directories.RUN_PREFIX, top)
+        folder = Path(tempfile.mkdtemp(prefix=directories.RUN_PREFIX, dir=top))
         try:
-            return cls(folder, short_tmpdir(folder), descriptor)
+            short = short_tmpdir(folder)
         except BaseException:
             folder.rmdir()
-            directories.close(descriptor)
             raise
+        held = None
+        with suppress(OSError):  # no flocks there
+            held = _try_flock(folder)
+        return cls(folder, short, () if held is None else (held,))
 
     @property
     def temp(self) -> Path:
         """Where Ray puts the sessions."""
         return self.folder / "ray"
 
-    @property
-    def descriptors(self) -> list[int]:
-        """The flocks on directory and link: a child that inherits them keeps both, also when we are dead."""
-        return [one for one in (self.descriptor, self.short.fileno()) if one is not None]
-
     def close(self, say: Callable[[str], None], *, failed: bool, keep: bool) -> None:
         """Remove what dead clusters left; with `failed` all but their logs, with `keep` nothing.
 
         A cluster that lives on, because the program meant it to, keeps its session, and processes that inherited the
-        descriptors keep the directory. What stays is said. What fails is said too, and raises nothing: how the program
+        flock keep the directory. What stays is said. What fails is said too, and raises nothing: how the program
         ended matters more.
         """
         try:
@@ -153,7 +174,7 @@ class RunTmpdir:
 
     def _collect(self, say: Callable[[str], None], *, failed: bool) -> None:
         """Remove the sessions of dead clusters, and say which stay, and where saved logs are."""
-        wait_until(self._are_dead, PATIENCE_SECONDS)
+        _wait_until(self._are_dead, PATIENCE_SECONDS)
         report = collect_sessions([self.temp], starting=0, keep_logs=failed)
         for one in (*report.alive, *report.in_doubt, *report.failed):
             say(f"{one.state}: {one.path} ({one.why})")
@@ -165,12 +186,13 @@ class RunTmpdir:
         return all(one.state == "dead" for one in judge_sessions([self.temp], starting=0))
 
     def _give_back(self, say: Callable[[str], None]) -> None:
-        """Let go of directory and link, and remove them where no process needs them."""
-        directories.close(self.descriptor)
-        is_free = self.descriptor is None or wait_until(lambda: flock.is_free(self.folder), LENT_SECONDS)
-        self.short.release(patience=0)
-        if not is_free:
+        """Let go of the directory, and remove it with its link where no process needs it."""
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+        if self.descriptors and not _wait_until(lambda: flock.is_free(self.folder), LENT_SECONDS):
             say(f"kept: {self.folder} (the program left a process that has it; `gc --sessions` removes it later)")
         elif left := _remove(self.folder):
             names = ", ".join(left[:_SHOWN]) + (", ..." if len(left) > _SHOWN else "")
             say(printable(f"kept: {self.folder} (what Ray did not make: {names})"))
+        if os.path.islink(self.short) and not self.folder.exists():
+            os.unlink(self.short)

@@ -1,29 +1,24 @@
 """A short path to a long temp directory: paths of sockets must fit into 107 bytes, and Ray puts 71 behind its own.
 
-Ray does not resolve symlinks, so a short link does. It lies in a private directory with a random name, which no other
-user can have made before. The directory carries a flock of the process that made it: while that lives, neither a sweep
-nor systemd-tmpfiles removes it. A cluster that outlives the process keeps the link by naming it.
+Ray does not resolve symlinks, so a short link does. It is named after the directory that it leads to: all programs
+share it, it stays when they end, and it is right for as long as that directory is there.
 """
 
 from __future__ import annotations
 
-import atexit
+import hashlib
 import os
-import re
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from ray_envcache.errors import TempDirError
 from ray_envcache.sessions import directories
 from ray_envcache.system import disk, files
-from ray_envcache.system.processes import find_mentions
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
 """What fits into sockaddr_un, without the byte at its end."""
@@ -32,75 +27,13 @@ _LONGEST = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_TaskEve
 MAX_BYTES = SOCKET_BYTES - len(_LONGEST)
 """The longest path that needs no link."""
 
-RELEASE_SECONDS = 5.0
-"""How long a release waits for the last processes of a cluster."""
+UNUSED_SECONDS = 7 * 86_400.0
+"""How long nothing may have followed a link that leads nowhere before it goes."""
 
-_LINK = "t"
-_NAMED = re.compile(rf"/{directories.LINK_PREFIX}[a-z0-9_]{{8}}(?=/{_LINK}(?:/|\0|\s|$))".encode())
 _NEEDED_BYTES = 16_000_000
 
 
-class ShortTmpdir(str):
-    """The path of a temp directory, short enough for Ray: a plain string, and a context manager.
-
-    `target` is the directory itself. Leaving the context, or `release()`, removes the link as soon as no process names
-    it, or has its flock as a forked child has. So does the end of the process, unless such a process outlives it; then
-    a later call of `short_tmpdir` or a `gc --sessions` does.
-    """
-
-    __slots__ = ("_descriptor", "_folder", "target")
-
-    target: str
-    _descriptor: int | None
-    _folder: Path | None
-
-    def __new__(cls, path: str, target: str, descriptor: int | None = None) -> Self:
-        """Take over the flock on the directory of the link."""
-        self = super().__new__(cls, path)
-        self.target = target
-        self._descriptor = descriptor
-        self._folder = None if descriptor is None else Path(path).parent
-        if self._folder:
-            atexit.register(self._at_exit, os.getpid())
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """In another process it is a path like any other."""
-        return str, (str(self),)
-
-    def fileno(self) -> int | None:
-        """Return the descriptor that keeps the link, for a child to inherit; None without a link."""
-        return self._descriptor
-
-    def release(self, patience: float = RELEASE_SECONDS) -> bool:
-        """Remove the link if no process needs it within `patience` seconds. Return whether it is gone.
-
-        The directory itself stays, and what is in it. A second call does nothing, or tries once more.
-        """
-        directories.close(self._descriptor)
-        self._descriptor = None
-        if self._folder and directories.wait_until(self._is_gone, patience):
-            atexit.unregister(self._at_exit)
-            self._folder = None
-            _remove_dangling_latest(self.target)
-        return self._folder is None
-
-    def _is_gone(self) -> bool:
-        directories.sweep([folder := Path(self).parent], _remove)
-        return not folder.exists()
-
-    def _at_exit(self, owner: int) -> None:
-        if owner == os.getpid():  # a fork may have another file behind the descriptor
-            self.release(patience=0)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.release()
-
-
-def short_tmpdir(path: str | os.PathLike[str]) -> ShortTmpdir:
+def short_tmpdir(path: str | os.PathLike[str]) -> str:
     """Return a path for `ray.init(_temp_dir=...)`, `ray start --temp-dir`, RAY_TMPDIR or TMPDIR that leads to `path`.
 
     It is `path` itself if that is short enough, else a private link. Raises TempDirError where Ray could not work in
@@ -109,17 +42,10 @@ def short_tmpdir(path: str | os.PathLike[str]) -> ShortTmpdir:
     given = directories.absolute(path)
     require_usable(given)
     target = os.path.realpath(given)
-    _remove_dangling_latest(target)
     for short in (given, target):
         if len(os.fsencode(short)) <= MAX_BYTES:
-            return ShortTmpdir(short, target)
-    return make_link(target, _places())
-
-
-def _remove_dangling_latest(target: str) -> None:
-    # It led through a link that is gone.
-    for temp in (Path(target), Path(target, "ray")):
-        directories.remove_dangling_latest(temp)
+            return short
+    return make_link(target, link_places())
 
 
 def require_usable(path: str) -> None:
@@ -148,18 +74,24 @@ def _full(path: str, detail: str) -> TempDirError:
     return TempDirError(f"The disk of the temp directory `{path}` is full: {detail}", hint)
 
 
-def make_link(target: str, places: Iterable[Path]) -> ShortTmpdir:
-    """Make a link in the first of these places that is short enough, writable and safe. Raises TempDirError."""
-    tried = []
+def link_places() -> list[Path]:
+    """Return short directories for links, the best first: that of a login vanishes with it, clusters may not."""
+    return [Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path(f"/run/user/{os.geteuid()}")]  # noqa: S108  # checked
+
+
+def make_link(target: str, places: Iterable[Path]) -> str:
+    """Make or find a link in the first of these places that is short enough, writable and safe. Raises TempDirError."""
+    # Eight digits: ten do not fit into /run/user.
+    name, tried = hashlib.sha256(os.fsencode(target)).hexdigest()[:8], []
     for place in places:
-        if reason := _refusal(place):
-            tried.append(f"{place} ({reason})")
-            continue
-        sweep_links([place])
+        link = place / f"re-{os.geteuid()}" / name
         try:
-            return _link(place, target)
+            reason = _refusal(link) or _link(link, target)
         except OSError as error:
-            tried.append(f"{place} ({error.strerror})")
+            reason = error.strerror or str(error)
+        if not reason:
+            return os.fspath(link)
+        tried.append(f"{place} ({reason})")
     raise TempDirError(
         f"No place for a short link to the temp directory `{target}`, which is longer than {MAX_BYTES} bytes: "
         + ", ".join(tried),
@@ -167,46 +99,38 @@ def make_link(target: str, places: Iterable[Path]) -> ShortTmpdir:
     )
 
 
-def sweep_links(places: Iterable[Path] | None = None) -> None:
-    """Remove our links that no process needs."""
-    for place in places or _places():
-        directories.sweep(place.glob(f"{directories.LINK_PREFIX}*"), _remove)
-
-
-def _places() -> list[Path]:
-    """Return short directories for links, the best first: that of a login vanishes with it, clusters may not."""
-    return [Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path(f"/run/user/{os.geteuid()}")]  # noqa: S108  # checked
-
-
-def _refusal(place: Path) -> str:
-    if len(os.fsencode(place)) + len(f"/{directories.LINK_PREFIX}xxxxxxxx/{_LINK}") > MAX_BYTES:
+def _refusal(link: Path) -> str:
+    """Make the folder of a link. Return why a link in it would not do, "" where it does. Raises OSError."""
+    folder, place = link.parent, link.parents[1]
+    if len(os.fsencode(link)) > MAX_BYTES:
         return "too long"
-    try:
-        found = place.stat()
-    except OSError as error:
-        return error.strerror or str(error)
+    found = place.stat()
     if found.st_uid not in {0, os.geteuid()}:
         return f"it belongs to user {found.st_uid}"
-    # Elsewhere others could rename our directory, and put theirs in its place.
+    # Elsewhere others could rename our folder, and put theirs in its place.
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
         return "others may rename what is in it"
-    return ""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return "" if directories.is_own(folder, private=True) else f"{folder.name} in it is not a private folder of ours"
 
 
-def _link(place: Path, target: str) -> ShortTmpdir:
-    folder, descriptor = directories.make_private(directories.LINK_PREFIX, place)
-    try:
-        (folder / _LINK).symlink_to(target)
-    except OSError:
-        folder.rmdir()
-        directories.close(descriptor)
-        raise
-    return ShortTmpdir(os.fspath(folder / _LINK), target, descriptor)
+def _link(link: Path, target: str) -> str:
+    """Make the link if it is not there. Return why it does not lead to `target`, "" where it does. Raises OSError."""
+    _sweep(link.parent)
+    with suppress(FileExistsError):
+        link.symlink_to(target)
+    leads = os.readlink(link)
+    return "" if leads == target else f"{link.parent.name}/{link.name} in it leads to {leads}"
 
 
-def _remove(folder: Path) -> None:
-    """Remove a link and its directory, unless a process names it: a cluster may outlive its driver. Raises OSError."""
-    if {*os.listdir(folder)} <= {_LINK} and f"/{folder.name}" not in find_mentions(_NAMED).by_name:
-        if (folder / _LINK).is_symlink():
-            (folder / _LINK).unlink()
-        folder.rmdir()
+def _sweep(folder: Path) -> None:
+    """Remove the links that lead nowhere and were not followed for a week.
+
+    A container that shares the folder may see what they lead to. Its cluster follows them all the time, and the kernel
+    notes that once a day.
+    """
+    for link in folder.iterdir():
+        with suppress(OSError):  # another process removed it, or its target cannot be looked at
+            is_unused = link.is_symlink() and time.time() - link.lstat().st_atime > UNUSED_SECONDS
+            if is_unused and not link.exists():
+                link.unlink()

@@ -183,23 +183,23 @@ def test_a_cluster_of_another_user_is_not_touched(host: Host) -> None:
 SHORT = """
 import json, os, sys
 import ray, ray_envcache
-with ray_envcache.short_tmpdir(sys.argv[1]) as short:
-    if sys.argv[2] == "argument":
-        ray.init(num_cpus=1, log_to_driver=False, _temp_dir=short)
-    else:
-        os.environ["RAY_TMPDIR"] = short
-        ray.init(num_cpus=1, log_to_driver=False)
-    assert ray.get(ray.remote(lambda: 42).remote()) == 42
-    session = ray._private.worker._global_node.get_session_dir_path()
-    sockets = [os.path.join(session, "sockets", name) for name in os.listdir(os.path.join(session, "sockets"))]
-    ray.shutdown()
+short = ray_envcache.short_tmpdir(sys.argv[1])
+if sys.argv[2] == "argument":
+    ray.init(num_cpus=1, log_to_driver=False, _temp_dir=short)
+else:
+    os.environ["RAY_TMPDIR"] = short
+    ray.init(num_cpus=1, log_to_driver=False)
+assert ray.get(ray.remote(lambda: 42).remote()) == 42
+session = ray._private.worker._global_node.get_session_dir_path()
+sockets = [os.path.join(session, "sockets", name) for name in os.listdir(os.path.join(session, "sockets"))]
+ray.shutdown()
 print(json.dumps([short, session, sockets]))
 """
 
 
 @pytest.mark.parametrize("how", ["argument", "variable"])
 def test_a_cluster_in_a_long_temp_directory(host: Host, tmp_path: Path, how: str) -> None:
-    """With 200 bytes of path a cluster runs through a short link, which goes with it; the session is where it should be."""
+    """With 200 bytes of path a cluster runs through a short link, and the session is where it should be."""
     scratch = tmp_path / ("long scratch path " * 12)
     scratch.mkdir()
     short, session, sockets = host.run(SHORT, scratch, how)
@@ -207,12 +207,13 @@ def test_a_cluster_in_a_long_temp_directory(host: Host, tmp_path: Path, how: str
     assert {"raylet", "plasma_store"} <= names
     for name in {*names, "dash_TaskEventsHead"}:
         assert len(os.fsencode(f"{session}/sockets/{name}")) <= 107
-    assert not os.path.lexists(os.path.dirname(short))
     real = scratch / os.path.relpath(session, short)
     assert (real / "logs" / "raylet.out").exists()
-    assert not (real.parent / "session_latest").is_symlink()  # it led through the link
+    assert (real.parent / "session_latest").resolve() == real
     age(real)
     assert gc(host, "--tmpdir", str(scratch))["removed"] == [real.name]
+    assert not (real.parent / "session_latest").is_symlink()
+    os.unlink(short)
 
 
 @pytest.mark.parametrize("python", [NEWEST], indirect=True)

@@ -1,15 +1,14 @@
-"""Short links to long temp directories, and what removes them."""
+"""Short links to long temp directories: where they are, what they lead to, and which go."""
 
 from __future__ import annotations
 
 import os
-import pickle
-import signal
 import socket
 import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,57 +35,42 @@ def long(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def place() -> Iterator[Path]:
-    """A short private place for links."""
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A short private place, where all links of this test are."""
     with tempfile.TemporaryDirectory(prefix="p", dir="/tmp") as folder:
+        monkeypatch.setattr(short_path, "link_places", lambda: [Path(folder)])
         yield Path(folder)
 
 
-def links(place: Path) -> list[Path]:
-    return sorted(place.glob("re-*"))
+def folder_in(place: Path) -> Path:
+    return place / f"re-{os.geteuid()}"
 
 
-def hold_in_a_child(target: Path, place: Path, *, then: str = "sys.stdin.read()") -> subprocess.Popen[str]:
-    """A process that has a link, and prints it."""
-    code = f"""
-import sys
-from pathlib import Path
-from ray_envcache.sessions import short_path
-link = short_path.make_link(sys.argv[1], [Path(sys.argv[2])])
-print(link, flush=True)
-{then}
-"""
-    command: list[str | Path] = [sys.executable, "-c", code, target, place]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def first_line(child: subprocess.Popen[str]) -> str:
-    assert child.stdout is not None
-    return child.stdout.readline().strip()
-
-
-def end(child: subprocess.Popen[str]) -> None:
-    child.kill()
-    child.communicate()
-
-
-def test_a_long_path_gets_a_short_private_link(long: Path) -> None:
+def test_a_long_path_gets_a_short_private_link(long: Path, place: Path) -> None:
     """Every socket fits, with and without the "ray" of RAY_TMPDIR; what is written there is in the directory."""
-    with ray_envcache.short_tmpdir(long) as short:
-        for temp in (short, f"{short}/ray"):
-            assert len(os.fsencode(temp + LONGEST)) <= 107
-        assert isinstance(short, str)
-        assert os.path.samefile(short, long)
-        (Path(short) / "file").write_text("x")
-        private = Path(short).parent
-        assert (stat.S_IMODE(private.stat().st_mode), private.stat().st_uid) == (0o700, os.geteuid())
-    assert not private.exists()
+    short = ray_envcache.short_tmpdir(long)
+    for temp in (short, f"{short}/ray"):
+        assert len(os.fsencode(temp + LONGEST)) <= 107
+    assert type(short) is str
+    assert os.readlink(short) == str(long)
+    (Path(short) / "file").write_text("x")
     assert (long / "file").read_text() == "x"
+    private = folder_in(place)
+    assert Path(short).parent == private
+    assert (stat.S_IMODE(private.stat().st_mode), private.stat().st_uid) == (0o700, os.geteuid())
 
 
-def test_the_longest_socket_of_ray_can_be_bound(long: Path) -> None:
+def test_the_places_have_room_for_a_link() -> None:
+    """The link of a user with a number of four digits is short enough in each of them."""
+    for place in short_path.link_places():
+        named = str(place).replace(f"/{os.geteuid()}", "/1000")
+        assert len(f"{named}/re-1000/01234567") <= 107 - len(f"/ray{LONGEST}")
+
+
+def test_the_longest_socket_of_ray_can_be_bound(long: Path, place: Path) -> None:
     """The limit is the kernel's: a socket with the longest name is bound through the link, and cannot be otherwise."""
-    with ray_envcache.short_tmpdir(long) as short, socket.socket(socket.AF_UNIX) as listener:
+    short = ray_envcache.short_tmpdir(long)
+    with socket.socket(socket.AF_UNIX) as listener:
         path = f"{short}/ray{LONGEST}"
         os.makedirs(os.path.dirname(path))
         listener.bind(path)
@@ -94,138 +78,82 @@ def test_the_longest_socket_of_ray_can_be_bound(long: Path) -> None:
             listener.bind(f"{long}/ray{LONGEST}")
 
 
-def test_a_short_path_is_returned_itself() -> None:
+def test_a_short_path_is_returned_itself(place: Path) -> None:
     """What is short enough is used as it is, up to the last byte, and made absolute."""
     with support.short_folder() as folder:
         exact = folder / ("x" * (short_path.MAX_BYTES - len(str(folder)) - 1))
         longer = exact.with_name(f"{exact.name}x")
         for path in (exact, longer):
             path.mkdir()
-        short = ray_envcache.short_tmpdir(exact)
-        assert (short, short.fileno(), short.release()) == (str(exact), None, True)
+        assert ray_envcache.short_tmpdir(exact) == str(exact)
         assert len(f"{exact}/ray{LONGEST}") == short_path.SOCKET_BYTES
-        with ray_envcache.short_tmpdir(longer) as linked:
-            assert linked != str(longer)
+        assert ray_envcache.short_tmpdir(longer) != str(longer)
         # A short link of the user's own will do.
         (folder / "own").symlink_to(longer)
         assert ray_envcache.short_tmpdir(folder / "own") == str(folder / "own")
 
 
-def test_each_call_has_a_link_of_its_own(long: Path) -> None:
-    """A release removes the link of its own call only; a second one does nothing."""
-    first, second = ray_envcache.short_tmpdir(long), ray_envcache.short_tmpdir(long)
-    assert first != second
-    assert first.release()
-    assert first.release()
-    assert os.path.samefile(second, long)
-    assert second.release()
-    assert not os.path.lexists(second)
+def test_one_directory_has_one_link(long: Path, place: Path) -> None:
+    """However it is called; another directory has another link."""
+    (other := long / "other").mkdir()
+    (long.parent / "link").symlink_to(long)
+    short = ray_envcache.short_tmpdir(long)
+    assert ray_envcache.short_tmpdir(f"{long}/.") == ray_envcache.short_tmpdir(long.parent / "link") == short
+    assert ray_envcache.short_tmpdir(other) != short
+    assert len(list(folder_in(place).iterdir())) == 2
 
 
-def test_in_another_process_it_is_a_plain_string(long: Path) -> None:
-    """A copy that travels with a task neither keeps nor removes the link."""
-    with ray_envcache.short_tmpdir(long) as short:
-        copy = pickle.loads(pickle.dumps(short))
-        assert (type(copy), copy) == (str, str(short))
+def test_made_by_many_at_once(long: Path, place: Path) -> None:
+    """All processes that ask at the same time get the link."""
+    code = """
+import sys
+from pathlib import Path
+from ray_envcache.sessions import short_path
+input()
+for number in range(200):
+    print(short_path.make_link(f"{sys.argv[1]}/{number}", [Path(sys.argv[2])]))
+"""
+    command: list[str | Path] = [sys.executable, "-c", code, long, place]
+    children = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    for child in children:
+        assert child.stdin is not None
+        print(file=child.stdin, flush=True)
+    said = [child.communicate()[0].split() for child in children]
+    assert [child.returncode for child in children] == [0, 0, 0]
+    assert said[0] == said[1] == said[2]
+    assert [os.readlink(link) for link in said[0]] == [f"{long}/{number}" for number in range(200)]
 
 
-def test_a_link_stays_while_a_process_names_it(long: Path, place: Path, children: list[subprocess.Popen[str]]) -> None:
-    """A cluster that outlives its driver keeps the link; when it is dead, the next one sweeps it."""
-    short = short_path.make_link(str(long), [place])
-    cluster = support.start_python(children, "", f"--temp-dir={short}/ray")
-    assert not short.release(patience=0.2)
-    assert os.path.samefile(short, long)
-    end(cluster)
-    assert short.release()
-    assert links(place) == []
+def test_a_link_to_another_directory_is_not_taken(long: Path, place: Path) -> None:
+    """Where another directory has the name, the next place is taken, and without one it is an error."""
+    (wrong := Path(ray_envcache.short_tmpdir(long))).unlink()
+    wrong.symlink_to("/etc")
+    with pytest.raises(TempDirError, match=f"{wrong.parent.name}/{wrong.name} in it leads to /etc"):
+        ray_envcache.short_tmpdir(long)
+    with tempfile.TemporaryDirectory(prefix="p", dir="/tmp") as next_place:
+        short = short_path.make_link(str(long), [place, Path(next_place)])
+        assert os.readlink(short) == str(long)
+        assert Path(short).parent == folder_in(Path(next_place))
+    wrong.unlink()
+    wrong.mkdir()
+    with pytest.raises(TempDirError, match="Invalid argument"):
+        ray_envcache.short_tmpdir(long)
 
 
-def test_links_of_the_dead_are_swept(long: Path, place: Path) -> None:
-    """The link of a killed process goes with the next call; that of a living one stays."""
-    dead, alive = hold_in_a_child(long, place), hold_in_a_child(long, place)
-    first_line(dead)
-    kept = Path(first_line(alive))
-    os.kill(dead.pid, signal.SIGKILL)
-    dead.communicate()
-    assert len(links(place)) == 2
-    short_path.sweep_links([place])
-    assert links(place) == [kept.parent]
-    alive.communicate()  # ends by itself
-    assert (alive.returncode, links(place)) == (0, [])
-
-
-def test_a_cluster_keeps_the_link_of_its_dead_driver(
-    long: Path, place: Path, children: list[subprocess.Popen[str]]
-) -> None:
-    """No sweep takes a link that a living process names, even if another process made it."""
-    driver = hold_in_a_child(long, place)
-    short = first_line(driver)
-    cluster = support.start_python(children, "", f"--temp-dir={short}")
-    end(driver)
-    short_path.sweep_links([place])
-    assert os.path.samefile(short, long)
-    end(cluster)
-    short_path.sweep_links([place])
-    assert links(place) == []
-
-
-def test_a_child_process_does_not_release(long: Path, place: Path) -> None:
-    """A forked child that ends by way of atexit leaves the link to its parent."""
-    fork = (
-        "import os\nif os.fork() == 0: sys.exit()\nos.wait(); print(os.path.exists(link), flush=True); sys.stdin.read()"
-    )
-    child = hold_in_a_child(long, place, then=fork)
-    first_line(child)
-    assert first_line(child) == "True"
-    child.communicate()
-    assert links(place) == []
-
-
-def test_a_program_that_takes_our_place_keeps_the_link(long: Path, place: Path) -> None:
-    """With its descriptor inherited a link survives exec, and is swept after that program's end."""
-    then = (
-        "import os\nos.set_inheritable(link.fileno(), True)\n"
-        "os.execv(sys.executable, ['python', '-c', 'print(1, flush=True); input()'])"
-    )
-    child = hold_in_a_child(long, place, then=then)
-    short = first_line(child)
-    assert first_line(child) == "1"
-    short_path.sweep_links([place])
-    assert os.path.samefile(short, long)
-    end(child)
-    short_path.sweep_links([place])
-    assert links(place) == []
-
-
-def test_foreign_things_are_not_swept(long: Path, place: Path) -> None:
-    """Only a private directory of ours with nothing but the link in it is swept."""
-    (place / "re-aaaaaaaa").mkdir()
-    (place / "re-aaaaaaaa").chmod(0o755)
-    (place / "re-bbbbbbbb").mkdir(mode=0o700)
-    (place / "re-bbbbbbbb" / "thesis").touch()
-    (place / "re-bbbbbbbb" / "t").symlink_to("thesis")
-    (place / "re-cccccccc").symlink_to(long)
-    (place / "re-dddddddd").touch()
-    (place / "re-training").mkdir(mode=0o700)
-    (place / "re-training" / "t").write_text("hours of work")
-    (place / "re-eeeeeeee").mkdir(mode=0o700)  # its process died before the link was made
-    short_path.sweep_links([place])
-    assert [path.name[3] for path in links(place)] == ["a", "b", "c", "d", "t"]
-    assert (place / "re-training" / "t").read_text() == "hours of work"
-    assert (place / "re-bbbbbbbb" / "t").exists()
-
-
-def test_rays_link_through_ours_goes(long: Path) -> None:
-    """Ray's link to the latest session leads through ours; it goes with that, or before the next cluster."""
-    session = long / "ray" / "session_2026-01-02_03-04-05_123456_77"
-    session.mkdir(parents=True)
-    latest = session.with_name("session_latest")
-    with ray_envcache.short_tmpdir(long) as short:
-        latest.symlink_to(f"{short}/ray/{session.name}")
-    assert not latest.is_symlink()
-    latest.symlink_to("/tmp/re-deadbeef/t/ray/session_2026-01-02_03-04-05_000000_66")
-    with ray_envcache.short_tmpdir(long):
-        assert not latest.is_symlink()
+def test_links_that_lead_nowhere_go(long: Path, place: Path) -> None:
+    """A week after their last use. What leads to a directory, and what is no link, stays for as long as it likes."""
+    week_ago = time.time() - short_path.UNUSED_SECONDS - 60
+    targets = [long / name for name in ("gone", "gone lately", "there")]
+    for target in targets:
+        target.mkdir()
+    links = [Path(ray_envcache.short_tmpdir(target)) for target in targets]
+    for target in targets[:2]:
+        target.rmdir()
+    (thesis := folder_in(place) / "thesis").touch()
+    for path in (links[0], links[2], thesis):
+        os.utime(path, (week_ago, time.time()), follow_symlinks=False)
+    last = Path(ray_envcache.short_tmpdir(long))
+    assert {*folder_in(place).iterdir()} == {links[1], links[2], thesis, last}
 
 
 # Bad input
@@ -284,14 +212,14 @@ def test_full_disk(tmp_path: Path, ballast: int) -> None:
         subprocess.run(["umount", "-l", small], check=True)
 
 
-def test_network_file_system(long: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_file_system(long: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A temp directory that other hosts have too is refused, unless the user answers for it."""
     real = disk.free_space
     monkeypatch.setattr(disk, "free_space", lambda path: real(path)._replace(kind="nfs4"))
     with pytest.raises(TempDirError, match=r"on a network file system \(nfs4\)"):
         ray_envcache.short_tmpdir(long)
     monkeypatch.setenv("RAY_ENVCACHE_ALLOW_NETWORK_FS", "1")
-    assert ray_envcache.short_tmpdir(long).release()
+    assert os.path.samefile(ray_envcache.short_tmpdir(long), long)
 
 
 def test_no_place_for_a_link(long: Path, tmp_path: Path) -> None:
@@ -315,18 +243,28 @@ def test_a_place_of_another_user_is_refused(long: Path, place: Path) -> None:
     with pytest.raises(TempDirError, match="it belongs to user 65534"):
         short_path.make_link(str(long), [place])
     os.chown(place, 0, 0)
-    with short_path.make_link(str(long), [Path("/nowhere"), place]) as short:
-        assert Path(short).parent.parent == place
+    short = short_path.make_link(str(long), [Path("/nowhere"), place])
+    assert Path(short).parent == folder_in(place)
 
 
-def test_racing_with_sweeps(long: Path, place: Path) -> None:
-    """A link stays with the process that made it, although others sweep all the time."""
-    sweeper = "import sys\nfrom pathlib import Path\nfrom ray_envcache.sessions import short_path\nwhile True: short_path.sweep_links([Path(sys.argv[1])])"
-    with subprocess.Popen([sys.executable, "-c", sweeper, place]) as child:
-        for _ in range(100):
-            short = short_path.make_link(str(long), [place])
-            assert os.path.samefile(short, long)
-            assert short.release()
-        child.kill()
-    short_path.sweep_links([place])
-    assert links(place) == []
+@pytest.mark.parametrize("theirs", ["foreign", "open", "link", "file"])
+def test_a_folder_that_is_not_ours_alone_is_passed_over(long: Path, place: Path, theirs: str) -> None:
+    """What another user made under the name of our folder only leads to the next place."""
+    folder = folder_in(place)
+    if theirs == "link":
+        folder.symlink_to(long)
+    elif theirs == "file":
+        folder.touch()
+    else:
+        folder.mkdir(mode=0o700)
+        if theirs == "open":
+            folder.chmod(0o770)
+        elif os.geteuid() != 0:
+            pytest.skip("needs root")
+        else:
+            os.chown(folder, 65534, 65534)
+    with pytest.raises(TempDirError, match=f"{place} \\("):
+        short_path.make_link(str(long), [place])
+    assert list(long.iterdir()) == []
+    with tempfile.TemporaryDirectory(prefix="p", dir="/tmp") as next_place:
+        assert os.readlink(short_path.make_link(str(long), [place, Path(next_place)])) == str(long)
