@@ -1,4 +1,4 @@
-"""`list`: the environments of the store, or Ray's session directories. Imports nothing that builds or collects."""
+"""`list`: the environments of the store. Imports nothing that builds or collects."""
 
 from __future__ import annotations
 
@@ -13,26 +13,13 @@ import click
 
 from ray_envcache.cli import tables
 from ray_envcache.errors import FieldValueError
-from ray_envcache.sessions import directories
-from ray_envcache.sessions.liveness import judge_sessions
 from ray_envcache.store import readonly
 from ray_envcache.store.layout import Layout
 from ray_envcache.store.record import read_facts
 from ray_envcache.survey import inventory, uv_cache
 from ray_envcache.survey.inventory import Status
 from ray_envcache.survey.uv_cache import UvCache
-from ray_envcache.system.texts import from_utc, parse_duration, parse_size, printable
-
-tmpdir_option = click.option(
-    "--tmpdir", metavar="DIR", help="With --sessions: look here instead of $RAY_TMPDIR/ray, $TMPDIR/ray or /tmp/ray."
-)
-
-
-def refuse_without_sessions(*given: object) -> None:
-    """Raise UsageError if an option that needs --sessions was given without it."""
-    if any(value is not None for value in given):
-        raise click.UsageError("--tmpdir and --older-than are about session directories: add --sessions")
-
+from ray_envcache.system.texts import from_utc, parse_duration, parse_size
 
 Filter: TypeAlias = Callable[[Layout, Status], bool]
 """Whether to show the environment with this status; the layout is that of the user's own store."""
@@ -69,22 +56,13 @@ ORDERS: Mapping[str, Callable[[Status], float]] = {"size": lambda one: -one.size
 @click.option("--limit", type=click.IntRange(min=0), metavar="N", help="Show the first N of them.")
 @click.option("-q", "--quiet", is_flag=True, help="Print keys only, for other commands.")
 @click.option("--uv-cache", is_flag=True, help="Measure your own cache of uv too; takes seconds where it is large.")
-@click.option("--sessions", is_flag=True, help="Show Ray's session directories instead: alive or dead, size, age.")
-@tmpdir_option
-def list_(*, as_json: bool, sessions: bool, tmpdir: str | None, quiet: bool, **options: Any) -> None:
+def list_(*, as_json: bool, quiet: bool, **options: Any) -> None:
     """Show the environments, their users and their size.
 
     The least recently used ones come first, unless --sort says otherwise. Totals are those of what is shown.
     """
     if quiet and as_json:
         raise click.UsageError("--quiet prints keys, --json all there is: leave out one")
-    if sessions:
-        given = [f"--{'filter' if name == 'chosen' else name.replace('_', '-')}" for name in options if options[name]]
-        if given or quiet:
-            raise click.UsageError(f"--sessions is about session directories: leave out {(given or ['--quiet'])[0]}")
-        _show_sessions(tmpdir, as_json=as_json)
-        return
-    refuse_without_sessions(tmpdir)
     filters = [parse_filter(text) for text in options["chosen"]]
     layout, below = readonly.opened()
     everything = inventory.survey(layout, below)
@@ -154,15 +132,3 @@ def _uv_caches(layout: Layout, *, users: bool) -> Iterator[UvCache | None]:
         from ray_envcache.doctor.host import users_cache  # asks uv: not where people only look
 
         yield users_cache(layout)
-
-
-def _show_sessions(tmpdir: str | None, *, as_json: bool) -> None:
-    temps = directories.temp_dirs(tmpdir, os.environ)
-    found = judge_sessions(temps)
-    paths = [os.fspath(temp) for temp in temps]
-    if as_json:
-        tables.print_json({"temp_dirs": paths, "sessions": [tables.session_as_json(one) for one in found]})
-    else:
-        tables.print_sessions(found)
-        places = ", ".join(map(printable, paths)) or "nowhere: no directory of Ray's is there"
-        click.echo(f"Looked in {places}", err=True)

@@ -12,7 +12,6 @@ import click
 
 from ray_envcache.acquire import Store
 from ray_envcache.cli import tables
-from ray_envcache.cli.listing import refuse_without_sessions, tmpdir_option
 from ray_envcache.gc.collector import Collected, collect
 from ray_envcache.gc.evict import evict, with_layers
 from ray_envcache.gc.policy import Limits, parse_limit
@@ -98,7 +97,7 @@ def purge(*, yes: bool) -> None:
 
 
 @click.command(epilog="Example: ray-envcache gc --dry-run --unused-for 2d")
-@click.option("-n", "--dry-run", is_flag=True, help="Only show what would be removed.")
+@click.option("-n", "--dry-run", is_flag=True, help="Only show what would be removed; of sessions also what stays.")
 @click.option("--unused-for", metavar="14d", help="Remove what was unused this long.")
 @click.option("--max-used-space", metavar="50GB|30%", help="Shrink the store to this.")
 @click.option("--min-free-space", metavar="10%", help="Free the disk up to this.")
@@ -106,7 +105,9 @@ def purge(*, yes: bool) -> None:
 @click.option("--all", "everything", is_flag=True, help="Remove everything that is neither in use nor pinned.")
 @click.option("--sessions", is_flag=True, help="Remove Ray's session directories of dead clusters instead.")
 @click.option("--older-than", metavar="1d", help="With --sessions: not written to for so long.")
-@tmpdir_option
+@click.option(
+    "--tmpdir", metavar="DIR", help="With --sessions: look here instead of $RAY_TMPDIR/ray, $TMPDIR/ray or /tmp/ray."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def gc(*, dry_run: bool, everything: bool, as_json: bool, sessions: bool, **limits: Any) -> None:
     """Remove environments that are no longer used. Made for cron.
@@ -127,7 +128,8 @@ def gc(*, dry_run: bool, everything: bool, as_json: bool, sessions: bool, **limi
         age = 0.0 if older_than is None else parse_duration(older_than)
         _collect_sessions(tmpdir, age, dry_run=dry_run, as_json=as_json)
         return
-    refuse_without_sessions(older_than, tmpdir)
+    if older_than is not None or tmpdir is not None:
+        raise click.UsageError("--tmpdir and --older-than are about session directories: add --sessions")
     chosen = replace(Limits.from_environ(os.environ), everything=everything, **given)
     report = collect(readonly.opened()[0], chosen, dry_run=dry_run)
     _finish_collection(report, as_json=as_json, dry_run=dry_run)
@@ -136,18 +138,15 @@ def gc(*, dry_run: bool, everything: bool, as_json: bool, sessions: bool, **limi
 def _collect_sessions(tmpdir: str | None, older_than: float, *, dry_run: bool, as_json: bool) -> None:
     """Remove dead sessions, and directories of killed runs."""
     temps = directories.temp_dirs(tmpdir, os.environ)
-    report = collect_sessions(temps, older_than=older_than, dry_run=dry_run)
+    found = collect_sessions(temps, older_than=older_than, dry_run=dry_run)
     if not dry_run:
         run_directory.sweep(directories.run_dirs(tmpdir, os.environ))
-    failed = [(one.name, one.why) for one in report.failed]
     if as_json:
-        named = ("removed", "kept", "alive", "in_doubt")
-        lists = {name: [tables.session_as_json(one) for one in getattr(report, name)] for name in named}
-        data = {"dry_run": dry_run, "temp_dirs": [os.fspath(temp) for temp in temps], **lists}
-        tables.print_json({**data, "failed": failed, "freed_bytes": report.freed_bytes})
+        places = [os.fspath(temp) for temp in temps]
+        tables.print_json({"dry_run": dry_run, "temp_dirs": places, **tables.sessions_as_json(found)})
     else:
-        tables.print_session_report(report, dry_run=dry_run)
-    _exit_if_failed(failed)
+        tables.print_sessions(found, dry_run=dry_run)
+    _exit_if_failed([(one.name, one.why) for one in found if one.state == "failed"])
 
 
 def _removable(found: list[Entry]) -> list[Entry]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ from ray_envcache.system.texts import format_duration, format_size, from_utc, pr
 
 if TYPE_CHECKING:
     from ray_envcache.gc.collector import Collected
-    from ray_envcache.sessions.collector import SessionReport
     from ray_envcache.sessions.directories import Session
     from ray_envcache.survey.inventory import Status, User
     from ray_envcache.survey.uv_cache import UvCache
@@ -26,6 +25,7 @@ JSON_SCHEMA = 1
 """The version of what `--json` prints: another number where a field goes or changes its meaning."""
 
 _BELOW = "└"
+_YOUNG = "dead but younger"
 
 
 def print_json(data: dict[str, Any]) -> None:
@@ -42,12 +42,25 @@ def status_as_json(status: Status) -> dict[str, Any]:
     return {**data, "holders": users, "last_used_at": last_used}
 
 
-def session_as_json(one: Session) -> dict[str, Any]:
-    """One session directory, as `list --sessions --json` and `gc --sessions --json` show it."""
+def sessions_as_json(found: list[Session]) -> dict[str, Any]:
+    """What became of session directories, by their states, as `gc --sessions --json` shows it."""
+    lists = {
+        state.replace(" ", "_"): [_session_as_json(one) for one in found if one.state == state]
+        for state in ("removed", "kept", "alive", "in doubt")
+    }
+    failed = [(one.name, one.why) for one in found if one.state == "failed"]
+    return {**lists, "failed": failed, "freed_bytes": _freed_bytes(found)}
+
+
+def _session_as_json(one: Session) -> dict[str, Any]:
     data = asdict(one)
     del data["changed"]
     times = {f"{name}_at": utc(when) if (when := data.pop(name)) else None for name in ("started", "last_written")}
     return {**data, **times}
+
+
+def _freed_bytes(found: list[Session]) -> int:
+    return sum(one.reclaimable_bytes for one in found if one.state == "removed")
 
 
 def print_environments(found: list[Status], *, of: int, grouped: bool) -> None:
@@ -138,36 +151,24 @@ def print_report(report: Collected, *, dry_run: bool) -> None:
     say(f"{verb} {count(len(report.removed), 'environment')}, {freed}; {stays}")
 
 
-def print_sessions(found: list[Session]) -> None:
-    """Print Ray's session directories, and a line of totals."""
-    columns = ("SESSION", "STATE", "SIZE", "AGE", "LAST WRITTEN", "WHY")
-    # Sessions of several temp directories may have the same name: then the path is shown.
-    by_path = len({os.path.dirname(one.path) for one in found}) > 1
-    print_table(columns, (_session(one, by_path=by_path) for one in found), numeric={"SIZE"})
-    dead = [one for one in found if one.state == "dead"]
-    total, freed = sum(one.size_bytes for one in found), sum(one.reclaimable_bytes for one in dead)
-    say(f"{count(len(found), 'session')}, {format_size(total)}; {len(dead)} dead, {format_size(freed)}")
+def print_sessions(found: list[Session], *, dry_run: bool) -> None:
+    """Print what a collection of sessions did: a line for each that goes or is in doubt, then totals.
 
-
-def _session(one: Session, *, by_path: bool) -> Sequence[str]:
-    age = format_duration(max(time.time() - one.started, 0)) if one.started else "-"
-    name = one.path if by_path else one.name
-    return (name, one.state, format_size(one.size_bytes), age, _ago(one.last_written), one.why)
-
-
-def print_session_report(report: SessionReport, *, dry_run: bool) -> None:
-    """Print what a collection of sessions did, or would do: a line for each that goes or is in doubt, then totals."""
+    With `dry_run` what it would do, and a line for each that stays, too.
+    """
     verb = "Would remove" if dry_run else "Removed"
-    for one in report.removed:
+    removed = [one for one in found if one.state == "removed"]
+    for one in removed:
         say(f"{verb} {one.path}, {format_size(one.reclaimable_bytes)}: {one.why}")
-    for one in report.in_doubt:
-        say(f"Kept {one.path}, in doubt: {one.why}")
-    least = "" if all(one.exact for one in report.removed) else "at least "
-    freed = f"{'free' if dry_run else 'freed'} {least}{format_size(report.freed_bytes)}"
-    stays = f"{len(report.alive)} alive, {len(report.in_doubt)} in doubt"
-    kept = f", {len(report.kept)} dead but younger" if report.kept else ""
-    counted = count(len(report.removed), "session")
-    say(f"{verb} {counted}, {freed}; {stays}{kept}, {len(report.failed)} failed")
+    for one in found:
+        if one.state == "in doubt" or (dry_run and one.state != "removed"):
+            say(f"Kept {one.path}, {_YOUNG if one.state == 'kept' else one.state}: {one.why}")
+    least = "" if all(one.exact for one in removed) else "at least "
+    freed = f"{'free' if dry_run else 'freed'} {least}{format_size(_freed_bytes(found))}"
+    counts = Counter(one.state for one in found)
+    stays = f"{counts['alive']} alive, {counts['in doubt']} in doubt"
+    kept = f", {counts['kept']} {_YOUNG}" if counts["kept"] else ""
+    say(f"{verb} {count(len(removed), 'session')}, {freed}; {stays}{kept}, {counts['failed']} failed")
 
 
 def count(number: int, noun: str) -> str:

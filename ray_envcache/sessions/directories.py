@@ -27,7 +27,8 @@ NAME = r"session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}_\d{1,10}"
 _GOING = "going-"
 _DAY = 86_400
 
-State = Literal["alive", "dead", "in doubt"]
+State = Literal["alive", "dead", "in doubt", "removed", "kept", "failed"]
+"""What a session is; and what a collection made of a dead one: "kept" was not old enough, "failed" still there."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray_envcache.sessions import directories
-from ray_envcache.sessions.collector import collect_sessions
-from ray_envcache.sessions.liveness import judge_sessions
+from ray_envcache.sessions.collector import collect_sessions, judge_sessions
 from ray_envcache.sessions.short_path import require_usable, short_tmpdir
 from ray_envcache.system import files, flock
 from ray_envcache.system.texts import printable
@@ -175,11 +174,10 @@ class RunTmpdir:
     def _collect(self, say: Callable[[str], None], *, failed: bool) -> None:
         """Remove the sessions of dead clusters, and say which stay, and where saved logs are."""
         _wait_until(self._are_dead, PATIENCE_SECONDS)
-        report = collect_sessions([self.temp], starting=0, keep_logs=failed)
-        for one in (*report.alive, *report.in_doubt, *report.failed):
-            say(f"{one.state}: {one.path} ({one.why})")
-        for one in report.removed:
-            if failed and os.path.isdir(logs := os.path.join(one.path, directories.LOGS)):
+        for one in collect_sessions([self.temp], starting=0, keep_logs=failed):
+            if one.state != "removed":
+                say(f"{one.state}: {one.path} ({one.why})")
+            elif failed and os.path.isdir(logs := os.path.join(one.path, directories.LOGS)):
                 say(f"logs of the failed run: {logs}")
 
     def _are_dead(self) -> bool:

@@ -73,9 +73,6 @@ def test_sort_and_limit(store: Store, entries: list[Entry]) -> None:
         (["--sort", "name"], ["'name' is not one of", "'size', 'used', 'created'"]),
         (["--limit", "-1"], ["-1"]),
         (["-q", "--json"], ["leave out one"]),
-        (["--sessions", "--filter", "size>1GB"], ["leave out --filter"]),
-        (["--sessions", "-q"], ["leave out --quiet"]),
-        (["--sessions", "--uv-cache"], ["leave out --uv-cache"]),
     ],
 )
 def test_usage(store: Store, arguments: list[str], words: list[str]) -> None:

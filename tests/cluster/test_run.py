@@ -206,8 +206,8 @@ def test_killed_run_leaves_the_program_alone(host: Host, program: Path) -> None:
 
     def gone() -> bool:
         # As `gc --sessions --tmpdir` does, which leaves a session of the last minute in doubt: it might be starting.
-        report = collect_sessions(temp_dirs(host.temp, {}), starting=0)
-        return any(one.name == os.path.basename(about["session"]) for one in report.removed)
+        found = collect_sessions(temp_dirs(host.temp, {}), starting=0)
+        return ("removed", os.path.basename(about["session"])) in [(one.state, one.name) for one in found]
 
     support.wait_until(gone, "the dead session was removed")
     # The other one is undisturbed.

@@ -42,8 +42,10 @@ def gc(host: Host, *arguments: str) -> dict[str, Any]:
     return {name: [one["name"] for one in report[name]] for name in ("removed", "kept", "alive", "in_doubt")}
 
 
-def listed(host: Host) -> dict[str, tuple[str, str]]:
-    found = json.loads(cli(host, "list", "--sessions", "--json").stdout)["sessions"]
+def judged(host: Host) -> dict[str, tuple[str, str]]:
+    """What a collection would make of each session, and why."""
+    report = json.loads(cli(host, "gc", "--sessions", "--json", "-n").stdout)
+    found = [one for state in ("removed", "kept", "alive", "in_doubt") for one in report[state]]
     return {one["name"]: (one["state"], one["why"]) for one in found}
 
 
@@ -84,11 +86,11 @@ def test_alive_stays_and_dead_goes(host: Host) -> None:
     stays, second, _ = start(host)
     age(first)
     age(second)
-    assert {name: state for name, (state, _) in listed(host).items()} == {first.name: "alive", second.name: "alive"}
+    assert {name: state for name, (state, _) in judged(host).items()} == {first.name: "alive", second.name: "alive"}
     assert gc(host)["removed"] == []
     support.kill_tree(killed.pid)
     support.wait_until(lambda: not processes_of(first), "its processes are gone")
-    assert listed(host)[first.name][0] == "dead"
+    assert judged(host)[first.name][0] == "removed"
     assert (first / "sockets" / "raylet").exists()  # which says nothing
     assert gc(host) == {"removed": [first.name], "kept": [], "alive": [second.name], "in_doubt": []}
     assert not first.exists()
@@ -115,7 +117,7 @@ def test_orphans_keep_their_session(host: Host) -> None:
         support.kill_tree(driver.pid)
         driver.wait()
         support.wait_until(lambda: processes_of(session) == [orphan.pid], "the others are gone")
-        state, why = listed(host)[session.name]
+        state, why = judged(host)[session.name]
         assert (state, f"process {orphan.pid} (sleep" in why) == ("alive", True)
         assert gc(host)["removed"] == []
     finally:

@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ray_envcache.sessions import liveness
+from ray_envcache.sessions.collector import collect_sessions, judge_sessions
+from ray_envcache.sessions.directories import Session
 from ray_envcache.system import disk
 from tests import support
 
@@ -45,11 +47,19 @@ def rest(session: Path, age: float = 3600) -> None:
 
 
 def look(temp: Path) -> dict[str, tuple[str, str]]:
-    return {one.name: (one.state, one.why) for one in liveness.judge_sessions([temp])}
+    return {one.name: (one.state, one.why) for one in judge_sessions([temp])}
 
 
 def judge(session: Path) -> tuple[str, str]:
     return look(session.parent)[session.name]
+
+
+def collect(temp: Path, **options: Any) -> dict[str, list[Session]]:
+    """Remove the sessions of the dead; what became of all, by their states."""
+    found: dict[str, list[Session]] = defaultdict(list)
+    for one in collect_sessions([temp], **options):
+        found[one.state].append(one)
+    return found
 
 
 def start(children: list[subprocess.Popen[str]], code: str, *arguments: str | Path, **options: Any) -> int:

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 
 from ray_envcache.sessions import directories
-from ray_envcache.sessions.collector import collect_sessions
 from ray_envcache.system import files
 from tests import support
-from tests.sessions.made import cli, judge, make, sees_all, start
+from tests.sessions.made import cli, collect, judge, make, sees_all, start
 
 
 def latest(temp: Path) -> str | None:
@@ -30,11 +29,11 @@ def test_latest_goes_where_it_dangles(temp: Path, children: list[subprocess.Pope
     start(children, "", alive)
     (temp / "session_latest").symlink_to(alive)
     make(temp, 3)
-    collect_sessions([temp])
+    collect(temp)
     assert latest(temp) == str(alive)
     (temp / "session_latest").unlink()
     (temp / "session_latest").symlink_to(dead)
-    collect_sessions([temp])
+    collect(temp)
     assert [path.name for path in temp.iterdir()] == [alive.name]
 
 
@@ -77,12 +76,12 @@ def test_sigkill_between_renaming_and_deleting(
     session = make(temp)
     collector = frozen_at("sessions-renamed", tmp_path, "gc", "--sessions", "--tmpdir", temp)
     children.append(collector)
-    assert [one.why for one in collect_sessions([temp]).alive] != []
+    assert [one.why for one in collect(temp)["alive"]] != []
     collector.kill()
     collector.wait()
     assert not session.exists()
     assert judge(session) == ("dead", "no process names it")
-    assert [one.name for one in collect_sessions([temp]).removed] == [session.name]
+    assert [one.name for one in collect(temp)["removed"]] == [session.name]
     assert list(temp.iterdir()) == []
 
 
@@ -90,7 +89,7 @@ PRELUDE = """
 import os, signal, sys
 from pathlib import Path
 from ray_envcache import errors
-from ray_envcache.sessions import directories, liveness
+from ray_envcache.sessions import directories
 from ray_envcache.system import processes
 from ray_envcache.sessions.collector import collect_sessions
 
@@ -121,8 +120,8 @@ def test_sigkill_at_every_step(temp: Path, children: list[subprocess.Popen[str]]
         (temp / "session_latest").unlink(missing_ok=True)
         (temp / "session_latest").symlink_to(f"session_2026-01-02_03-04-05_999999_{support.NO_PID}")
         done = subprocess.run([sys.executable, "-c", PRELUDE, str(number), temp], check=False)
-        report = collect_sessions([temp])
-        assert report.failed == []
+        report = collect(temp)
+        assert report["failed"] == []
         assert not any(session.exists() for session in dead)
         assert [path.name for path in temp.iterdir()] == [alive.name]
         if done.returncode == 0:
@@ -141,7 +140,7 @@ def test_collectors_at_once(temp: Path) -> None:
     reports = [json.loads(child.communicate()[0]) for child in running]
     assert [child.returncode for child in running] == [0, 0, 0]
     # A collector that looks at a session at this moment is a process that has its files open.
-    collect_sessions([temp])
+    collect(temp)
     assert list(temp.iterdir()) == []
     removed = [one["name"] for report in reports for one in report["removed"]]
     assert len(removed) == len(set(removed)) > 0
@@ -163,7 +162,7 @@ def test_what_cannot_be_deleted_is_reported(temp: Path) -> None:
     finally:
         for path in temp.rglob("raylet.out"):
             subprocess.run(["chattr", "-i", path], check=True)
-    assert len(collect_sessions([temp]).removed) == 1
+    assert len(collect(temp)["removed"]) == 1
 
 
 @sees_all
@@ -179,7 +178,7 @@ def test_a_writer_does_not_stop_the_deleting(temp: Path) -> None:
             files.empty_directory(descriptor)
         child.kill()
     os.close(descriptor)
-    assert len(collect_sessions([temp]).removed) == 1
+    assert len(collect(temp)["removed"]) == 1
     assert list(temp.iterdir()) == []
 
 

@@ -80,8 +80,7 @@ def call(*arguments):
         return end.code or 0
 # Once as root, and unheard, for all that is imported late: the other user may not read where it lies.
 with contextlib.redirect_stdout(io.StringIO()):
-    for verb in ("list", "gc"):
-        call(verb, "--sessions", "--json", "--tmpdir", "/proc/self")
+    call("gc", "--sessions", "--json", "--tmpdir", "/proc/self")
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 sys.stderr = sys.stdout
 print(call(*given))
@@ -94,9 +93,8 @@ def cli_as_nobody(*arguments: str | Path, **environ: str) -> list[str]:
 
 
 @needs_root
-@pytest.mark.parametrize("verb", ["list", "gc"])
 @pytest.mark.parametrize(("outer", "inner"), [(0o700, None), (0o755, 0o700), (0o700, 0o700), (0o755, 0o755)])
-def test_directories_of_other_users_runs(temp: Path, verb: str, outer: int, inner: int | None) -> None:
+def test_directories_of_other_users_runs(temp: Path, outer: int, inner: int | None) -> None:
     """What other users called like a run is skipped, whatever its modes; one's own are looked into."""
     foreign, own = (temp.parent / f"{directories.RUN_PREFIX}{name}" for name in ("aaaaaaaa", "bbbbbbbb"))
     for folder in (foreign, own):
@@ -112,12 +110,12 @@ def test_directories_of_other_users_runs(temp: Path, verb: str, outer: int, inne
         (foreign / "ray").chmod(inner)
     foreign.chmod(outer)
     for arguments in (("--tmpdir", temp.parent), ()):
-        said = cli_as_nobody(verb, "--sessions", "--json", *arguments, RAY_TMPDIR=str(temp.parent))
+        said = cli_as_nobody("gc", "--sessions", "--json", *arguments, RAY_TMPDIR=str(temp.parent))
         assert said[-1] == "0", said
         report = json.loads("\n".join(said[:-1]))
         assert str(own / "ray") in report["temp_dirs"]
         assert str(foreign / "ray") not in report["temp_dirs"]
-    assert session.exists() is (verb == "list")
+    assert not session.exists()
 
 
 @needs_root
@@ -131,7 +129,7 @@ def test_a_temp_directory_that_may_not_be_looked_into(temp: Path) -> None:
     ):
         mode = forbidden.stat().st_mode
         forbidden.chmod(0o700)
-        said = cli_as_nobody("list", "--sessions", *arguments, RAY_TMPDIR=str(temp.parent))
+        said = cli_as_nobody("gc", "--sessions", "-n", *arguments, RAY_TMPDIR=str(temp.parent))
         assert (said[0], said[-1]) == (f"error: You may not look into the temp directory `{forbidden}`", "2")
         forbidden.chmod(mode)
 
@@ -155,21 +153,23 @@ def test_json_has_the_schema(temp: Path) -> None:
     make(temp, 1, age=-500)
     make(temp, 2)
     make(temp, 3, age=10 * 86_400)
-    data = json.loads(cli("list", "--sessions", "--json", "--tmpdir", temp).stdout)
-    assert (data["schema_version"], data["temp_dirs"]) == (1, [str(temp)])
-    for one in data["sessions"]:
-        assert set(one) == {
-            "name", "path", "state", "why", "size_bytes", "reclaimable_bytes", "exact", "started_at",
-            "last_written_at", "user",
-        }  # fmt: skip
-        assert isinstance(one["size_bytes"], int)
-        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", one["last_written_at"])
     command: list[str | Path] = ["gc", "--sessions", "--older-than", "1d", "--json", "--tmpdir", temp]
     for flags in (["-n"], []):
         report = json.loads(cli(*command, *flags).stdout)
+        assert set(report) == {
+            "schema_version", "dry_run", "temp_dirs", "removed", "kept", "alive", "in_doubt", "failed", "freed_bytes",
+        }  # fmt: skip
+        assert (report["schema_version"], report["temp_dirs"]) == (1, [str(temp)])
         assert [len(report[name]) for name in ("removed", "kept", "alive", "in_doubt")] == [1, 1, 0, 1]
         assert (report["dry_run"], report["failed"]) == (bool(flags), [])
         assert report["freed_bytes"] == report["removed"][0]["reclaimable_bytes"]
+        for one in (*report["removed"], *report["kept"], *report["in_doubt"]):
+            assert set(one) == {
+                "name", "path", "state", "why", "size_bytes", "reclaimable_bytes", "exact", "started_at",
+                "last_written_at", "user",
+            }  # fmt: skip
+            assert isinstance(one["size_bytes"], int)
+            assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", one["last_written_at"])
     assert "Removed 0 sessions, freed 0 B; 0 alive, 1 in doubt, 1 dead but younger, 0 failed" in (
         cli(*[part for part in command if part != "--json"]).stdout
     )
@@ -180,12 +180,11 @@ def test_json_has_the_schema(temp: Path) -> None:
     [
         ["gc", "--older-than", "1d"],
         ["gc", "--tmpdir", "/tmp"],
-        ["list", "--tmpdir", "/tmp"],
         ["gc", "--sessions", "--all"],
         ["gc", "--sessions", "--unused-for", "1d"],
         ["gc", "--sessions", "--older-than", "soon"],
         ["gc", "--sessions", "--tmpdir", "/nowhere"],
-        ["list", "--sessions", "--tmpdir", "/etc/passwd"],
+        ["gc", "--sessions", "--tmpdir", "/etc/passwd"],
     ],
 )
 def test_usage_errors(arguments: list[str]) -> None:
@@ -200,6 +199,3 @@ def test_no_temp_directory_is_no_error(tmp_path: Path) -> None:
     done = cli("gc", "--sessions", RAY_TMPDIR=str(tmp_path))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("Removed 0 sessions, freed 0 B")
-    listed = cli("list", "--sessions", RAY_TMPDIR=str(tmp_path))
-    assert listed.stdout.startswith("0 sessions")
-    assert listed.stderr == "Looked in nowhere: no directory of Ray's is there\n"

@@ -17,28 +17,50 @@ from pathlib import Path
 
 import pytest
 
-from ray_envcache.sessions import liveness
-from ray_envcache.sessions.collector import collect_sessions
+from ray_envcache.sessions import collector
 from ray_envcache.system import disk, flock, processes
 from tests import support
-from tests.sessions.made import NOBODY, cli, give_to_nobody, judge, make, needs_proc, needs_root, rest, sees_all, start
+from tests.sessions.made import (
+    NOBODY,
+    cli,
+    collect,
+    give_to_nobody,
+    judge,
+    make,
+    needs_proc,
+    needs_root,
+    rest,
+    sees_all,
+    start,
+)
 
 
 def test_a_session_that_no_process_names_is_dead_and_goes(temp: Path) -> None:
     """Two sessions of the dead go with all that is in them, and the report has the bytes."""
     first, second = make(temp, 1), make(temp, 2)
     assert judge(first) == judge(second) == ("dead", "no process names it")
-    report = collect_sessions([temp])
-    assert [one.name for one in report.removed] == [first.name, second.name]
-    assert report.freed_bytes >= 20_000
+    report = collect(temp)
+    assert [one.name for one in report["removed"]] == [first.name, second.name]
+    assert sum(one.reclaimable_bytes for one in report["removed"]) >= 20_000
     assert list(temp.iterdir()) == []
 
 
-def test_a_dry_run_changes_nothing(temp: Path) -> None:
-    """It says what would go."""
-    session = make(temp)
-    assert [one.name for one in collect_sessions([temp], dry_run=True).removed] == [session.name]
-    assert session.exists()
+def test_a_dry_run_changes_nothing(temp: Path, children: list[subprocess.Popen[str]]) -> None:
+    """It says what would go, and of each session that stays why."""
+    dead, alive, young, doubtful = (make(temp, number, age=number * 3600) for number in (4, 3, 2, 1))
+    (doubtful / "sockets").rmdir()
+    rest(doubtful)
+    pid = start(children, "", f"--session-name={alive.name}")
+    assert [one.name for one in collect(temp, dry_run=True, older_than=9000)["removed"]] == [dead.name]
+    shown = cli("gc", "--sessions", "-n", "--older-than", "150m", "--tmpdir", temp).stdout.splitlines()
+    assert re.fullmatch(rf"Would remove {dead}, \d\d.\d kB: no process names it", shown[0])
+    assert {line.partition(" (")[0] for line in shown[1:4]} == {
+        f"Kept {alive}, alive: process {pid}",
+        f"Kept {young}, dead but younger: no process names it",
+        f"Kept {doubtful}, in doubt: only its logs are left",
+    }
+    assert re.fullmatch(r"Would remove 1 session, free .*; 1 alive, 1 in doubt, 1 dead but younger, 0 failed", shown[4])
+    assert len(list(temp.iterdir())) == 4
 
 
 NAMING = {
@@ -73,11 +95,11 @@ def test_a_process_that_names_it_keeps_it(how: str, temp: Path, children: list[s
     state, why = judge(session)
     assert state == "alive"
     assert how in why if how == "its socket raylet" else why.startswith(f"process {pid} (python") and how in why
-    assert collect_sessions([temp]).removed == []
+    assert collect(temp)["removed"] == []
     os.kill(pid, signal.SIGKILL)
     children[0].wait()
     assert judge(session)[0] == "dead"
-    assert [one.name for one in collect_sessions([temp]).removed] == [session.name]
+    assert [one.name for one in collect(temp)["removed"]] == [session.name]
 
 
 def test_a_longer_pid_is_another_session(temp: Path, children: list[subprocess.Popen[str]]) -> None:
@@ -96,11 +118,11 @@ def test_a_flock_keeps_it(temp: Path) -> None:
     held = [flock.try_flock(alias, exclusive=False), flock.try_flock(alias, exclusive=False)]
     os.rename(alias, session)
     assert judge(session) == ("alive", "a process holds a flock on it")
-    assert collect_sessions([temp]).removed == []
+    assert collect(temp)["removed"] == []
     for descriptor in held:
         assert descriptor is not None
         os.close(descriptor)
-    assert len(collect_sessions([temp]).removed) == 1
+    assert len(collect(temp)["removed"]) == 1
 
 
 @needs_root
@@ -111,14 +133,15 @@ def test_a_cluster_of_another_container_keeps_it(temp: Path, children: list[subp
 
     def seen_from_a_container() -> tuple[str, str]:
         command: list[str | Path] = ["unshare", "--pid", "--net", "--fork", "--mount-proc", sys.executable]
-        command += ["-m", "ray_envcache", "list", "--sessions", "--json", "--tmpdir", temp]
+        command += ["-m", "ray_envcache", "gc", "--sessions", "-n", "--json", "--tmpdir", temp]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if "unshare failed" in done.stderr:
             pytest.skip("may not unshare")
-        (one,) = json.loads(done.stdout)["sessions"]
-        return one["state"], one["why"]
+        report = json.loads(done.stdout)
+        (found,) = filter(None, (report[state] for state in ("removed", "alive", "in_doubt")))
+        return found[0]["state"], found[0]["why"]
 
-    assert seen_from_a_container()[0] == "dead"
+    assert seen_from_a_container()[0] == "removed"
     (session / "logs" / "raylet.out").write_text("written a moment ago")
     state, why = seen_from_a_container()
     assert (state, "other containers" in why) == ("in doubt", True)
@@ -145,8 +168,8 @@ def test_a_starting_cluster_is_in_doubt(ended: float, temp: Path) -> None:
     session = make(temp).rename(temp / named)
     rest(session, 4)
     assert judge(session) == ("in doubt", "it was changed a moment ago, its cluster may be starting")
-    assert collect_sessions([temp]).removed == []
-    assert [one.name for one in collect_sessions([temp], starting=0).removed] == [named]
+    assert collect(temp)["removed"] == []
+    assert [one.name for one in collect(temp, starting=0)["removed"]] == [named]
     session = make(temp).rename(temp / named)
     rest(session, 61)
     assert judge(session)[0] == "dead"
@@ -163,9 +186,9 @@ def test_older_than_is_about_the_last_written_file(temp: Path) -> None:
     session = make(temp, age=10 * 86_400)
     log = session / "logs" / "raylet.out"
     os.utime(log, (time.time() - 7200,) * 2)
-    report = collect_sessions([temp], older_than=86_400)
-    assert ([one.name for one in report.kept], report.removed) == ([session.name], [])
-    assert len(collect_sessions([temp], older_than=3600).removed) == 1
+    report = collect(temp, older_than=86_400)
+    assert ([one.name for one in report["kept"]], report["removed"]) == ([session.name], [])
+    assert len(collect(temp, older_than=3600)["removed"]) == 1
 
 
 def liar(name: str) -> Callable[[Path], Path]:
@@ -206,14 +229,12 @@ def test_a_name_that_lies_is_left_alone(lie: str, temp: Path) -> None:
     session = LIES[lie](make(temp))
     rest(session)
     assert judge(session)[0] == "in doubt"
-    assert collect_sessions([temp]).removed == []
+    assert collect(temp)["removed"] == []
     assert (session / "runtime_resources").is_dir()
     shown = cli("gc", "--sessions", "--tmpdir", temp)
     assert (shown.returncode, "1 in doubt" in shown.stdout, "\x1b" in shown.stdout) == (0, True, False)
-    assert cli("list", "--sessions", "--tmpdir", temp).returncode == 0
-    assert (
-        json.loads(cli("list", "--sessions", "--tmpdir", temp, "--json").stdout)["sessions"][0]["state"] == "in doubt"
-    )
+    (one,) = json.loads(cli("gc", "--sessions", "--tmpdir", temp, "--json").stdout)["in_doubt"]
+    assert one["state"] == "in doubt"
 
 
 def test_a_link_is_never_followed(temp: Path, tmp_path: Path) -> None:
@@ -228,9 +249,9 @@ def test_a_link_is_never_followed(temp: Path, tmp_path: Path) -> None:
     (session / "runtime_resources" / "pip").rmdir()
     (session / "runtime_resources" / "pip").symlink_to(precious, target_is_directory=True)
     rest(session)
-    report = collect_sessions([temp])
-    assert [one.name for one in report.removed] == [session.name]
-    assert [one.why for one in report.in_doubt] == ["it is a symlink"]
+    report = collect(temp)
+    assert [one.name for one in report["removed"]] == [session.name]
+    assert [one.why for one in report["in doubt"]] == ["it is a symlink"]
     assert (precious / "logs" / "thesis").read_text() == "irreplaceable"
     assert sorted(path.name for path in precious.iterdir()) == ["logs", "runtime_resources", "sockets"]
 
@@ -246,7 +267,7 @@ def test_files_of_another_user_keep_it(what: str, temp: Path) -> None:
     state, why = judge(session)
     assert (state, "user 65534" in why) == ("in doubt", True)
     before = sorted(path.name for path in session.rglob("*"))
-    assert collect_sessions([temp]).removed == []
+    assert collect(temp)["removed"] == []
     assert sorted(path.name for path in session.rglob("*")) == before
 
 
@@ -254,14 +275,14 @@ AS_NOBODY = """
 import _strptime, json, os, sys
 from ray_envcache import errors
 from ray_envcache.cli import tables
-from ray_envcache.sessions import directories, liveness
+from ray_envcache.sessions import directories
 from ray_envcache.system import processes
 from ray_envcache.sessions.collector import collect_sessions
 from pathlib import Path
 import psutil
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
-report = collect_sessions([Path(sys.argv[1])])
-print(json.dumps({name: [[one.name, one.why] for one in getattr(report, name)] for name in ("removed", "alive", "in_doubt")}))
+found = collect_sessions([Path(sys.argv[1])])
+print(json.dumps({state: [[one.name, one.why] for one in found if one.state == state] for state in ("removed", "alive", "in doubt")}))
 """
 
 
@@ -280,7 +301,7 @@ def test_another_user_touches_only_his_own(temp: Path, children: list[subprocess
     start(children, "", f"--session-name={root_alive.name}")
     report = collect_as_nobody(temp)
     assert [name for name, _ in report["removed"]] == [own.name]
-    assert report["in_doubt"] == [[root_dead.name, "it belongs to user 0"]]
+    assert report["in doubt"] == [[root_dead.name, "it belongs to user 0"]]
     assert [name for name, _ in report["alive"]] == [root_alive.name]
     assert root_dead.exists()
     assert root_alive.exists()
@@ -300,7 +321,7 @@ def test_a_process_that_refuses_to_be_looked_at(temp: Path, children: list[subpr
     give_to_nobody(earlier)
     give_to_nobody(later)
     report = collect_as_nobody(temp)
-    assert report["in_doubt"] == [
+    assert report["in doubt"] == [
         [earlier.name, f"process {pid} ({os.path.basename(sys.executable)}) refuses to be looked at"]
     ]
     assert [name for name, _ in report["removed"]] == [later.name]
@@ -332,10 +353,10 @@ def test_a_mount_in_it_keeps_it(kind: str, temp: Path, tmp_path: Path) -> None:
         rest(session)
         state, why = judge(session)
         assert (state, "mounted in it" in why) == ("in doubt", True)
-        assert collect_sessions([temp]).removed == []
+        assert collect(temp)["removed"] == []
         assert (place / "more").exists()
     rest(session)
-    assert len(collect_sessions([temp]).removed) == 1
+    assert len(collect(temp)["removed"]) == 1
     assert (precious / "thesis").exists()
 
 
@@ -349,7 +370,7 @@ def test_a_mount_behind_a_link_keeps_it(temp: Path, tmp_path: Path) -> None:
     link.symlink_to(temp.parent)
     with mounted(session / "runtime_resources" / "pip", "--bind", precious):
         rest(session)
-        assert [one.why[:24] for one in collect_sessions([link / "ray"]).in_doubt] == ["a file system is mounted"]
+        assert [one.why[:24] for one in collect(link / "ray")["in doubt"]] == ["a file system is mounted"]
         assert (precious / "thesis").exists()
 
 
@@ -359,7 +380,7 @@ def test_on_a_network_file_system_it_stays(temp: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(disk, "free_space", lambda path: real(path)._replace(kind="lustre"))
     state, why = judge(session)
     assert (state, why) == ("in doubt", "it is on a network file system (lustre): its cluster may be on another host")
-    assert collect_sessions([temp]).removed == []
+    assert collect(temp)["removed"] == []
 
 
 @sees_all
@@ -371,12 +392,8 @@ def test_what_a_session_holds(temp: Path) -> None:
         venv.mkdir(parents=True)
         (venv / "pyvenv.cfg").write_text("home = /usr")
         (venv / "big").write_bytes(b"x" * 500_000)
-    (one,) = liveness.judge_sessions([temp])
+    (one,) = collector.judge_sessions([temp])
     assert 1_000_000 <= one.reclaimable_bytes <= one.size_bytes < 1_200_000
-    shown = cli("list", "--sessions", "--tmpdir", temp).stdout
-    assert re.search(r"SESSION +STATE +SIZE +AGE +LAST WRITTEN +WHY", shown)
-    assert re.search(rf"{session.name} +dead +1\.\d MB .* +no process names it", shown)
-    assert "1 session, 1." in shown
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="compares with /proc")
@@ -389,6 +406,6 @@ def test_mentions_without_proc(
     # In two parts, or the command line would name it.
     start(children, f"file = open({str(opened)[:-1]!r} + '{opened.name[-1]}/logs/raylet.out')")
     monkeypatch.setattr(processes, "_has_proc", lambda: False)
-    found = processes.find_mentions(liveness.NAMED).by_name
+    found = processes.find_mentions(collector.NAMED).by_name
     assert {named.name, opened.name} <= found.keys()
     assert neither.name not in found

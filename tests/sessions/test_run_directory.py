@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from ray_envcache.sessions import collector, directories, run_directory, short_path
+from ray_envcache.sessions import directories, run_directory, short_path
 from ray_envcache.sessions.run_directory import RunTmpdir, clean_sessions, sweep
 from ray_envcache.system import files, flock
 from tests import support
-from tests.sessions.made import sees_all
+from tests.sessions.made import collect, sees_all
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 SESSION = f"session_2026-01-02_03-04-05_000001_{support.NO_PID}"
@@ -72,7 +72,7 @@ def kill(place: RunTmpdir) -> None:
     os.close(descriptor)
 
 
-def collect(top: Path, *, later: float = run_directory.UNUSED_SECONDS + 60) -> None:
+def sweep_later(top: Path, *, later: float = run_directory.UNUSED_SECONDS + 60) -> None:
     """What `gc --sessions --tmpdir` does once the sessions of the dead are gone, a day later."""
     then = time.time() - later
     for folder in top.iterdir():
@@ -87,13 +87,13 @@ def test_a_living_run_keeps_its_directory(top: Path, place: RunTmpdir, children:
     """It stays between two clusters, with and without `run` itself, for as long as the program lives."""
     program = inherit(children, place)
     place.temp.mkdir()
-    collect(top)
+    sweep_later(top)
     assert place.temp.is_dir()
     kill(place)
-    collect(top)
+    sweep_later(top)
     assert os.path.samefile(place.short, place.folder)
     end(program)
-    collect(top)
+    sweep_later(top)
     assert list(top.iterdir()) == []
 
 
@@ -103,12 +103,12 @@ def test_what_a_killed_run_left_goes(top: Path, place: RunTmpdir, ray: bool) -> 
     if ray:
         session = leave_session(place.temp)
         kill(place)
-        collect(top)
+        sweep_later(top)
         assert session.is_dir()
         shutil.rmtree(session)
     else:
         kill(place)
-    collect(top)
+    sweep_later(top)
     assert list(top.iterdir()) == []
 
 
@@ -116,9 +116,9 @@ def test_a_young_directory_stays(top: Path, place: RunTmpdir) -> None:
     """For a day: a run that has just made it has no flock yet."""
     place.temp.mkdir()
     kill(place)
-    collect(top, later=run_directory.UNUSED_SECONDS - 60)
+    sweep_later(top, later=run_directory.UNUSED_SECONDS - 60)
     assert place.temp.is_dir()
-    collect(top)
+    sweep_later(top)
     assert list(top.iterdir()) == []
 
 
@@ -142,7 +142,7 @@ def test_what_is_not_as_a_run_leaves_it_stays(top: Path) -> None:
     public.chmod(0o755)
     (results / "ray").rmdir()
     (results / "model").touch()
-    collect(top)
+    sweep_later(top)
     left = {str(path.relative_to(top))[len(directories.RUN_PREFIX) :] for path in top.rglob("*")}
     assert left == {
         "aaaaaaaa", "aaaaaaaa/logs", "bbbbbbbb", "bbbbbbbb/ray", "bbbbbbbb/ray/thesis", "cccccccc", "cccccccc/ray",
@@ -175,7 +175,7 @@ def test_what_the_program_wrote_survives_a_killed_run(top: Path, place: RunTmpdi
     (place.temp / "checkpoint").write_text("hours of work")
     kill(place)
     for _ in range(2):
-        collect(top)
+        sweep_later(top)
         assert [path.name for path in place.folder.rglob("*")] == ["ray", "checkpoint"]
 
 
@@ -214,10 +214,10 @@ def test_what_the_program_leaves_keeps_the_directory(
     said: list[str] = []
     place.close(said.append, failed=False, keep=False)
     assert [str(place.folder) in text and "gc --sessions" in text for text in said] == [True]
-    collect(top)
+    sweep_later(top)
     assert os.path.samefile(place.short, place.folder)
     end(background)
-    collect(top)
+    sweep_later(top)
     assert list(top.iterdir()) == []
 
 
@@ -234,7 +234,7 @@ def test_a_fork_keeps_it(top: Path) -> None:
     support.run_python(code, str(top))
     (folder,) = top.iterdir()
     assert list(folder.iterdir()) == []
-    collect(top)
+    sweep_later(top)
     assert list(top.iterdir()) == []
 
 
@@ -249,7 +249,7 @@ def test_without_flocks(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(flock, "try_flock", refused)
     place = RunTmpdir.make(str(top), {})
-    collect(top)
+    sweep_later(top)
     assert place.folder.is_dir()
     place.close(pytest.fail, failed=False, keep=False)
     assert list(top.iterdir()) == []
@@ -264,8 +264,8 @@ def test_logs_of_a_failed_run_stay(top: Path, place: RunTmpdir) -> None:
     said: list[str] = []
     place.close(said.append, failed=True, keep=False)
     assert said == [f"logs of the failed run: {session / 'logs'}"]
-    collect(top)
-    assert [one.why for one in collector.collect_sessions([place.temp]).in_doubt] == ["only its logs are left"]
+    sweep_later(top)
+    assert [one.why for one in collect(place.temp)["in doubt"]] == ["only its logs are left"]
     assert [path.name for path in place.folder.rglob("*")] == ["ray", SESSION, "logs", "raylet.out"]
 
 
@@ -273,7 +273,7 @@ def test_logs_of_a_failed_run_stay(top: Path, place: RunTmpdir) -> None:
 def test_a_session_without_logs_goes_whole(tmp_path: Path) -> None:
     """Where a killed collector has deleted the logs already, none are kept."""
     (tmp_path / f"going-{SESSION}" / "sockets").mkdir(parents=True)
-    assert [one.name for one in collector.collect_sessions([tmp_path], keep_logs=True).removed] == [SESSION]
+    assert [one.name for one in collect(tmp_path, keep_logs=True)["removed"]] == [SESSION]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -335,7 +335,7 @@ def test_nothing_takes_a_session_that_a_process_joined(
         return held
 
     monkeypatch.setattr(flock, "try_flock", join)
-    collector.collect_sessions([place.temp], starting=0, keep_logs=True)
+    collect(place.temp, starting=0, keep_logs=True)
     assert (session / "runtime_resources").exists()
     end(children[0])
     place.close(lambda _: None, failed=False, keep=False)
