@@ -17,7 +17,8 @@ from ray_envcache.sessions.directories import Session
 from ray_envcache.system import disk
 from tests import support
 
-NOBODY = 65534
+# A user of this process only: what processes of a user refuse keeps all sessions of that user.
+NOBODY = 30_000 + os.getpid() % 30_000
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fdinfo").is_dir(), reason="needs /proc as Linux has it")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 FIRST_NAMESPACE = "pid:[4026531836]"  # of pids: that of the host, by the kernel's own constant
@@ -70,6 +71,9 @@ def start(children: list[subprocess.Popen[str]], code: str, *arguments: str | Pa
 def cli(*arguments: str | Path, **environ: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ray_envcache", *map(str, arguments)]
     return subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True, check=False)
+
+
+BECOME_NOBODY = f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})"
 
 
 def give_to_nobody(session: Path) -> None:

@@ -21,6 +21,7 @@ from ray_envcache.sessions import collector
 from ray_envcache.system import disk, flock, processes
 from tests import support
 from tests.sessions.made import (
+    BECOME_NOBODY,
     NOBODY,
     cli,
     collect,
@@ -265,7 +266,7 @@ def test_files_of_another_user_keep_it(what: str, temp: Path) -> None:
     os.chown(session / what, NOBODY, NOBODY, follow_symlinks=False)
     rest(session)
     state, why = judge(session)
-    assert (state, "user 65534" in why) == ("in doubt", True)
+    assert (state, f"user {NOBODY}" in why) == ("in doubt", True)
     before = sorted(path.name for path in session.rglob("*"))
     assert collect(temp)["removed"] == []
     assert sorted(path.name for path in session.rglob("*")) == before
@@ -280,14 +281,16 @@ from ray_envcache.system import processes
 from ray_envcache.sessions.collector import collect_sessions
 from pathlib import Path
 import psutil
-os.setgroups([]); os.setgid(65534); os.setuid(65534)
+BECOME_NOBODY
 found = collect_sessions([Path(sys.argv[1])])
 print(json.dumps({state: [[one.name, one.why] for one in found if one.state == state] for state in ("removed", "alive", "in doubt")}))
 """
 
 
 def collect_as_nobody(temp: Path) -> dict[str, list[list[str]]]:
-    found: dict[str, list[list[str]]] = json.loads(support.run_python(AS_NOBODY, str(temp)))
+    found: dict[str, list[list[str]]] = json.loads(
+        support.run_python(AS_NOBODY.replace("BECOME_NOBODY", BECOME_NOBODY), str(temp))
+    )
     return found
 
 
@@ -311,7 +314,7 @@ def test_another_user_touches_only_his_own(temp: Path, children: list[subprocess
 @needs_proc
 def test_a_process_that_refuses_to_be_looked_at(temp: Path, children: list[subprocess.Popen[str]]) -> None:
     """A Python of the same user that hides its files keeps the sessions it may belong to: those that began before it."""
-    hidden = "import ctypes, os; os.setgroups([]); os.setgid(65534); os.setuid(65534); ctypes.CDLL(None).prctl(4, 0)"
+    hidden = f"import ctypes, os; {BECOME_NOBODY}; ctypes.CDLL(None).prctl(4, 0)"
     pid = start(children, hidden)
     earlier = make(temp, 1)
     later = temp / time.strftime(

@@ -19,6 +19,7 @@ from ray_envcache.errors import TempDirError
 from ray_envcache.sessions import short_path
 from ray_envcache.system import disk
 from tests import support
+from tests.sessions.made import BECOME_NOBODY, NOBODY
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 # The longest that Ray appends, by its own rules: ray._private.node and ray.dashboard.subprocesses.utils.
@@ -182,13 +183,13 @@ def test_unwritable(tmp_path: Path) -> None:
         from ray_envcache import errors
         from ray_envcache.sessions import directories, short_path
         from ray_envcache.system import processes
-        os.setgroups([]); os.setgid(65534); os.setuid(65534)
+        BECOME_NOBODY
         try:
             short_path.short_tmpdir(sys.argv[1])
         except errors.TempDirError as error:
             print(error)
         """
-        said = support.run_python(code, str(folder))
+        said = support.run_python(code.replace("BECOME_NOBODY", BECOME_NOBODY), str(folder))
     assert said == (
         f"Cannot use the temp directory `{folder}`: Permission denied\nhint: choose a directory you may write to\n"
     )
@@ -239,8 +240,8 @@ def test_no_place_for_a_link(long: Path, tmp_path: Path) -> None:
 @needs_root
 def test_a_place_of_another_user_is_refused(long: Path, place: Path) -> None:
     """The owner of a place could replace the link, so that must be root or the user."""
-    os.chown(place, 65534, 65534)
-    with pytest.raises(TempDirError, match="it belongs to user 65534"):
+    os.chown(place, NOBODY, NOBODY)
+    with pytest.raises(TempDirError, match=f"it belongs to user {NOBODY}"):
         short_path.make_link(str(long), [place])
     os.chown(place, 0, 0)
     short = short_path.make_link(str(long), [Path("/nowhere"), place])
@@ -262,7 +263,7 @@ def test_a_folder_that_is_not_ours_alone_is_passed_over(long: Path, place: Path,
         elif os.geteuid() != 0:
             pytest.skip("needs root")
         else:
-            os.chown(folder, 65534, 65534)
+            os.chown(folder, NOBODY, NOBODY)
     with pytest.raises(TempDirError, match=f"{place} \\("):
         short_path.make_link(str(long), [place])
     assert list(long.iterdir()) == []
