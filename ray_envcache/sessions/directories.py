@@ -56,17 +56,11 @@ class Session:
 def temp_dirs(chosen: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> list[Path]:
     """Return the temp directories to search, resolved: Ray's default, or `chosen` and the `ray` in it.
 
-    Those of our own runs there follow. Raises TempDirError where `chosen` is no directory, or where a directory may not
-    be read; directories called like runs are skipped then, since any user may make them in /tmp.
+    Those of our own runs there follow. Raises TempDirError where `chosen` is no directory.
     """
     top = _top(chosen, environ)
-    # A directory that cannot be searched may have one of Ray's in it.
-    unclear = os.path.isdir(top) and not os.access(top, os.X_OK)
-    meant = [*([top] if chosen is not None or unclear else []), *_resolved([top / "ray"])]
-    for temp in meant:
-        if not _is_readable(temp):
-            raise TempDirError(f"You may not look into the temp directory `{temp}`", "choose another one with --tmpdir")
-    return [*meant, *filter(_is_readable, _resolved(run / "ray" for run in _runs_in(top)))]
+    below = _resolved(folder / "ray" for folder in (top, *_runs_in(top)))
+    return [*([top] if chosen is not None else []), *below]
 
 
 def run_dirs(chosen: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> list[Path]:
@@ -74,29 +68,14 @@ def run_dirs(chosen: str | os.PathLike[str] | None, environ: Mapping[str, str]) 
     return _runs_in(_top(chosen, environ))
 
 
-def absolute(path: str | os.PathLike[str]) -> str:
-    """Return the path from the root on. Raises TempDirError for a relative one in a working directory that is gone."""
-    try:
-        return os.path.abspath(path)
-    except FileNotFoundError as error:
-        raise TempDirError(
-            f"Cannot find the temp directory `{os.fspath(path)}`: the working directory is gone",
-            "name it by an absolute path, or change to a directory that exists",
-        ) from error
-
-
 def _top(chosen: str | os.PathLike[str] | None, environ: Mapping[str, str]) -> Path:
     if chosen is not None:
         if not os.path.isdir(chosen):
             raise TempDirError(f"No directory: `{os.fspath(chosen)}`", "name the temp directory of Ray clusters")
-        return Path(absolute(chosen)).resolve()
+        return Path(chosen).resolve()
     # As in ray._common.utils.get_default_system_temp_dir.
     default = environ.get("TMPDIR") if sys.platform.startswith("linux") else None
-    return Path(absolute(environ.get("RAY_TMPDIR") or default or "/tmp")).resolve()  # noqa: S108  # where Ray puts them
-
-
-def _is_readable(temp: Path) -> bool:
-    return os.access(temp, os.R_OK | os.X_OK)
+    return Path(environ.get("RAY_TMPDIR") or default or "/tmp").resolve()  # noqa: S108  # where Ray puts them
 
 
 def _resolved(temps: Iterable[Path]) -> list[Path]:

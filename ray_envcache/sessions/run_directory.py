@@ -134,8 +134,8 @@ class RunTmpdir:
     def make(cls, chosen: str | None, environ: Mapping[str, str]) -> RunTmpdir:
         """Make one below `chosen`, else $RAY_TMPDIR, else $TMPDIR, else the system's. Raises TempDirError."""
         top = chosen or environ.get("RAY_TMPDIR") or environ.get("TMPDIR") or tempfile.gettempdir()
-        require_usable(top := directories.absolute(top))
-        folder = Path(tempfile.mkdtemp(prefix=directories.RUN_PREFIX, dir=top))
+        require_usable(top)
+        folder = Path(tempfile.mkdtemp(prefix=directories.RUN_PREFIX, dir=os.path.abspath(top)))
         try:
             short = short_tmpdir(folder)
         except BaseException:

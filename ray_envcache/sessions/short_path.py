@@ -39,9 +39,8 @@ def short_tmpdir(path: str | os.PathLike[str]) -> str:
     It is `path` itself if that is short enough, else a private link. Raises TempDirError where Ray could not work in
     the directory (it is missing, not writable, full, on a network file system), or where a link has no place.
     """
-    given = directories.absolute(path)
-    require_usable(given)
-    target = os.path.realpath(given)
+    require_usable(os.fspath(path))
+    given, target = os.path.abspath(path), os.path.realpath(path)
     for short in (given, target):
         if len(os.fsencode(short)) <= MAX_BYTES:
             return short
