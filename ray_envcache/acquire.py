@@ -18,7 +18,7 @@ from ray_envcache.store.key import layer_key
 from ray_envcache.store.layout import Entry, Layout, newest_first, only_key
 from ray_envcache.store.leases import Holder, Lease, claim
 from ray_envcache.store.memo import Memo
-from ray_envcache.store.readonly import opened
+from ray_envcache.store.roots import opened
 from ray_envcache.system import children, flock
 from ray_envcache.system.files import file_identity
 

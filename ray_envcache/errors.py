@@ -120,7 +120,7 @@ class ReadOnlyError(EnvCacheError):
 
 
 class InUseError(EnvCacheError):
-    """An entry cannot be removed because processes use it; the message names them."""
+    """An entry cannot be removed because processes use it; `why` names them."""
 
 
 class RemoteError(EnvCacheError):

@@ -24,7 +24,7 @@ from ray_envcache.remote import bucket
 from ray_envcache.remote.push import push
 from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.sessions.run_directory import RunTmpdir
-from ray_envcache.store import readonly
+from ray_envcache.store import roots
 from ray_envcache.store.layout import SHOWN_DIGITS
 from ray_envcache.store.leases import Holder
 from ray_envcache.survey.nearest import DIGESTS, Difference
@@ -148,7 +148,7 @@ def explain_(*, as_json: bool, **options: Any) -> None:
     differs: packages, Python, ray, options, settings of uv; of a new layer the local packages whose content changed.
     Builds nothing; the exit code is 0 in both cases.
     """
-    own, below = readonly.opened()
+    own, below = roots.opened()
     parts = explain(spec_of(**options), installed_ray(), (own, *below))
     new = next((one for one in parts if one.path is None), None)
     if as_json:

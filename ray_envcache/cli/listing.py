@@ -13,7 +13,7 @@ import click
 
 from ray_envcache.cli import tables
 from ray_envcache.errors import FieldValueError
-from ray_envcache.store import readonly
+from ray_envcache.store import roots
 from ray_envcache.store.layout import Layout
 from ray_envcache.store.record import read_facts
 from ray_envcache.survey import inventory, uv_cache
@@ -64,7 +64,7 @@ def list_(*, as_json: bool, quiet: bool, **options: Any) -> None:
     if quiet and as_json:
         raise click.UsageError("--quiet prints keys, --json all there is: leave out one")
     filters = [parse_filter(text) for text in options["chosen"]]
-    layout, below = readonly.opened()
+    layout, below = roots.opened()
     everything = inventory.survey(layout, below)
     found = _chosen(layout, everything, filters, options)
     if quiet:
@@ -73,14 +73,14 @@ def list_(*, as_json: bool, quiet: bool, **options: Any) -> None:
         return
     caches = [one for one in _uv_caches(layout, users=options["uv_cache"]) if one]
     if as_json:
-        roots = {"root": os.fspath(layout.root), "readonly_roots": [os.fspath(one.root) for one in below]}
+        places = {"root": os.fspath(layout.root), "readonly_roots": [os.fspath(one.root) for one in below]}
         envs = [tables.status_as_json(status) for status in found]
-        tables.print_json({**roots, "envs": envs, "uv_caches": [one._asdict() for one in caches]})
+        tables.print_json({**places, "envs": envs, "uv_caches": [one._asdict() for one in caches]})
     else:
         tables.print_environments(found, of=len(everything), grouped=options["sort"] is None)
         tables.print_uv_caches(caches)
-    for root in readonly.missing_stores(layout, os.environ):
-        click.echo(f"note: {readonly.VARIABLE} names `{root}`, where there is no store", err=True)
+    for root in roots.missing_stores(layout, os.environ):
+        click.echo(f"note: {roots.READONLY} names `{root}`, where there is no store", err=True)
 
 
 def _chosen(layout: Layout, found: list[Status], filters: list[Filter], options: dict[str, Any]) -> list[Status]:

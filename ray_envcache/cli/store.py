@@ -17,7 +17,7 @@ from ray_envcache.gc.evict import evict, with_layers
 from ray_envcache.gc.policy import Limits, parse_limit
 from ray_envcache.sessions import directories, run_directory
 from ray_envcache.sessions.collector import collect_sessions
-from ray_envcache.store import journal, pins, readonly
+from ray_envcache.store import journal, pins, roots
 from ray_envcache.store.layout import Entry
 from ray_envcache.survey import inventory
 from ray_envcache.system.texts import format_size, parse_duration, printable
@@ -131,7 +131,7 @@ def gc(*, dry_run: bool, everything: bool, as_json: bool, sessions: bool, **limi
     if older_than is not None or tmpdir is not None:
         raise click.UsageError("--tmpdir and --older-than are about session directories: add --sessions")
     chosen = replace(Limits.from_environ(os.environ), everything=everything, **given)
-    report = collect(readonly.opened()[0], chosen, dry_run=dry_run)
+    report = collect(roots.opened()[0], chosen, dry_run=dry_run)
     _finish_collection(report, as_json=as_json, dry_run=dry_run)
 
 

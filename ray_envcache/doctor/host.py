@@ -17,9 +17,9 @@ from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.policy import VARIABLES, Limits
 from ray_envcache.resolve import interpreter, uv
 from ray_envcache.resolve.interpreter import installed_ray
-from ray_envcache.store import readonly
+from ray_envcache.store import roots
 from ray_envcache.store.layout import Layout, default_root
-from ray_envcache.store.root import prepare_root
+from ray_envcache.store.roots import prepare_root
 from ray_envcache.survey.uv_cache import UvCache
 from ray_envcache.system import disk
 from ray_envcache.system.testpoints import FOLDER
@@ -54,7 +54,7 @@ def _store(layout: Layout) -> Iterator[Finding]:
     if found.state != ERROR:
         yield finding_of("space", _space, layout)
         yield finding_of("uv's cache", _cache, layout)
-        if os.environ.get(readonly.VARIABLE):
+        if os.environ.get(roots.READONLY):
             yield finding_of("read-only stores", _readonly_stores, layout)
 
 
@@ -108,11 +108,11 @@ def users_cache(layout: Layout) -> UvCache | None:
 
 def _readonly_stores(layout: Layout) -> Finding:
     name = "read-only stores"
-    found = ", ".join(str(one.root) for one in readonly.readonly_stores(layout, os.environ)) or "none"
-    missing = ", ".join(map(str, readonly.missing_stores(layout, os.environ)))
+    found = ", ".join(str(one.root) for one in roots.readonly_stores(layout, os.environ)) or "none"
+    missing = ", ".join(map(str, roots.missing_stores(layout, os.environ)))
     if not missing:
         return Finding(name, OK, found)
-    hint = f"ray-envcache build makes one there; or take it out of {readonly.VARIABLE}"
+    hint = f"ray-envcache build makes one there; or take it out of {roots.READONLY}"
     return Finding(name, WARN, f"{found}; there is no store at {missing}", hint)
 
 

@@ -21,14 +21,15 @@ from ray_envcache.build.builder import Builder
 from ray_envcache.build.observer import Observer
 from ray_envcache.build.plan import Plan, plan_of
 from ray_envcache.checkout.project import Project
-from ray_envcache.errors import BuildError, EnvCacheError, ReadOnlyError, UnknownKeyError
+from ray_envcache.errors import BuildError, EnvCacheError, UnknownKeyError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import interpreter, uv, uv_errors
 from ray_envcache.resolve.interpreter import AnyRay
 from ray_envcache.store import journal, memo
-from ray_envcache.store.layout import Entry, Layout, layout_of
+from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, claim
 from ray_envcache.store.record import ReadyRecord
+from ray_envcache.store.roots import require_own
 from ray_envcache.survey import inventory, shared_bytecode
 from ray_envcache.survey.inventory import User
 from ray_envcache.survey.verification import Verified, module_of, verify
@@ -71,12 +72,7 @@ def repair(store: Store, found: Verified, ray: AnyRay, observer: Observer) -> Re
     build. Then the damaged entry is handed out as before.
     """
     layout, entry, began = store.layout, found.entry, time.monotonic()
-    if entry.readonly:
-        root = layout_of(entry).root
-        raise ReadOnlyError(
-            f"The environment {entry.name} cannot be repaired: `{root}` is read-only here",
-            f"its owner can: RAY_ENVCACHE_DIR={root} ray-envcache verify --repair {entry.short}",
-        )
+    require_own(entry, "verify --repair")
     changed = [entry.venv / one.path for one in found.differences if module_of(one.path)]
     with ExitStack() as held:
         plan = _planned_again(layout, entry, ray, held)

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
-from ray_envcache.errors import InUseError, ReadOnlyError, UnknownKeyError
+from ray_envcache.errors import InUseError, UnknownKeyError
 from ray_envcache.store import journal, leases, pins
-from ray_envcache.store.layout import Entry, Layout, layout_of
+from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.record import ReadyRecord
+from ray_envcache.store.roots import require_own
 from ray_envcache.survey import shared_bytecode
 from ray_envcache.system import disk, files, flock, processes, testpoints
 from ray_envcache.system.disk import DiskUse
@@ -30,12 +31,7 @@ def evict(layout: Layout, entry: Entry) -> DiskUse:
     it is in a read-only store. A user waits no longer than for a rename: flocks are only tried, and free before the
     deleting begins.
     """
-    if entry.readonly:
-        root = layout_of(entry).root
-        raise ReadOnlyError(
-            f"The environment {entry.path.name} cannot be removed: `{root}` is read-only here",
-            f"its owner can: RAY_ENVCACHE_DIR={root} ray-envcache rm {entry.key[:12]}",
-        )
+    require_own(entry, "rm")
     _require_no_process(entry, entry.path)
     return evict_idle(layout, entry)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_envcache.errors import BusyError
-from ray_envcache.store import readonly
+from ray_envcache.store import roots
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.record import ReadyRecord
 from ray_envcache.system import files, flock
@@ -247,7 +247,7 @@ def _shared_flock(entry: Entry, *, ready: bool) -> int | None:
 
 def _try_shared(entry: Entry) -> int | None:
     if entry.readonly:
-        return readonly.shared_flock(entry)
+        return roots.shared_flock(entry)
     return flock.try_flock(entry.in_use, exclusive=False)
 
 

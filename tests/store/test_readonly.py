@@ -26,7 +26,7 @@ from ray_envcache.gc.collector import collect
 from ray_envcache.gc.evict import evict
 from ray_envcache.gc.policy import Limits
 from ray_envcache.resolve.interpreter import installed_ray
-from ray_envcache.store import leases, readonly, record
+from ray_envcache.store import leases, record, roots
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, Lease
 from ray_envcache.store.record import ReadyRecord
@@ -90,7 +90,7 @@ def project(folder: Path) -> Path:
 @pytest.fixture
 def below(image: Layout, store: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
     """A store of our own, empty, on top of that of the image; nothing may change in that during the test."""
-    monkeypatch.setenv(readonly.VARIABLE, str(image.root))
+    monkeypatch.setenv(roots.READONLY, str(image.root))
     return Store.open(store.layout.root)
 
 
@@ -182,7 +182,7 @@ def test_own_environments_come_first(
     """What we have ourselves is used; and what is only below is not, when the variable does not say so any more."""
     with acquire(store, project, finish=False) as lease:
         assert not lease.entry.readonly
-    monkeypatch.setenv(readonly.VARIABLE, str(image.root))
+    monkeypatch.setenv(roots.READONLY, str(image.root))
     both = Store.open(store.layout.root)
     with acquire(both, project, finish=False) as lease:
         assert not lease.entry.readonly
@@ -217,7 +217,7 @@ def test_other_user(image: Layout, project: Path, tmp_path: Path) -> None:
         "HOME": str(mine),
         "UV_CACHE_DIR": str(mine / "uv"),
         "RAY_ENVCACHE_DIR": str(mine / "store"),
-        readonly.VARIABLE: str(image.root),
+        roots.READONLY: str(image.root),
     }
     for command in (["-c", textwrap.dedent(USE), project], ["-m", "ray_envcache", "list"]):
         done = subprocess.run(
@@ -258,7 +258,10 @@ def test_mounted_noexec(image: Layout, below: Store) -> None:
     command = [*support.container(), "sh", "-c", mount, str(image.root), sys.executable, "-m", "ray_envcache", "list"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (3, "")
-    assert f"`{image.root}` is mounted noexec: no library can be loaded from there\nhint: mount it" in done.stderr
+    assert (
+        f"`{image.root}` is mounted noexec: no program or library can be loaded from there\nhint: mount it"
+        in done.stderr
+    )
 
 
 def test_file_system_without_flocks(
@@ -325,7 +328,7 @@ def test_layer_on_top(
     rows = [line.split()[0] for line in cli("list").stdout.splitlines()[1:4]]
     assert sorted(rows[1:]) == sorted(one.key[:12] for one in [lease.entry, layer_of(image)])
     assert rows[0] == environment_of(image).key[:12]
-    monkeypatch.delenv(readonly.VARIABLE)
+    monkeypatch.delenv(roots.READONLY)
     # Whoever collects need not know of the image: as long as the environment is there, nobody takes the layer for broken.
     assert collect(below.layout, NOTHING_DUE).in_use == 0
     assert own_entries(below) == [lease.entry]
@@ -378,18 +381,18 @@ def test_missing_store(below: Store, image: Layout, tmp_path: Path, monkeypatch:
     """An image need not have one: nothing fails, and `list` says so. Our own is not below itself, however spelled."""
     (tmp_path / "link").symlink_to(below.layout.root)
     named = [tmp_path / "nowhere", "", tmp_path / "link", below.layout.root, image.root, image.root]
-    monkeypatch.setenv(readonly.VARIABLE, ":".join(map(str, named)))
+    monkeypatch.setenv(roots.READONLY, ":".join(map(str, named)))
     assert [layout.root for layout in Store.open(below.layout.root).readonly] == [image.root]
-    assert cli("list").stderr == f"note: {readonly.VARIABLE} names `{tmp_path}/nowhere`, where there is no store\n"
+    assert cli("list").stderr == f"note: {roots.READONLY} names `{tmp_path}/nowhere`, where there is no store\n"
 
 
 @pytest.mark.parametrize(("named", "reason"), [("envcache", "relative"), ("/opt/it's", "shebangs"), ("/a:~/b", "~/b")])
 def test_impossible_paths(store: Store, named: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names the variable and the path."""
-    monkeypatch.setenv(readonly.VARIABLE, named)
+    monkeypatch.setenv(roots.READONLY, named)
     with pytest.raises(StoreError, match=reason) as caught:
         Store.open(store.layout.root)
-    assert readonly.VARIABLE in str(caught.value)
+    assert roots.READONLY in str(caught.value)
 
 
 @pytest.mark.parametrize("place", ["root", "top", "entries", "entry"])
@@ -407,13 +410,13 @@ def test_not_trusted(
         path.symlink_to("elsewhere")
     else:
         path.chmod(0o775 if fault == "group may write" else 0o757)
-    monkeypatch.setenv(readonly.VARIABLE, str(copy.root))
+    monkeypatch.setenv(roots.READONLY, str(copy.root))
     if fault == "link":
         # The root may be a link; further down, what is no directory is nobody's entry.
-        assert (readonly.readonly_stores(store.layout, os.environ) == ()) == (place in {"top", "entries"})
+        assert (roots.readonly_stores(store.layout, os.environ) == ()) == (place in {"top", "entries"})
         return
-    with pytest.raises(StoreError, match=str(copy.root if fault == "foreign" else path)) as caught:
-        leases.hold(one) if place == "entry" else readonly.readonly_stores(store.layout, os.environ)
+    with pytest.raises(StoreError, match=f"`{path}`") as caught:
+        leases.hold(one) if place == "entry" else roots.readonly_stores(store.layout, os.environ)
     assert "environments run code" in caught.value.hint
 
 
@@ -429,7 +432,7 @@ def test_unreadable(copy: Layout, tmp_path: Path) -> None:
     """A store that root made, and nobody made readable, is an error that says how."""
     drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"] if os.geteuid() == 0 else []
     one = environment_of(copy)
-    environ = {"RAY_ENVCACHE_DIR": str(tmp_path / "own"), readonly.VARIABLE: str(copy.root)}
+    environ = {"RAY_ENVCACHE_DIR": str(tmp_path / "own"), roots.READONLY: str(copy.root)}
     for path in (copy.root, one.path, one.ready):
         with modes(path, mode=0):
             done = cli("list", before=drop, **environ)
@@ -442,7 +445,7 @@ def test_moved_store(store: Store, copy: Layout, image: Layout, project: Path, m
     link = copy.root.with_name("link")
     link.symlink_to(image.root)
     for root, built in ((copy.root, 1), (link, 0)):
-        monkeypatch.setenv(readonly.VARIABLE, str(root))
+        monkeypatch.setenv(roots.READONLY, str(root))
         with acquire(Store.open(store.layout.root), project, finish=False) as lease:
             assert lease.entry.path.is_relative_to(store.layout.root if built else link)
         for one in own_entries(store):

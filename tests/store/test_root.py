@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from ray_envcache.errors import StoreError
-from ray_envcache.store import root
+from ray_envcache.store import roots
 from ray_envcache.store.layout import Layout
-from ray_envcache.store.root import prepare_root
+from ray_envcache.store.roots import prepare_root
 from ray_envcache.system import disk
 from ray_envcache.system.disk import FileSystem
 
@@ -42,9 +42,9 @@ def test_file_system_of_a_virtual_machine_is_refused(
 ) -> None:
     """Where other machines may use the same file system a store is refused, unless that is allowed."""
     monkeypatch.setattr(disk, "free_space", lambda _: FileSystem(10**12, 10**12, None, kind))
-    root._require_local.cache_clear()
+    roots._require_local.cache_clear()
     with pytest.raises(StoreError, match=re.escape(f"other machines may use too ({kind})")):
         prepare_root(Layout(tmp_path / "store"))
     monkeypatch.setenv("RAY_ENVCACHE_ALLOW_NETWORK_FS", "1")
     prepare_root(Layout(tmp_path / "store"))
-    root._require_local.cache_clear()
+    roots._require_local.cache_clear()
