@@ -265,9 +265,9 @@ def test_pinned_environment_is_found_without_its_files(
     shutil.rmtree(by_file.parent)
     with store.acquire(spec, installed_ray(), Holder("test")) as lease:
         assert lease.entry == entry
-    with pytest.raises(LockfileError, match="No such path"):
+    with pytest.raises(LockfileError, match="No such file"):
         store.acquire(open_spec, installed_ray(), Holder("test"))
-    with pytest.raises(LockfileError, match="No such path"):
+    with pytest.raises(LockfileError, match="No such file"):
         store.acquire(EnvSpec.parse({"path": project}), installed_ray(), Holder("test"))
 
 

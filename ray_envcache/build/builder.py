@@ -22,7 +22,7 @@ from pathlib import Path
 from ray_envcache.build import bytecode, venv_files
 from ray_envcache.build.observer import Observer
 from ray_envcache.build.plan import Plan, pip_options
-from ray_envcache.build.uv_calls import UvCalls, disk_full
+from ray_envcache.build.uv_calls import UvCalls
 from ray_envcache.errors import BuildError, DiskFullError, EnvCacheError, PassingError
 from ray_envcache.gc.collector import make_room
 from ray_envcache.inside import check
@@ -73,7 +73,7 @@ class Builder:
         except OSError as error:
             if error.errno not in files.FULL_DISK:
                 raise
-            raise disk_full(self.layout.entries, self.plan.download_size) from error
+            raise self._disk_full() from error
 
     def _ensure_room(self) -> None:
         """Collect idle environments where the disk may be too small for this one.
@@ -86,7 +86,16 @@ class Builder:
             return
         make_room(self.layout, int(download * UNPACKED))
         if disk.free_space(entries).free < download:
-            raise disk_full(entries, download)
+            raise self._disk_full()
+
+    def _disk_full(self) -> DiskFullError:
+        entries, megabytes = self.layout.entries, self.plan.download_size / 1e6
+        # Not every lockfile has sizes; less than a megabyte cannot be all of an environment with ray.
+        need = f"its packages are {megabytes:,.0f} MB to download and more once unpacked, " if megabytes >= 1 else ""
+        return DiskFullError(
+            f"No space left for the environment in `{entries}`: {need}{disk.room_left(entries)}",
+            "make room (ray-envcache list shows what the store holds), or move the store: RAY_ENVCACHE_DIR",
+        )
 
     def _lease(self) -> Lease:
         with exclusive_flock(self.layout.builder_flock(self.plan.key), self._tell_waiting) as flock:
@@ -201,11 +210,12 @@ class Builder:
 
     def _uv_calls(self, entry: Entry, flock: int) -> UvCalls:
         plan, cache = self.plan, uv.cache_directory(entry.path) or self.layout.uv_cache
-        return UvCalls(entry, plan.folder, plan.project, plan.download_size, cache, flock, self.observer.line)
+        return UvCalls(entry, plan.folder, plan.project, cache, flock, self.observer.line)
 
     def _check(self, entry: Entry) -> None:
         """Raise BuildError where a worker could not start: Ray would start it again without end."""
-        wanted = [self.plan.ray, self.plan.interpreter.version, os.fspath(entry.venv), self.plan.holds]
+        plan = self.plan
+        wanted = json.dumps([plan.ray, plan.interpreter.version, os.fspath(entry.venv), plan.holds])
         done = self._run_check(entry)
         if done.killed:
             raise uv_errors.killed(done, "The Python that checks the new environment")
@@ -214,11 +224,13 @@ class Builder:
                 f"`import ray` fails in the new environment:\n{done.stderr.strip()[-1500:]}",
                 "a package of the lockfile breaks ray on this platform; `uv run python -c 'import ray'` shows the same",
             )
-        found = _answer(done.stdout)
+        # After what packages print when they are imported.
+        found = done.stdout.rpartition("\n\n")[2]
         if found != wanted:
             raise BuildError(
-                f"The new environment has ray, Python, prefix and holds {found} instead of {wanted}",
-                "see that nothing on this node (a sitecustomize, a wrapper of Python) changes what a venv is",
+                f"The new environment has ray, Python, prefix and holds `{found}` instead of `{wanted}`",
+                "see that nothing on this node (a sitecustomize, a wrapper of Python) changes what a venv is, "
+                "and that no package ends Python when ray imports it: `uv run python -c 'import ray'`",
             )
 
     def _run_check(self, entry: Entry) -> children.Completed:
@@ -268,14 +280,3 @@ def _own_packages() -> str:
     """Where this Python has the ray of the cluster, "" where it has none."""
     found = importlib.util.find_spec("ray")
     return os.path.dirname(os.path.dirname(found.origin)) if found and found.origin else ""
-
-
-def _answer(stdout: str) -> object:
-    """What the check answered: its last line, after what packages print when they are imported."""
-    try:
-        return json.loads(stdout.rpartition("\n\n")[2])
-    except ValueError as error:
-        raise BuildError(
-            f"The check of the new environment ended without an answer; it printed: {stdout[-500:]!r}",
-            "a package of the lockfile ends Python when ray imports it: `uv run python -c 'import ray'`",
-        ) from error

@@ -62,20 +62,22 @@ class Repository:
         if done.returncode != 0:
             raise LockfileError(
                 f"git cannot read the repository `{self.top}`: {done.stderr.strip()}",
-                "see what `git status` says there",
+                "see what `git status` says there; where it is a submodule or a worktree, git keeps the rest elsewhere",
             )
         return done.stdout
 
 
 def repository_of(folder: Path) -> Repository | None:
-    """The repository that `folder` is in, None where it is in none. Raises LockfileError where its rest is missing."""
+    """The repository that `folder` is in, None where it is in none."""
     real = Path(os.path.realpath(folder))
     for place in (real, *real.parents):
         pointer = place / ".git"
         if (pointer / "HEAD").is_file():
             return Repository(place, pointer)
         if pointer.is_file():
-            return Repository(place, _named_in(pointer))
+            # Of a submodule, or of a linked worktree.
+            name = pointer.read_text("utf-8", "surrogateescape").partition("gitdir:")[2].strip()
+            return Repository(place, Path(os.path.normpath(place / name)))
     return None
 
 
@@ -88,15 +90,3 @@ def environ() -> dict[str, str]:
     """Our variables without those by which a git hook, or another Python, would lead a child astray."""
     found = children.clean_environ()
     return {name: value for name, value in found.items() if not name.startswith("GIT_") or reaches(name)}
-
-
-def _named_in(pointer: Path) -> Path:
-    """The directory that the file `.git` of a submodule or a linked worktree names."""
-    name = pointer.read_text("utf-8", "surrogateescape").partition("gitdir:")[2].strip()
-    directory = Path(os.path.normpath(pointer.parent / name))
-    if not name or not (directory / "HEAD").is_file():
-        raise LockfileError(
-            f"`{pointer}` names a git directory that is not on this node: `{directory}`",
-            "bring it to the same place (submodules and worktrees keep theirs elsewhere), or leave out `.git`",
-        )
-    return directory

@@ -109,14 +109,10 @@ def _is_folder(path: Path) -> bool:
     """Whether `path` is a folder. Raises LockfileError where it is not there, or this user may not look."""
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        raise LockfileError(
-            f"No such path: `{path}`",
-            "a relative path starts in the working_dir, if there is one, else in the current directory",
-        ) from error
     except OSError as error:
         raise LockfileError(
-            f"Cannot look at `{path}`: {error.strerror}", "name a path that can be read here"
+            f"Cannot look at `{path}`: {error.strerror}",
+            "a relative path starts in the working_dir, if there is one, else in the current directory",
         ) from error
 
 

@@ -14,16 +14,13 @@ def read(path: Path, hint: str) -> dict[str, Any]:
     """The content of the file. Raises LockfileError with `hint` where it cannot be read."""
     try:
         return parse(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LockfileError(f"Cannot read `{path}`: {error}", hint) from error
 
 
 def parse(text: str) -> dict[str, Any]:
-    """The content of the text. Raises ValueError."""
-    try:
-        return tomli.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deep") from error
+    """The content of the text. Raises ValueError, or RecursionError where it is nested too deep."""
+    return tomli.loads(text)
 
 
 def table_in(table: dict[str, Any], *keys: str) -> dict[str, Any]:

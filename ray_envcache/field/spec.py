@@ -14,7 +14,16 @@ from ray_envcache.errors import FieldValueError
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,254}[A-Za-z0-9])?"  # as PEP 508, and short enough for a file name
 _PATTERN = r"[A-Za-z0-9*](?:[A-Za-z0-9._*-]{0,254}[A-Za-z0-9*])?"  # a name with stars
 _VERSION = r"3(?:\.[0-9]{1,2}(?:\.[0-9]{1,2})?)?"
-_DIGEST = r"sha256:[0-9a-f]{64}"
+_DIGEST = (
+    r"sha256:[0-9a-f]{64}", "of the form sha256:<64 hex digits>", "ray_envcache.runtime_env(path) computes it"
+)  # fmt: skip
+_FORMS = {
+    "digest": _DIGEST,
+    "content": _DIGEST,
+    "package": (
+        _NAME, "the name of one package", 'write {"package": "name"}, as the member\'s pyproject.toml has it'
+    ),
+}  # fmt: skip
 _UNUSABLE = "[\x00-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters, and bytes that are not text
 _MAX_PATH = 4096  # PATH_MAX of Linux, bytes
 _MAX_SHOWN = 200
@@ -69,12 +78,13 @@ class EnvSpec(NamedTuple):
         }
         lists = [name for name, default in defaults if default == ()]
         others.update({name: _names(value, name, _PATTERN if name == "inherit" else _NAME) for name in lists})
+        package = _text(value, "package")
         return cls(
             path=_path(value.get("path")),
-            package=_package(value.get("package")),
+            package=package and _normalized(package),
             python=_python(value.get("python")),
-            digest=_digest(value, "digest"),
-            content=_digest(value, "content"),
+            digest=_text(value, "digest"),
+            content=_text(value, "content"),
             **others,
         )
 
@@ -156,15 +166,6 @@ def _names(value: dict[Any, Any], option: str, form: str = _NAME) -> tuple[str, 
     return tuple(sorted({_normalized(name) for name in names}))
 
 
-def _package(value: Any) -> str | None:
-    if value is None:
-        return None
-    if isinstance(value, str) and re.fullmatch(_NAME, value):
-        return _normalized(value)
-    hint = 'write {"package": "name"}, as the member\'s pyproject.toml has it'
-    raise _not_valid("package", "the name of one package", value, hint)
-
-
 def _normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
@@ -187,14 +188,12 @@ def _flag(value: dict[Any, Any], option: str, *, default: bool) -> bool:
     raise _not_valid(option, "true or false", flag, "leave out the quotes")
 
 
-def _digest(value: dict[Any, Any], option: str) -> str | None:
-    digest = value.get(option)
-    if digest is None:
-        return None
-    if isinstance(digest, str) and re.fullmatch(_DIGEST, digest):
-        return digest
-    form, hint = "of the form sha256:<64 hex digits>", "ray_envcache.runtime_env(path) computes it"
-    raise _not_valid(option, form, digest, hint)
+def _text(value: dict[Any, Any], option: str) -> str | None:
+    """A text of the form that the option has."""
+    text, (form, described, hint) = value.get(option), _FORMS[option]
+    if text is None or (isinstance(text, str) and re.fullmatch(form, text)):
+        return text
+    raise _not_valid(option, described, text, hint)
 
 
 def _not_valid(option: str, form: str, value: Any, hint: str) -> FieldValueError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,21 +96,18 @@ def error_of(done: children.Completed, kind: type[EnvCacheError], what: str, hin
     if done.killed:
         return killed(done)
     reason = _said(done.stderr) or f"uv ended with status {done.returncode}"
-    if _FULL.search(done.stderr):
+    if full := _FULL.search(done.stderr):
         # That says nothing about what was asked: uv keeps notes in its cache even where it only reads.
-        room = disk.room_left(full_place(done.stderr) or Path(tempfile.gettempdir()))
-        hint = "make room there, or move what uv writes there: UV_CACHE_DIR, TMPDIR"
-        return DiskFullError(f"No space left for uv to work: {reason}; {room}", hint)
+        room = f"; {disk.room_left(Path(full[1]))}" if full[1] else ""
+        return DiskFullError(
+            f"No space left for uv to work: {reason}{room}",
+            "make room there (ray-envcache list shows what the store holds), or move what uv writes there: "
+            "RAY_ENVCACHE_DIR, UV_CACHE_DIR, TMPDIR",
+        )
     for cause in _CAUSES:
         if found := re.search(cause.sign, done.stderr):
             return (cause.kind or kind)(f"{what}: {cause.words}{reason}", cause.hint.format(*found.groups()))
     return kind(f"{what}: {reason}", hint)
-
-
-def full_place(stderr: str) -> Path | None:
-    """The path at which uv found no room, where it names one."""
-    found = _FULL.search(stderr)
-    return Path(found[1]) if found and found[1] else None
 
 
 def killed(done: children.Completed, who: str = "uv") -> PassingError:

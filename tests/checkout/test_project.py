@@ -38,8 +38,8 @@ def test_project(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("nowhere", "No such path"),
-        ("file/pyproject.toml", "No such path"),
+        ("nowhere", "No such file"),
+        ("file/pyproject.toml", "Not a directory"),
         ("loop/pyproject.toml", "Too many levels of symbolic links"),
         ("x" * 300, "File name too long"),
     ],

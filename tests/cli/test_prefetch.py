@@ -71,6 +71,6 @@ def test_nothing_to_ask(tmp_path: Path, wheels: Path, *, project: bool) -> None:
         command = [sys.executable, "-m", "ray_envcache", "prefetch", "--address", address, str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    expected = f"error: Cannot ask the cluster at `{address}`: " if project else f"error: No such path: `{folder}`"
+    expected = f"error: Cannot ask the cluster at `{address}`: " if project else f"error: Cannot look at `{folder}`: "
     assert done.stderr.startswith(expected)
     assert "\nhint: " in done.stderr

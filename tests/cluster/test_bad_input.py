@@ -64,7 +64,7 @@ def cases(host: Host) -> dict[str, tuple[Any, str]]:
         return {"envcache": {"path": str(good), **options}}
 
     return {
-        "no path": ({"envcache": str(host.folder / "nowhere")}, "No such path"),
+        "no path": ({"envcache": str(host.folder / "nowhere")}, "No such file"),
         "no project": ({"envcache": str(host.folder / "empty")}, "No pyproject.toml"),
         "no lockfile": ({"envcache": str(unlocked)}, "run `uv lock`"),
         "outdated": ({"envcache": str(outdated)}, "no longer matches pyproject.toml"),

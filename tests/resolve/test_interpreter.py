@@ -63,16 +63,6 @@ def test_links_are_resolved(tmp_path: Path) -> None:
     assert interpreter.base_executable(str(tmp_path / "python")) == BASE
 
 
-def test_removed_python(tmp_path: Path) -> None:
-    """A Python that is gone by now is named."""
-    python = tmp_path / "python"
-    python.touch()
-    assert interpreter.fingerprint(str(python))[:2] == [str(python), 0]
-    python.unlink()
-    with pytest.raises(InterpreterError, match=f"The Python at `{python}` cannot be used any more: No such file"):
-        interpreter.fingerprint(str(python))
-
-
 def test_probe() -> None:
     """It is what packaging says inside that Python."""
     found = interpreter.probe(BASE)

@@ -142,4 +142,4 @@ def test_refused(jobs: dict[str, list[Any]]) -> None:
         assert says in message
     code, _, out = jobs["cli, missing"]
     assert code == 1
-    assert "No such path: `/nowhere/pyproject.toml`" in out
+    assert "Cannot look at `/nowhere/pyproject.toml`: No such file or directory" in out
