@@ -149,7 +149,7 @@ def build_finished(store: Store, project: Path) -> Entry:
     """
     with store.acquire(EnvSpec.parse(project), installed_ray(), Holder("test"), finish=False) as lease:
         entry = lease.entry
-    bytecode.finish_now(store.layout, entry)
+    bytecode.finish(store.layout, entry, background=False)
     assert entry.measured.exists()
     return entry
 

@@ -35,24 +35,23 @@ PROCESS_BYTES = 500_000_000
 """Memory that must be there for each: one takes 50 MB for ray, and 180 MB for a single module of 1 MB."""
 
 
-def finish(layout: Layout, entry: Entry) -> bool:
-    """Compile, sync and measure `entry`; False where it is gone, done, or another compiler is at it. Raises OSError."""
-    try:
-        descriptor = flock.try_flock(entry.finishing_flock, exclusive=True, flags=os.O_RDWR | os.O_CREAT)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    if descriptor is None:
-        return False
-    try:
-        return _finish_claimed(layout, entry, descriptor, background=True)
-    finally:
-        os.close(descriptor)
+def finish(layout: Layout, entry: Entry, *, background: bool) -> bool:
+    """Compile, sync and measure `entry`; False where it is gone or done. Raises OSError.
 
-
-def finish_now(layout: Layout, entry: Entry) -> None:
-    """Finish `entry` for a user who waits: at normal priority, and after a compiler that is at it. Raises OSError."""
-    with flock.exclusive_flock(entry.finishing_flock, lambda: None) as descriptor:
-        _finish_claimed(layout, entry, descriptor, background=False)
+    In the background at the lowest priority, and not where another compiler is at it; for a user who waits after that.
+    """
+    lease = claim(entry, layout, Holder("bytecode", command="compiles bytecode"))
+    if lease is None:
+        return False
+    with lease:
+        testpoints.reach("finishing-leased")
+        if background and flock.is_held(entry.finishing_flock):
+            return False
+        with flock.exclusive_flock(entry.finishing_flock, lambda: None) as descriptor:
+            if entry.compiled.exists():
+                return False
+            _finish(layout, entry, [descriptor, *lease.descriptors], background=background)
+            return True
 
 
 def finish_lease_now(layout: Layout, lease: Lease, compiling: Callable[[Path], object] = id) -> None:
@@ -61,7 +60,7 @@ def finish_lease_now(layout: Layout, lease: Lease, compiling: Callable[[Path], o
         for entry in lease.entries:
             if not (entry.readonly or entry.compiled.exists()):
                 compiling(entry.staged_bytecode)
-                finish_now(layout, entry)
+                finish(layout, entry, background=False)
                 push_built(layout, entry)
     except OSError as error:
         raise BuildError(
@@ -70,27 +69,18 @@ def finish_lease_now(layout: Layout, lease: Lease, compiling: Callable[[Path], o
         ) from error
 
 
-def _finish_claimed(layout: Layout, entry: Entry, descriptor: int, *, background: bool) -> bool:
-    testpoints.reach("finishing-claimed")
-    lease = claim(entry, layout, Holder("bytecode", command="compiles bytecode"))
-    if lease is None:
-        return False
-    with lease:
-        testpoints.reach("finishing-leased")
-        if entry.compiled.exists():
-            return False
-        began = time.monotonic()
-        # As soon as may be: later changes are to be noticed.
-        verification.seal(entry)
-        tag = compile_all(layout, entry, [descriptor, *lease.descriptors], background=background)
-        # From here on the entry survives a crash of the machine, not only of processes; and what it shares.
-        files.sync_file_system(entry.path)
-        shared_bytecode.publish(entry.staged_bytecode, layout.bytecode)
-        files.remove_tree(entry.staged_bytecode)
-        done = {"compiled_at": utc_now(), "seconds": round(time.monotonic() - began, 3), "python": tag}
-        files.write_json(entry.compiled, done)
-        record_sizes(layout, entry)
-        return True
+def _finish(layout: Layout, entry: Entry, kept: list[int], *, background: bool) -> None:
+    began = time.monotonic()
+    # As soon as may be: later changes are to be noticed.
+    verification.seal(entry)
+    tag = compile_all(layout, entry, kept, background=background)
+    # From here on the entry survives a crash of the machine, not only of processes; and what it shares.
+    files.sync_file_system(entry.path)
+    shared_bytecode.publish(entry.staged_bytecode, layout.bytecode)
+    files.remove_tree(entry.staged_bytecode)
+    done = {"compiled_at": utc_now(), "seconds": round(time.monotonic() - began, 3), "python": tag}
+    files.write_json(entry.compiled, done)
+    record_sizes(layout, entry)
 
 
 def compile_all(layout: Layout, entry: Entry, kept: list[int], *, background: bool) -> str:
@@ -132,7 +122,7 @@ def main(arguments: list[str]) -> int:
     # The cluster that waited for this environment starts now. Beside it on two processors the compiler would cost its
     # first task 0.2 of 3.4 s, at whatever priority.
     capacity.wait_for_idle(PATIENCE)
-    if finish(layout, entry):
+    if finish(layout, entry, background=True):
         push_built(layout, entry)
     return 0
 

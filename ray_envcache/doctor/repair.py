@@ -81,7 +81,7 @@ def repair(store: Store, found: Verified, ray: AnyRay, observer: Observer) -> Re
         testpoints.reach("repair-cleaned")
         lease = held.enter_context(Builder(layout, plan, Holder("repair"), observer, after=entry.number).lease())
         testpoints.reach("repair-built")
-        bytecode.finish_now(layout, lease.entry)
+        bytecode.finish(layout, lease.entry, background=False)
         _require_sound(lease.entry)
         testpoints.reach("repair-checked")
         entry.ready.unlink(missing_ok=True)  # it may be gone altogether: a collector was faster

@@ -87,8 +87,9 @@ bytecode.compile_all = compile_here
 OPERATIONS = {
     "build": "Store.open(root).acquire(EnvSpec.parse(project), installed_ray(), Holder('test')).release()",
     "acquire": "Store.open(root).acquire(EnvSpec.parse(project), installed_ray(), Holder('test'), finish=False).release()",
-    "finish": COMPILE_HERE + "[bytecode.finish(layout, entry) for entry in layout.all_entries()]",
-    "finish with links": COMPILE_HERE + "[bytecode.finish(layout, entry) for entry in layout.all_entries()]",
+    "finish": COMPILE_HERE + "[bytecode.finish(layout, entry, background=True) for entry in layout.all_entries()]",
+    "finish with links": COMPILE_HERE
+    + "[bytecode.finish(layout, entry, background=True) for entry in layout.all_entries()]",
     "pin": "[(pins.pin(layout, entry), pins.unpin(layout, entry.key)) for entry in layout.all_entries()]",
     "gc": "collector.collect(layout, Limits(everything=True))",
     "repair": COMPILE_HERE

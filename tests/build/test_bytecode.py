@@ -220,7 +220,7 @@ def test_environment_whose_python_cannot(
     (tmp_path / "broken.py").write_text("raise SystemExit('not today')\n")
     monkeypatch.setattr(pyc, "__file__", str(tmp_path / "broken.py"))
     with pytest.raises(ChildProcessError, match="not today"):
-        bytecode_of_entry.finish_now(store.layout, entry)
+        bytecode_of_entry.finish(store.layout, entry, background=False)
     assert not entry.compiled.exists()
 
 
@@ -250,11 +250,11 @@ def test_what_compiles_keeps_the_entry(
     finisher.wait()
     with pytest.raises(InUseError):
         evict(store.layout, entry)
-    assert not bytecode_of_entry.finish(store.layout, entry)
+    assert not bytecode_of_entry.finish(store.layout, entry, background=True)
     (tmp_path / "go").touch()
     support.wait_until(lambda: flock.is_free(entry.finishing_flock), "it is done")
     assert "__pycache__/aa" in " ".join(bytecode(entry))
-    assert bytecode_of_entry.finish(store.layout, entry)
+    assert bytecode_of_entry.finish(store.layout, entry, background=True)
 
 
 @pytest.mark.parametrize(

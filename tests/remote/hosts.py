@@ -59,14 +59,14 @@ class Host:
     def state_of(self, lease: Lease) -> str:
         """What `verify` says of the environment once it is finished."""
         with self.active() as store:
-            bytecode.finish_now(store.layout, lease.entry)
+            bytecode.finish(store.layout, lease.entry, background=False)
         return verify(lease.entry).state
 
     def push(self, options: Any, url: str) -> list[Push]:
         """Publish an environment, which is built here first."""
         with self.acquired(options) as lease, self.active() as store:
             for entry in lease.entries:
-                bytecode.finish_now(store.layout, entry)
+                bytecode.finish(store.layout, entry, background=False)
             return push(store.layout, lease.entries, Bucket(url, writes=True))
 
     def events(self, name: str) -> list[Event]:

@@ -323,7 +323,7 @@ def test_layer_on_top(
             assert support.run_python("import app, wanted; print(app.X)", python=lease.python) == "2\n"
             assert own_entries(below) == [lease.entry]
             assert lease.entries[1:] == [environment_of(image)]
-    bytecode.finish_now(below.layout, lease.entry)
+    bytecode.finish(below.layout, lease.entry, background=False)
     assert lease.entry.compiled.exists()
     rows = [line.split()[0] for line in cli("list").stdout.splitlines()[1:4]]
     assert sorted(rows[1:]) == sorted(one.key[:12] for one in [lease.entry, layer_of(image)])

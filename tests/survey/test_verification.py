@@ -146,7 +146,7 @@ def test_damage_before_the_seal(store: Store, entry: Entry) -> None:
     (entry.site_packages / "tool" / "same.py").unlink()
     (entry.site_packages / "tool" / "same.py").write_text("longer than it was\n")
     (entry.venv / "share" / "tool" / "data").unlink()
-    bytecode.finish_now(store.layout, entry)
+    bytecode.finish(store.layout, entry, background=False)
     by_size = {("changed", "tool/same.py"), ("missing", "share/tool/data")}
     assert kinds(look(entry, quick=True)) == by_size
     assert by_size | {("changed", "tool/data")} == {one for one in kinds(look(entry)) if "__pycache__" not in one[1]}
@@ -283,7 +283,7 @@ def test_before_the_bytecode_is_there(store: Store, entry: Entry) -> None:
     found = look(entry)
     assert (found.state, found.differences, found.project) == ("skipped", (), "project")
     assert "its next use" in found.reason
-    bytecode.finish_now(store.layout, entry)
+    bytecode.finish(store.layout, entry, background=False)
     assert look(entry).state == "sound"
 
 
@@ -305,7 +305,7 @@ def layer(store: Store, wheels: Path, tmp_path: Path) -> Entry:
     project = support.make_project_with_own_package(tmp_path / "project", wheels, ["ray", "tool"])
     with store.acquire(EnvSpec.parse(project), installed_ray(), Holder("test"), finish=False) as lease:
         for one in lease.entries:
-            bytecode.finish_now(store.layout, one)
+            bytecode.finish(store.layout, one, background=False)
         return lease.entry
 
 
@@ -343,7 +343,7 @@ def test_inherited(store: Store, wheels: Path, tmp_path: Path, monkeypatch: pyte
     spec = EnvSpec.parse({"path": str(project), "inherit": ["lib"]})
     with store.acquire(spec, installed_ray(), Holder("test"), finish=False) as lease:
         entry = lease.entry
-    bytecode.finish_now(store.layout, entry)
+    bytecode.finish(store.layout, entry, background=False)
     assert (entry.site_packages / "lib").is_symlink()
     assert (entry.site_packages / "flat.py").is_symlink()
     (site / "lib" / "__init__.py").write_text("changed there\n")
