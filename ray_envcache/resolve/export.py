@@ -17,7 +17,6 @@ from ray_envcache.resolve.interpreter import Interpreter
 from ray_envcache.resolve.uv import Scope
 from ray_envcache.system import children
 
-_STALE = re.compile(r"(?m)needs to be updated|^error: No solution found")
 _LISTS = {
     "extra": "extras", "group": "groups", "no-extra": "no_extras", "no-group": "no_groups", "only-group": "only_groups"
 }  # fmt: skip
@@ -145,10 +144,10 @@ def require_current(project: Project, executable: str) -> None:
     lock, source = project.lock_files()[-1].name, project.file.name if script else "pyproject.toml"
     what = f"{lock} in `{project.folder}` no longer matches {source}"
     hint = f"run `uv lock{f' --script {source}' if script else ''}` there"
-    if "not found in the cache" in done.stderr:
+    if re.search("needs to be updated|not found in the cache", done.stderr):
         # A package was added. uv, which was to ask no index, calls that a conflict: there is none.
         raise LockfileError(what, hint)
-    if not _STALE.search(done.stderr):
+    if "error: No solution found" not in done.stderr:
         what = f"Cannot check {lock} in `{project.folder}`"
     uv_errors.expect_success(done, LockfileError, what, hint)
 

@@ -57,12 +57,8 @@ _CAUSES = tuple(_Cause(*one) for one in (
      "the index serves another file than was locked; if that is right, `uv lock --upgrade-package {0}`"),
     (r"Git executable not found|Git operation failed", None, "",
      "see that this node has git, reaches that repository, and finds the commit there"),
-    (r"marked as `--no-binary`", None, "",
-     "lock a version that has a source package, or take it out of `no-binary` in `[tool.uv]`"),
     (r"marked as `--no-build`|uilding .*is disabled|source is disabled", None, "",
      "lock versions that have a wheel for this platform, or leave out `no_build`, in `[tool.uv]` `no-build`"),
-    (r"wheel for the current platform", None, "",
-     "name this platform in `required-environments` of `[tool.uv]`, and run `uv lock`"),
     (r"uild backend|ailed to (download and )?build|build-system\.requires", None, "",
      "`uv sync` in its folder shows the same; what the build needs (a compiler, headers) must be on this node"),
     (r"Expected `--hash`, found|Unexpected '-'", None, "",
@@ -74,19 +70,18 @@ _CAUSES = tuple(_Cause(*one) for one in (
      "upgrade uv on this node (python -m pip install --upgrade uv), or lock with the uv version that is here"),
     (r"Failed to parse `(.*)`", None, "",
      "restore {0} from version control, or remove it and lock again: `uv lock` reads it too"),
-    (r"are incompatible with the (?:.|\n)*enabled by default|enabled by default(?:.|\n)* are incompatible", None, "",
+    (r"are incompatible with the", None, "",
      "leave out one of them, they do not go together; a default group with `no_groups` (--no-group)"),
-    (r"are incompatible with the|cannot be used with", None, "",
-     "leave out one of them: `[tool.uv] conflicts` in pyproject.toml says that they do not go together"),
-    (r"does not have a member", None, "", "name a member of the workspace, or leave out `package`"),
     (r"is not defined", None, "", "extras and groups are those of pyproject.toml; after adding one, run `uv lock`"),
-    (r"needs to be updated, but `--frozen`", None, "", "run `uv lock`"),
 ))
 # fmt: on
 
 
 def expect_success(done: children.Completed, kind: type[EnvCacheError], what: str, hint: str) -> None:
-    """Raise the error for a uv that failed at `what`: of the cause that it names, else of `kind` with `hint`."""
+    """Raise the error for a uv that failed at `what`: of the cause that it names, else of `kind`.
+
+    The hint is that of the cause, else uv's own, else `hint`.
+    """
     if done.returncode != 0:
         raise error_of(done, kind, what, hint)
 
@@ -107,7 +102,9 @@ def error_of(done: children.Completed, kind: type[EnvCacheError], what: str, hin
     for cause in _CAUSES:
         if found := re.search(cause.sign, done.stderr):
             return (cause.kind or kind)(f"{what}: {cause.words}{reason}", cause.hint.format(*found.groups()))
-    return kind(f"{what}: {reason}", hint)
+    # What brought a package along is no cure.
+    told = re.findall(r"(?m)^hint: (?!.* was included because )(.*)", done.stderr)
+    return kind(f"{what}: {reason}", told[-1] if told else hint)
 
 
 def killed(done: children.Completed, who: str = "uv") -> PassingError:
