@@ -75,16 +75,13 @@ def sweep(runs: Iterable[Path]) -> None:
         with suppress(OSError):
             # A run that has just made its directory may not have the flock yet.
             is_unused = time.time() - folder.stat().st_mtime > UNUSED_SECONDS
-            held = _try_flock(folder) if is_unused and directories.is_own(folder, private=True) else None
+            is_left = is_unused and directories.is_own(folder, private=True)
+            held = flock.try_flock(folder, exclusive=True) if is_left else None
             if held is not None:
                 try:
                     _remove(folder)
                 finally:
                     os.close(held)
-
-
-def _try_flock(folder: Path) -> int | None:
-    return flock.try_flock(folder, exclusive=True, flags=os.O_RDONLY | os.O_DIRECTORY)
 
 
 def _remove(folder: Path) -> list[str]:
@@ -143,7 +140,7 @@ class RunTmpdir:
             raise
         held = None
         with suppress(OSError):  # no flocks there
-            held = _try_flock(folder)
+            held = flock.try_flock(folder, exclusive=True)
         return cls(folder, short, () if held is None else (held,))
 
     @property

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ray_envcache.sessions import directories
-from ray_envcache.system import files
+from ray_envcache.system import files, testpoints
 from tests import support
 from tests.sessions.made import cli, collect, judge, make, sees_all, start
 
@@ -67,6 +67,23 @@ def test_who_comes_in_between_gets_it_back(temp: Path, tmp_path: Path, children:
     assert "1 alive" in out
     assert (wanted / "logs" / "raylet.out").exists()
     assert not other.exists()
+
+
+def test_what_another_user_puts_in_its_place_stays(temp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All users may rename there: only the directory that was judged is deleted."""
+    session = make(temp)
+    renamed = temp / f"going-{session.name}"
+
+    def replace(_point: str) -> None:
+        renamed.rename(temp / "away")
+        renamed.mkdir()
+        (renamed / "thesis").touch()
+
+    monkeypatch.setattr(testpoints, "reach", replace)
+    assert [one.why for one in collect(temp)["in doubt"]] == ["it was replaced by another directory"]
+    assert sorted(str(path.relative_to(temp)) for path in temp.glob("*/*")) == [
+        "away/logs", "away/runtime_resources", "away/sockets", f"{session.name}/thesis",
+    ]  # fmt: skip
 
 
 def test_sigkill_between_renaming_and_deleting(
