@@ -221,7 +221,7 @@ def test_what_the_program_leaves_keeps_the_directory(
     assert list(top.iterdir()) == []
 
 
-def test_a_fork_keeps_it(top: Path) -> None:
+def test_a_fork_keeps_it() -> None:
     """Around ray.init in a program, whose fork may use it still, the empty directory stays until that has ended."""
     code = """
     import os, sys, time
@@ -231,11 +231,12 @@ def test_a_fork_keeps_it(top: Path) -> None:
             time.sleep(600)
     os.kill(pid, 9)
     """
-    support.run_python(code, str(top))
-    (folder,) = top.iterdir()
-    assert list(folder.iterdir()) == []
-    sweep_later(top)
-    assert list(top.iterdir()) == []
+    with support.short_folder() as top:  # no link is needed
+        support.run_python(code, str(top))
+        (folder,) = top.iterdir()
+        assert list(folder.iterdir()) == []
+        sweep_later(top)
+        assert list(top.iterdir()) == []
 
 
 def test_without_flocks(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
