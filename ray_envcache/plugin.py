@@ -2,7 +2,7 @@
 
 An exception while this module is imported, or in `__init__`, would take the whole node down. The agent's event loop
 serves all runtime environments of the node, so this module never blocks it. Builds run in a child process
-(`agent_build`). File operations run in a thread, because each may wait for seconds on a disk that is busy writing.
+(`building`). File operations run in a thread, because each may wait for seconds on a disk that is busy writing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ray._private.runtime_env.plugin import RuntimeEnvPlugin
 
 from ray_envcache.acquire import Store
 from ray_envcache.cluster import worker
-from ray_envcache.cluster.agent_build import AgentBuild, discard_result
+from ray_envcache.cluster.building import AgentBuild, discard_result
 from ray_envcache.errors import EnvCacheError, FieldValueError, StoreError
 from ray_envcache.field import guard
 from ray_envcache.field.spec import FIELD, EnvSpec, refuse_combinations, set_by_ray
@@ -192,14 +192,15 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
     async def _build(self, start: Callable[[], AgentBuild]) -> Lease:
         """Wait for a build in another process. If cancelled, returns only after that process is gone."""
         build = await self._in_thread(start, AgentBuild.abandon)
-        over = asyncio.wrap_future(build.over)
+        lease = asyncio.wrap_future(build.lease)
         try:
-            await asyncio.shield(over)
+            await asyncio.wait([lease])
         except asyncio.CancelledError:
             build.abandon()
-            await asyncio.shield(over)
+            lease.add_done_callback(asyncio.Future.exception)  # else asyncio logs "exception was never retrieved"
+            await asyncio.wait([lease])
             raise
-        return build.lease.result()
+        return lease.result()
 
     async def _in_thread(
         self, work: Callable[[], T], discard: Callable[[T], None], threads: ThreadPoolExecutor | None = None

@@ -1,4 +1,4 @@
-"""Who hears how a build goes: `progress` shows it to people, the build process of an agent tells its log."""
+"""Who hears how a build goes: `progress` shows it to people, and to the log of an agent."""
 
 from __future__ import annotations
 

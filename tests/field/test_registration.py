@@ -89,7 +89,7 @@ def test_import_is_light() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["acquire", "build.builder", "cluster.agent_build", "cluster.build_process", "build.bytecode", "gc.collector"],
+    ["acquire", "build.builder", "cluster.building", "build.bytecode", "gc.collector"],
 )
 def test_runtime_imports_no_command_line(module: str) -> None:
     """What runs in a cluster loads neither click nor rich, nor ray by itself."""

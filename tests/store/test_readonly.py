@@ -19,7 +19,7 @@ import pytest
 
 from ray_envcache.acquire import Store
 from ray_envcache.build import bytecode
-from ray_envcache.cluster.agent_build import AgentBuild
+from ray_envcache.cluster.building import AgentBuild
 from ray_envcache.errors import ReadOnlyError, StoreError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.collector import collect

@@ -3,6 +3,12 @@
 A child process, because the kernel may kill a builder for its memory, and an agent that dies takes the node with it;
 and because only a process can be stopped at any moment. A thread, because starting a process blocks for up to a second
 on a host where many workers start at once.
+
+The child, `python -m ray_envcache.cluster.building`, gets one request on stdin. On stdout, which is its stderr too,
+come lines for the agent's log, and then `{"ready": <entry>, "how": <built, ...>}` or `{"error": ...}`. It holds a lease
+on the entry until its stdin closes: by then the agent has its own. When the agent dies, stdin closes early; when Ray
+cancels the set-up, the agent sends SIGTERM. In both cases the process kills uv with its children and leaves the store
+as it was.
 """
 
 from __future__ import annotations
@@ -10,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -19,12 +26,13 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import IO, Any, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import psutil
 
 from ray_envcache.acquire import Store
-from ray_envcache.errors import BuildError, EnvCacheError, PassingError
+from ray_envcache.errors import BuildError, EnvCacheError, InterpreterError, PassingError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve.interpreter import ClusterRay
 from ray_envcache.store import journal
@@ -39,8 +47,8 @@ GRACE_SECONDS = 10.0
 class AgentBuild:
     """A build process of the agent, which also waits where another process builds the same environment.
 
-    `lease` becomes the agent's claim, or the error that `Store.acquire` raised. `over` is done when the process is
-    gone. `environ` are the variables of the process.
+    `lease` becomes the agent's claim, or the error that `Store.acquire` raised, once the process is gone. `environ`
+    are the variables of the process.
     """
 
     def __init__(
@@ -53,13 +61,12 @@ class AgentBuild:
         environ: Mapping[str, str],
     ) -> None:
         self.lease: Future[Lease] = Future()
-        self.over: Future[None] = Future()
         self._store, self._path, self._holder, self._logger = store, spec.path, holder, logger
         self._request = {
             "root": os.fspath(store.layout.root),
             "field": spec.to_field(),
             "ray": ray.version,
-            "python": sys.version,
+            "python": platform.python_version(),
             "cluster": holder.cluster,
         }
         self._environ = environ
@@ -69,14 +76,14 @@ class AgentBuild:
         threading.Thread(target=self._work, name="envcache-build", daemon=True).start()
 
     def abandon(self) -> None:
-        """Stop the process, and release a lease that still comes. Returns at once; `over` says when all is gone."""
+        """Stop the process, and release a lease that still comes. Returns at once; `lease` says when all is gone."""
         self._abandoned = True
         self._stop_if_abandoned()
         self.lease.add_done_callback(partial(discard_result, Lease.release))
         impatient = threading.Timer(GRACE_SECONDS, self._kill)
         impatient.daemon = True
         impatient.start()
-        self.over.add_done_callback(lambda _: impatient.cancel())
+        self.lease.add_done_callback(lambda _: impatient.cancel())
 
     def _kill(self) -> None:
         if self._child is not None and self._child.returncode is None:
@@ -89,12 +96,9 @@ class AgentBuild:
 
     def _work(self) -> None:
         try:
-            lease = self._run()
+            self.lease.set_result(self._run())
         except BaseException as error:  # noqa: BLE001  # the plugin awaits it
             self.lease.set_exception(error)
-        else:
-            self.lease.set_result(lease)
-        self.over.set_result(None)
 
     def _run(self) -> Lease:
         child = self._child = _start(self._environ)
@@ -112,25 +116,23 @@ class AgentBuild:
     def _listen(self, child: subprocess.Popen[bytes]) -> dict[str, str]:
         """Log the child's lines until it names the entry: that message is returned. Raises the error it reports."""
         assert child.stdout is not None
-        tail: deque[bytes] = deque(maxlen=20)
-        reader = threading.Thread(target=_drain, args=(child.stderr, tail), name="envcache-stderr", daemon=True)
-        # The thread alone closes it: `close` beside a reader waits until all that inherited the pipe have ended.
-        child.stderr = None
-        reader.start()
+        tail = deque[str](maxlen=20)
         for raw in child.stdout:
-            message = _message(raw)
+            line = raw.decode(errors="replace").rstrip()
+            message = _message(line)
             if "error" in message:
                 raise EnvCacheError.from_json(message["error"])
             if "ready" in message:
                 return message
-            self._logger.info("%s", message.get("log", ""))
-        reader.join(GRACE_SECONDS)
+            if line:
+                tail.append(line)
+                self._logger.info("%s", line)
         _end(child)
         if child.returncode < 0 and not self._abandoned:
             # Killed: else it has noted itself how it ended.
             about = {"path": self._path, "kind": "build", "cluster": self._holder.cluster}
             journal.note(self._store.layout, "setup", result="failed", error=BuildError.__name__, **about)
-        output = b"".join(tail).decode(errors="replace")
+        output = "\n".join(tail)
         raise BuildError(
             f"The build process ended without an answer:\n{output[-1500:]}", "was it killed for want of memory?"
         )
@@ -152,11 +154,11 @@ def discard_result(discard: Callable[[T], None], done: Future[T]) -> None:
 
 def _start(environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
     pipe = subprocess.PIPE
-    command = [sys.executable, "-m", "ray_envcache.cluster.build_process"]
+    command = [sys.executable, "-m", "ray_envcache.cluster.building"]
     try:
         # In `/`, because `-m` imports from the current folder first, and anybody may have written there.
         return subprocess.Popen(
-            command, env=environ, cwd="/", stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
+            command, env=environ, cwd="/", stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, start_new_session=True
         )
     except OSError as error:
         raise BuildError(
@@ -164,19 +166,12 @@ def _start(environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
         ) from error
 
 
-def _drain(stream: IO[bytes], tail: deque[bytes]) -> None:
-    """Read the child's stderr to its end: a child that writes into a full pipe would never go on."""
-    with stream:
-        tail.extend(stream)
-
-
-def _message(raw: bytes) -> dict[str, Any]:
-    """A line of the child's stdout as a message; any other line (a sitecustomize printed it) is for the log."""
-    try:
-        message = json.loads(raw)
-    except ValueError:
-        message = None
-    return message if isinstance(message, dict) else {"log": raw.decode(errors="replace").rstrip()}
+def _message(line: str) -> dict[str, Any]:
+    """What a line says to the agent; {} for one that is for the log. Those of uv are indented."""
+    message: dict[str, Any] = {}
+    with suppress(ValueError):
+        message = json.loads(line) if line.startswith("{") else {}
+    return message
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -198,3 +193,61 @@ def _kill_tree(pid: int) -> None:
         for process in [child, *child.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
+
+
+def main() -> int:
+    """Serve one request of an agent."""
+    # Where the parent ignores it, the kernel throws away how uv ended.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    request = json.loads(sys.stdin.readline())
+    abandoned = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(abandoned,), daemon=True)
+    signal.signal(signal.SIGTERM, _abandon)
+    watcher.start()
+    try:
+        lease = _acquire(request)
+    except EnvCacheError as error:
+        _say({"error": error.to_json()})
+        return 1
+    with lease:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _say({"ready": os.fspath(lease.entry.path), "how": lease.how})
+        abandoned.wait()
+    return 0
+
+
+def _acquire(request: dict[str, Any]) -> Lease:
+    from ray_envcache.build.progress import observer  # builds: not on the agent's warm path
+
+    if request["python"] != (now := platform.python_version()):
+        raise InterpreterError(
+            f"`{sys.executable}` is Python {now}, and was {request['python']} when this node started",
+            "restart the node: workers must have the Python of their cluster",
+        )
+    store = Store.open(Path(request["root"]))
+    holder = Holder("build", cluster=request["cluster"])
+    with observer(sys.stdout) as shown:
+        return store.acquire(EnvSpec.parse(request["field"]), ClusterRay(request["ray"]), holder, shown)
+
+
+def _watch(abandoned: threading.Event) -> None:
+    sys.stdin.read()
+    abandoned.set()
+    # The main thread may be waiting for uv: the signal interrupts it there, and it cleans up.
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _abandon(*_: object) -> NoReturn:
+    # Ignored from now on: a second signal would interrupt the clean-up.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
+
+
+def _say(message: dict[str, Any]) -> None:
+    # On a line of its own, whatever a package has printed.
+    sys.stdout.write(f"\n{json.dumps(message)}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
