@@ -22,17 +22,14 @@ from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, Lease, claim
 from ray_envcache.survey import shared_bytecode, verification
 from ray_envcache.survey.inventory import record_sizes
-from ray_envcache.system import capacity, children, files, flock, testpoints
+from ray_envcache.system import children, files, flock, testpoints
 from ray_envcache.system.texts import utc_now
 
 PATIENCE = 5.0
-"""Seconds until the compiler begins where no processor is idle: a first task takes three to four."""
+"""Seconds until the compiler begins: a first task takes three to four."""
 
-MOST_PROCESSES = 8
-"""On a machine with a hundred processors the compiler is a guest: a cluster has just begun to use it."""
-
-PROCESS_BYTES = 500_000_000
-"""Memory that must be there for each: one takes 50 MB for ray, and 180 MB for a single module of 1 MB."""
+MOST_PROCESSES = 4
+"""How many compile where somebody waits: each takes 50 MB for ray, and 180 MB for a single module of 1 MB."""
 
 
 def finish(layout: Layout, entry: Entry, *, background: bool) -> bool:
@@ -106,9 +103,9 @@ def compile_all(layout: Layout, entry: Entry, kept: list[int], *, background: bo
 
 
 def _workers(*, background: bool) -> int:
-    """How many processes compile at once: in the background one less than could, but always one."""
-    most = min(MOST_PROCESSES, capacity.processors(), capacity.memory() // PROCESS_BYTES)
-    return max(1, most - 1 if background else most)
+    """How many processes compile at once: in the background one, which takes no container's quota or memory."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if background else min(MOST_PROCESSES, usable)
 
 
 def main(arguments: list[str]) -> int:
@@ -121,7 +118,7 @@ def main(arguments: list[str]) -> int:
     pyc.lower_priority()
     # The cluster that waited for this environment starts now. Beside it on two processors the compiler would cost its
     # first task 0.2 of 3.4 s, at whatever priority.
-    capacity.wait_for_idle(PATIENCE)
+    time.sleep(PATIENCE)
     if finish(layout, entry, background=True):
         push_built(layout, entry)
     return 0

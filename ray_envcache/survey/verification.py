@@ -28,7 +28,7 @@ from ray_envcache.inside import pyc
 from ray_envcache.store import leases
 from ray_envcache.store.layout import Entry
 from ray_envcache.store.record import ReadyRecord
-from ray_envcache.system import capacity, disk, files
+from ray_envcache.system import disk, files
 
 Tree: TypeAlias = dict[str, os.stat_result]  # by path below the venv
 
@@ -39,6 +39,7 @@ _CHUNK = 1 << 18
 _ORDER = ("record", "changed", "missing", "foreign", "link", "mode")
 _WRITE = 0o022
 _READ = 0o555  # what `chmod -R a+rX` adds, by which others may use a store
+_THREADS = 4
 _AT_ONCE = 200  # files per task of a thread: a task costs as much as hashing a small file
 
 _UNFINISHED = "it is not finished: its bytecode is being compiled, or will be from its next use on; try again then"
@@ -117,7 +118,7 @@ def _differences(entry: Entry, tree: Tree, on_progress: OnProgress, *, quick: bo
     items = [*tree.items()]
     tasks = [items[first : first + _AT_ONCE] for first in range(0, len(items), _AT_ONCE)]
     # In threads: hashing and reading leave the interpreter to others meanwhile.
-    with ThreadPoolExecutor(min(32, capacity.processors())) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         for task, found in zip(tasks, pool.map(check.differences, tasks), strict=True):
             on_progress(len(task), len(items))
             yield from found
