@@ -11,7 +11,6 @@ import hashlib
 import json
 import marshal
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -70,24 +69,13 @@ def proven_source(bytecode: bytes) -> str:
     return noted[-_DIGEST:].hex() if hashlib.sha256(noted).digest() == digest else ""
 
 
-@cache
-def _ending() -> str:
-    return os.path.basename(cache_from_source("m.py"))[1:]
-
-
-def _place_of(path: str) -> str:
-    """Where workers look for the bytecode of the module at `path`, wherever PYTHONPYCACHEPREFIX has us look."""
-    directory, _, name = path.rpartition("/")
-    return f"{directory}/__pycache__/{name[: -len('.py')]}{_ending()}"
-
-
 def give(path: str, places: Places, twin: str = "") -> None:
     """Give the module at `path` bytecode: linked, where some module with its text has it, else made and staged.
 
     What this Python has compiled of a `twin`, a module with the same text elsewhere, is not compiled again. The module
     gets none where it cannot be compiled. Raises OSError.
     """
-    os.makedirs(os.path.dirname(_place_of(path)), exist_ok=True)
+    os.makedirs(os.path.dirname(cache_from_source(path)), exist_ok=True)
     if not _link(path, places):
         text = _read(path)
         if code := (twin and _code_of(twin, text)) or _compiled(path, text):
@@ -96,7 +84,7 @@ def give(path: str, places: Places, twin: str = "") -> None:
 
 def _link(path: str, places: Places) -> bool:
     """Link the bytecode that was made of the text of the module at `path`; False where there is none."""
-    name, target = name_of(_read(path)), _place_of(path)
+    name, target = name_of(_read(path)), cache_from_source(path)
     for folder in (places.shared, places.staged):
         with suppress(FileNotFoundError):
             _put(f"{folder}/{name}", target)
@@ -139,7 +127,7 @@ def _keep(path: str, text: bytes, code: bytes, places: Places) -> None:
     # The environment never changes, so its bytecode is never checked against the source (PEP 552, unchecked hashes):
     # an import then costs one `stat` less.
     _write_whole(staged, with_proof(MAGIC_NUMBER + _UNCHECKED + source_hash(text) + code, text))
-    _put(staged, _place_of(path))
+    _put(staged, cache_from_source(path))
 
 
 def _read(path: str) -> bytes:
@@ -182,25 +170,16 @@ def _write_whole(path: str, data: bytes) -> None:
 def compile_tree(top: str, places: Places, workers: int) -> None:
     """Give all modules below `top` bytecode of this Python, with so many processes.
 
-    More than one are forks: they share our flocks, so that the entry stays held until the last of them is done. Raises
-    OSError where not all could be written.
+    More than one are forks: they share our flocks, so that the entry stays held until the last of them is done. Our
+    caller ends them, as our process group. Raises OSError where not all could be written.
     """
     directories = [*_with_modules(top)]
     if workers == 1:
         _do_share(directories, places)
         return
     helpers = [_fork(directories[number::workers], places) for number in range(workers)]
-    try:
-        while helpers:
-            _, status = os.waitpid(helpers[0], 0)
-            helpers.pop(0)
-            _require_done(status, top)
-    except BaseException:
-        # One of them found no room, or we were interrupted.
-        for helper in helpers:
-            os.kill(helper, signal.SIGKILL)  # not waited for yet, so the number is its own
-            os.waitpid(helper, 0)
-        raise
+    for _, status in [os.waitpid(helper, 0) for helper in helpers]:
+        _require_done(status, top)
 
 
 def _fork(directories: list[str], places: Places) -> int:
