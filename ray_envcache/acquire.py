@@ -106,7 +106,7 @@ class Store:
             inputs, plan = self._plan(inputs, ray, check_current=check_current or spec.digest is None)
             lease = self._build(inputs, plan, holder, observer)
         if finish:
-            self.finish_all(lease, dict(os.environ))
+            self.finish(lease, dict(os.environ))
         return lease
 
     def _inputs(self, spec: EnvSpec, ray: AnyRay) -> Inputs:
@@ -208,26 +208,16 @@ class Store:
         only_key(prefix, (entry.key for entry in found))
         return found
 
-    def finish_all(self, lease: Lease, environ: Mapping[str, str]) -> None:
-        """Start the processes that finish the entries of a lease, for those that need it, with these variables.
+    def finish(self, lease: Lease, environ: Mapping[str, str]) -> None:
+        """Start the compilers of the entries of a lease that need one; each outlives us and delays nothing.
 
         Where one cannot be started (no memory, no processes left), the next user of the entry tries again.
         """
+        program: list[str | Path] = [sys.executable, "-m", "ray_envcache.build.bytecode", self.layout.root]
         for entry in lease.entries:
-            if self.wants_finishing(entry):
+            if not (entry.readonly or entry.compiled.exists() or flock.is_held(entry.finishing_flock)):
                 with suppress(OSError, CalledProcessError):
-                    self.finish(entry, environ)
-
-    def wants_finishing(self, entry: Entry) -> bool:
-        """Whether bytecode and sizes are missing and no compiler is at work, in a store that we may write to."""
-        if entry.readonly or entry.compiled.exists():
-            return False
-        return not flock.is_held(entry.finishing_flock)
-
-    def finish(self, entry: Entry, environ: Mapping[str, str]) -> None:
-        """Start the process that compiles bytecode and measures sizes; it outlives us and delays nothing."""
-        program = [sys.executable, "-m", "ray_envcache.build.bytecode"]
-        children.start_detached([*program, self.layout.root, entry.path.name], environ=environ)
+                    children.start_detached([*program, entry.path.name], environ=environ)
 
 
 def _content(inputs: Inputs, known: Memo) -> str | None:

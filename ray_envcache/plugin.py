@@ -114,7 +114,8 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         lock = self._creating.setdefault(uri, asyncio.Lock())
         async with lock, self._prefetches if _PREFETCHED in uri else nullcontext():
             if uri in self._failures:
-                raise _again(self._failures[uri])
+                # Without the frames of the first time, which would be shown too.
+                raise self._failures[uri].with_traceback(None)
             if uri not in self._leases:
                 self._leases[uri] = await self._lease(uri, runtime_env, context, logger)
             if _PREFETCHED in uri:
@@ -183,10 +184,10 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
     def _look_up(self, spec: EnvSpec, ray: ClusterRay, holder: Holder) -> tuple[Store, Lease | None]:
         store = Store.open()
         lease = store.lookup(spec, ray, holder)
-        if lease is not None and any(map(store.wants_finishing, lease.entries)):
+        if lease is not None:
             # Nobody waits for it: what a killed compiler left undone is begun again.
             # Not os.environ: the loop removes Ray's variables from it while a thread copies it.
-            self._threads.submit(store.finish_all, lease, self._environ)
+            self._threads.submit(store.finish, lease, self._environ)
         return store, lease
 
     async def _build(self, start: Callable[[], AgentBuild]) -> Lease:
@@ -219,11 +220,6 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
     def _remember_failure(self, uri: str, error: EnvCacheError) -> None:
         self._failures[uri] = error
         asyncio.get_running_loop().call_later(FAILURE_SECONDS, self._failures.pop, uri, None)
-
-
-def _again(error: EnvCacheError) -> EnvCacheError:
-    """Another object for the same error: one that is raised twice has the frames of both in its traceback."""
-    return type(error)(error.message, error.hint)
 
 
 def _give_back(lease: Lease, logger: logging.Logger) -> None:

@@ -132,7 +132,7 @@ def build(**options: Any) -> None:
                 bytecode.finish_lease_now(store.layout, lease, shown.compiling)
         except KeyboardInterrupt:
             # The environment is ready, and a background process compiles the rest.
-            store.finish_all(lease, os.environ)
+            store.finish(lease, os.environ)
             raise
         click.echo(os.fsencode(lease.python))  # as bytes: stdout may have an encoding without some of its letters
 

@@ -40,7 +40,7 @@ def main(words: Sequence[str]) -> NoReturn:
         if project not in about["folders"] or other:
             _forget(about, *_OURS)
         elif name in (["run"], ["sync"]):
-            _fit(uv, name[0], common, options, command, about, at_home=project == about["home"])
+            _fit(uv, name[0], common, options, about, at_home=project == about["home"])
         elif name == ["venv"] and not command:
             _fail(f"{_WHAT}: `uv venv` would replace it", "leave it out, or name another folder: uv venv DIR", 2)
         elif name in (["add"], ["remove"]):
@@ -96,13 +96,11 @@ def _forget(about: dict[str, Any], *names: str) -> None:
             os.environ[name] = about["before"][name]
 
 
-def _fit(
-    uv: str, name: str, common: Options, options: Options, command: list[str], about: dict[str, Any], *, at_home: bool
-) -> None:
+def _fit(uv: str, name: str, common: Options, options: Options, about: dict[str, Any], *, at_home: bool) -> None:
     """Let `uv run` and `uv sync` of our project go on where the environment has what they ask for, else fail."""
     given = {option[0] for option in options}
     asked = [word for option in options if _SELECTING.fullmatch(option[0]) for word in option]
-    if name == "run" and ("--isolated" in given or _is_script(command)):
+    if name == "run" and "--isolated" in given:
         _forget(about, "UV_NO_SYNC")  # uv makes another environment for it
         return
     if name == "run" and ("--no-sync" in given or "--no-project" in given or (at_home and not asked)):
@@ -121,16 +119,6 @@ def _fit(
         sys.exit(done.returncode)
     lacks = f"with what it needs: `ray-envcache run {shlex.join(asked)} -- ...`" if asked else "again, after `uv lock`"
     _fail(f"{_WHAT}: it is not what `uv {name}` asks for here", f"start the program {lacks}", done.returncode)
-
-
-def _is_script(command: list[str]) -> bool:
-    """Whether a command is a script with inline metadata."""
-    path = command[1] if command[:1] == ["--"] and command[1:] else command[0] if command else ""
-    try:
-        with open(path, "rb") as script:
-            return path.endswith(".py") and re.search(rb"(?m)^# /// script\s*$", script.read()) is not None
-    except OSError:
-        return False
 
 
 def _require_no_change(uv: str, venv: str, words: Sequence[str], options: Options) -> None:
