@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 _TEMPORARY = ".tmp-"
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -19,36 +19,17 @@ FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def write_json(path: Path, data: dict[str, Any], *, durable: bool = True) -> None:
-    """Write `data` so that readers see either the old file or the whole new one, whichever process dies when.
-
-    With `durable` the same holds across a power failure. Raises OSError; then no temporary file stays behind. Killed
-    in between, one does; its flock is free, by which the next sweep knows it for rubbish.
-    """
-    while True:
-        temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
-        try:
-            with temporary.open("x", encoding="utf-8") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                _dump(data, file, durable=durable)
-                # Under the flock, so that no sweep takes it before it has its name.
-                temporary.replace(path)
-            break
-        except FileNotFoundError:
-            # A sweep came between opening and flock; or the folder is gone.
-            if not path.parent.is_dir():
-                raise
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    if durable:
-        with _opened(path.parent) as folder:
-            os.fsync(folder)
+    """Write `data` as `write_whole` does, in place of what is there."""
+    text = f"{json.dumps(data, indent=1, sort_keys=True)}\n"
+    write_whole(path, text.encode(), mode=0o644, replace=True, durable=durable)
 
 
-def write_whole(path: Path, data: bytes, *, mode: int, replace: bool) -> None:
-    """Write a file that readers see whole or not at all. Unless it may `replace` one, raises FileExistsError.
+def write_whole(path: Path, data: bytes, *, mode: int, replace: bool, durable: bool = False) -> None:
+    """Write a file that readers see whole or not at all, whichever process dies when.
 
-    Killed in between, a process leaves what `write_json` does.
+    Unless it may `replace` one, raises FileExistsError. With `durable` the same holds across a power failure. Raises
+    OSError; then no temporary file stays behind. Killed in between, one does; its flock is free, by which the next
+    sweep knows it for rubbish.
     """
     temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
@@ -57,25 +38,28 @@ def write_whole(path: Path, data: bytes, *, mode: int, replace: bool) -> None:
             file.write(data)
             file.flush()
             os.fchmod(file.fileno(), mode)
+            if durable:
+                os.fsync(file.fileno())
+            # Under the flock, so that no sweep takes it before it has its name.
             if replace:
                 temporary.replace(path)
             else:
                 os.link(temporary, path)
+        except FileNotFoundError:
+            if not path.parent.is_dir():
+                raise
+            # A sweep came between opening and flock.
+            write_whole(path, data, mode=mode, replace=replace, durable=durable)
         finally:
             temporary.unlink(missing_ok=True)
+    if durable:
+        with _opened(path.parent) as folder:
+            os.fsync(folder)
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether `path` is a file of `write_json` that does not have its final name yet."""
+    """Whether `path` is a file of `write_whole` that does not have its final name yet."""
     return path.name.startswith(_TEMPORARY)
-
-
-def _dump(data: dict[str, Any], file: TextIO, *, durable: bool) -> None:
-    json.dump(data, file, indent=1, sort_keys=True)
-    file.write("\n")
-    file.flush()
-    if durable:
-        os.fsync(file.fileno())
 
 
 def read_json(path: str | Path) -> dict[str, Any] | None:

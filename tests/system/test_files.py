@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import re
 import stat
@@ -71,7 +72,7 @@ def _fail(*_: Any, **__: Any) -> NoReturn:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("where", ["os.fsync", "pathlib.Path.replace", "json.dump"])
+@pytest.mark.parametrize("where", ["os.fsync", "pathlib.Path.replace", "os.fchmod"])
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """On a full disk the old file stays, and no temporary one does."""
     path = tmp_path / "a.json"
@@ -148,6 +149,23 @@ def test_sync_without_syncfs(tmp_path: Path, synced: list[str], monkeypatch: pyt
         monkeypatch.setattr(ctypes, "CDLL", broken)
         files.sync_file_system(tmp_path)
     assert synced == ["sync"] * 2
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_sweep_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, replace: bool) -> None:
+    """A sweep that removes the temporary file before its writer has the flock costs one more try."""
+    swept: list[str] = []
+
+    def sweep(*_: object) -> None:
+        if not swept:
+            swept.extend(os.listdir(tmp_path))
+            (tmp_path / swept[0]).unlink()
+
+    monkeypatch.setattr(fcntl, "flock", sweep)
+    files.write_whole(tmp_path / "a", b"text", mode=0o600, replace=replace)
+    assert (tmp_path / "a").read_bytes() == b"text"
+    assert os.listdir(tmp_path) == ["a"]
+    assert len(swept) == 1
 
 
 def test_unserializable(tmp_path: Path) -> None:
