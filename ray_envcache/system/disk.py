@@ -9,7 +9,6 @@ import struct
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -30,7 +29,6 @@ _NEVER_SHARES = frozenset({"ext2", "ext3", "ext4", "f2fs", "jfs", "ramfs", "reis
 
 _FEW_INODES = 10_000  # an environment has so many files easily
 
-_Place: TypeAlias = tuple[int, int, int]  # device, first byte on it, end
 _Extent: TypeAlias = tuple[int, int, int, int]  # its place in the file and on the disk, its length, and flags
 # FIEMAP, as in linux/fiemap.h. The flags say: the last of the file; compressed, so that the length is the logical one;
 # in the inode; in other files too.
@@ -85,7 +83,7 @@ def freed_in_turn(tops: Iterable[Path], linked: Collection[tuple[int, int]] = ()
     """
     not_all_seen: dict[tuple[int, int], tuple[int, int]] = {}
     tallies = [_tally(top, linked, not_all_seen) for top in tops]
-    return [(tally.reclaimable, tally.is_exact) for tally in tallies]
+    return [(tally.reclaimable, tally.exact) for tally in tallies]
 
 
 def occupied_in_turn(tops: Iterable[Path]) -> list[int]:
@@ -174,8 +172,8 @@ def _kind(path: Path) -> str:
 class _Tally:
     """What was seen so far.
 
-    `linked`: inodes of which not every link was seen, so that they would free nothing: links seen, bytes. `shared`:
-    where extents lie that more than one file refers to. `besides`: inodes with one more link that goes with the tree.
+    `linked`: inodes of which not every link was seen, so that they would free nothing: links seen, bytes. `besides`:
+    inodes with one more link that goes with the tree.
     """
 
     shares: bool = False
@@ -184,7 +182,6 @@ class _Tally:
     size: int = 0
     reclaimable: int = 0
     linked: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
-    shared: list[_Place] = field(default_factory=list)
 
     def add(self, path: str, found: os.stat_result) -> None:
         """Add an inode by one of its names."""
@@ -200,7 +197,7 @@ class _Tally:
             return
         self.size += occupied
         may_share = self.shares and occupied > 0 and stat.S_ISREG(found.st_mode)
-        self.reclaimable += self._own_bytes(path, found.st_dev, occupied) if may_share else occupied
+        self.reclaimable += self._own_bytes(path, occupied) if may_share else occupied
 
     def note(self, error: OSError) -> None:
         """Note what could not be read."""
@@ -208,20 +205,15 @@ class _Tally:
 
     def use(self) -> DiskUse:
         size = self.size + sum(occupied for _, occupied in self.linked.values())
-        return DiskUse(size, self.reclaimable, self.is_exact)
+        return DiskUse(size, self.reclaimable, self.exact)
 
-    @property
-    def is_exact(self) -> bool:
-        return self.exact and not _overlap(self.shared)
-
-    def _own_bytes(self, path: str, device: int, occupied: int) -> int:
+    def _own_bytes(self, path: str, occupied: int) -> int:
         own = 0
         try:
-            for _, start, length, flags in _extents(path):
-                if flags & _SHARED:
-                    self.shared.append((device, start, start + length))
-                elif flags & _ENCODED:
-                    self.exact = False  # compressed: the length is the logical one
+            for _, _, length, flags in _extents(path):
+                if flags & (_SHARED | _ENCODED):
+                    # The other files with it may all be of this tree. Compressed, the length is the logical one.
+                    self.exact = False
                 elif not flags & _INLINE:
                     own += length
         except OSError as error:
@@ -238,11 +230,6 @@ def _tally(top: Path, besides: Collection[tuple[int, int]], linked: dict[tuple[i
         if found.st_dev == device or not stat.S_ISDIR(found.st_mode):
             tally.add(path, found)
     return tally
-
-
-def _overlap(ranges: list[_Place]) -> bool:
-    """Whether two files of the tree share an extent: then FIEMAP cannot say whether others have it too."""
-    return any(a[0] == b[0] and b[1] < a[2] for a, b in pairwise(sorted(ranges)))
 
 
 def _extents(path: str) -> Iterator[_Extent]:

@@ -258,12 +258,12 @@ def test_reclaimable_is_what_deletion_frees(mount: Mount, kind: str) -> None:
 
 
 def test_reflinks_to_outside_free_nothing(reflinking: Path) -> None:
-    """Extents that the cache shares are not freed with the entry; an own file next to them is."""
+    """Extents that the cache shares are not freed with the entry, and an own file next to them is: at least that."""
     cached = write(reflinking / "cache", 8 << 20)
     clone(cached, reflinking / "entry" / "cloned")
     write(reflinking / "entry" / "own", 4 << 20)
     use = disk.measure(reflinking / "entry")
-    assert use.exact
+    assert not use.exact
     assert use.reclaimable == pytest.approx(4 << 20, abs=64 * KIB)
     assert use.size == pytest.approx(12 << 20, abs=64 * KIB)
     # Bytes of trees of their own, which the file system keeps for itself, come and go: a sixteenth of what we look for.
