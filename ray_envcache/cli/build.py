@@ -126,14 +126,9 @@ def build(**options: Any) -> None:
     with observer(sys.stderr) as shown:
         lease = store.acquire(spec, installed_ray(), Holder("cli"), shown, finish=False)
     with lease:
-        try:
-            with observer(sys.stderr) as shown:
-                # Now, because a step of an image's build leaves no background process.
-                bytecode.finish_lease_now(store.layout, lease, shown.compiling)
-        except KeyboardInterrupt:
-            # The environment is ready, and a background process compiles the rest.
-            store.finish(lease, os.environ)
-            raise
+        with observer(sys.stderr) as shown:
+            # Now, because a step of an image's build leaves no background process.
+            bytecode.finish_lease_now(store.layout, lease, shown.compiling)
         click.echo(os.fsencode(lease.python))  # as bytes: stdout may have an encoding without some of its letters
 
 

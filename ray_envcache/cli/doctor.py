@@ -78,8 +78,8 @@ def _print_findings(findings: Iterable[dict[str, str]], place: str = "") -> None
 
 
 def _printable(text: str) -> str:
-    # The text of a node comes from another machine: no control characters, and letters this terminal may lack.
-    return "\n       ".join(tables.shown(line) for line in text.splitlines())
+    # The text of a node comes from another machine.
+    return "\n       ".join(printable(line) for line in text.splitlines())
 
 
 def _print_cluster(data: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import signal
 import sys
 from contextlib import suppress
 from importlib import import_module
+from io import TextIOWrapper
 from typing import NoReturn
 
 import click
@@ -85,6 +86,8 @@ def env() -> None:
 def main() -> None:
     """Run the command line, and turn our errors into one sentence, a hint and an exit code."""
     _replace_closed_streams()
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may have letters that it has no code for
     # A caller may ignore SIGCHLD, and we inherit that: the kernel then forgets exit codes, and every child succeeds.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     color = False if os.environ.get("NO_COLOR") else None  # None: click decides. https://no-color.org

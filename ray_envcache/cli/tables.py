@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 JSON_SCHEMA = 1
 """The version of what `--json` prints: another number where a field goes or changes its meaning."""
 
-_BELOW = "└"
 _YOUNG = "dead but younger"
 
 
@@ -93,7 +92,7 @@ def _environment(one: Status) -> Sequence[str]:
     state = one.state + (", pinned" if one.pinned else "") + (", read-only" if one.readonly else "")
     # "?": in use by a process that has no number here, as in another container.
     users = str(len(one.users)) if one.users else ("?" if one.in_use else "-")
-    project = (f"{_BELOW} " if one.base else "") + (one.project or "-")
+    project = ("└ " if one.base else "") + (one.project or "-")
     least = "" if one.exact else "at least "
     return (
         one.key[:SHOWN_DIGITS], project, one.python or "-", one.ray or "-", state, users,
@@ -181,7 +180,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], numeric: 
 
     By hand, because rich takes half a second for 1,000 rows.
     """
-    cells = [[shown(cell) for cell in row] for row in rows]
+    cells = [[printable(cell) for cell in row] for row in rows]
     if not cells:
         return
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
@@ -198,20 +197,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], numeric: 
 def say(text: str) -> None:
     """Print a line."""
     # Names and paths in it come from other people's files.
-    click.echo(shown(text), file=sys.stdout)
-
-
-def shown(text: str) -> str:
-    """The text as stdout can print it: without control characters, and with codes for letters it cannot encode."""
-    text = printable(text)
-    if text.isascii():
-        return text
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        return text.replace(_BELOW, "+").encode(encoding, "backslashreplace").decode(encoding)
-    return text
+    click.echo(printable(text), file=sys.stdout)
 
 
 def _seconds(moment: str | None) -> float:

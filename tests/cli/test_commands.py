@@ -16,6 +16,9 @@ import pytest
 import ray_envcache
 from ray_envcache.acquire import Store
 from ray_envcache.field import registration
+from ray_envcache.field.spec import EnvSpec
+from ray_envcache.resolve.interpreter import installed_ray
+from ray_envcache.store.leases import Holder
 from ray_envcache.survey import inventory
 from tests import support
 from tests.benchmarks import fabricate
@@ -277,7 +280,7 @@ def test_interrupted_build_exits_130(
 def test_interrupted_compiling(
     store: Store, tmp_path: Path, wheels: Path, children: list[subprocess.Popen[str]]
 ) -> None:
-    """After Ctrl-C while bytecode is made the helpers are gone, and what is missing is made in the background."""
+    """After Ctrl-C while bytecode is made the helpers are gone, and what is missing is made in the next use."""
     import signal
 
     import psutil
@@ -305,5 +308,8 @@ def test_interrupted_compiling(
     assert "Traceback" not in said
     assert all(map(support.is_gone, helpers))
     (entry,) = store.layout.all_entries()
-    support.wait_until(entry.compiled.exists, "the background finished it")
+    assert not entry.compiled.exists()
+    with store.acquire(EnvSpec.parse(project), installed_ray(), Holder("test")) as lease:
+        assert lease.entry == entry
+        support.wait_until(entry.compiled.exists, "the background finished it")
     assert len(list(entry.site_packages.glob("many?/__pycache__/*.pyc"))) == 100

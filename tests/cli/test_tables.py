@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import io
+import os
+import subprocess
 import sys
 
 import pytest
 
-from ray_envcache.cli.tables import shown
+from ray_envcache.acquire import Store
+from tests.gc.fabricated import change, make_entry
+
+pytestmark = pytest.mark.host
 
 
 @pytest.mark.parametrize(
     ("encoding", "text"),
-    [
-        ("utf-8", "└ naïve ☃?"),
-        ("utf-16", "└ naïve ☃?"),
-        ("latin-1", "+ naïve \\u2603?"),
-        ("ascii", "+ na\\xefve \\u2603?"),
-    ],
+    [("utf-8", "  naïve ☃?  "), ("latin-1", "  naïve \\u2603?  "), ("ascii", "  na\\xefve \\u2603?  ")],
 )
-def test_what_a_stream_cannot_have(monkeypatch: pytest.MonkeyPatch, encoding: str, text: str) -> None:
+def test_what_a_stream_cannot_have(store: Store, encoding: str, text: str) -> None:
     """Letters that it has no code for stay recognizable; control characters never come through."""
-    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    monkeypatch.setattr(sys, "stdout", stream)
-    assert shown("└ naïve ☃\x1b") == text
-    stream.write(text)
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
-    assert shown("└ naïve ☃\x1b") == "└ naïve ☃?"
+    entry = make_entry(store.layout, 1)
+    change(entry, project="naïve ☃\x1b")
+    change(make_entry(store.layout, 2), base=entry.name)
+    environ = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-m", "ray_envcache", "list"], env=environ, capture_output=True, check=True)
+    assert text in done.stdout.decode(encoding)
+    assert done.stderr == b""
