@@ -44,9 +44,9 @@ def finding_of(name: str, check: Callable[..., Finding], *arguments: object) -> 
         return check(*arguments)
     except EnvCacheError as error:
         return Finding(name, ERROR, error.message, error.hint)
-    except (OSError, NotImplementedError) as error:
+    except OSError as error:
         hint = "the operating system refused; mend the permissions or the path"
-        return Finding(name, ERROR, str(error) or type(error).__name__, hint)
+        return Finding(name, ERROR, str(error), hint)
 
 
 def node_name(ip: str, node_id: str) -> str:
