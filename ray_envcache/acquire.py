@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from ray_envcache.checkout.project import Project
 from ray_envcache.errors import ChangedError, LockfileError
 from ray_envcache.resolve import interpreter
-from ray_envcache.store import journal, memo
-from ray_envcache.store.key import layer_key
+from ray_envcache.store import journal
+from ray_envcache.store.key import Memo, layer_key, memo_name, recall, remember
 from ray_envcache.store.layout import Entry, Layout, newest_first, only_key
 from ray_envcache.store.leases import Holder, Lease, claim
-from ray_envcache.store.memo import Memo
 from ray_envcache.store.roots import opened
 from ray_envcache.system import children, flock
 from ray_envcache.system.files import file_identity
@@ -113,14 +112,14 @@ class Store:
         executable = interpreter.base_executable(spec.python)
         project, digest = _digest_of(spec)
         depends = [digest, spec.selection(), interpreter.fingerprint(executable), ray.fingerprint()]
-        return Inputs(spec, project, executable, memo.name_of(depends))
+        return Inputs(spec, project, executable, memo_name(depends))
 
     def _claim_known(self, inputs: Inputs, holder: Holder, *, may_look: bool) -> Lease | None:
         """Claim what a memo leads to; None where none does, or the environment is gone.
 
         The layer with local packages is known by their content: as pinned, else, if it `may_look`, as it is now.
         """
-        known = memo.recall(inputs.memo, inputs.folder, self.layout, self.readonly)
+        known = recall(inputs.memo, inputs.folder, self.layout, self.readonly)
         if known is None:
             return None
         noted, entry = known
@@ -185,15 +184,14 @@ class Store:
 
     def _remember(self, inputs: Inputs, entry: Entry, plan: EnvironmentPlan) -> None:
         stamps = {path: file_identity(path) for path in plan.resolved.local_files()}
-        known = {path: stamp for path, stamp in stamps.items() if stamp}
+        known = tuple((path, *stamp) for path, stamp in stamps.items() if stamp)
         if len(known) < len(stamps):
             return  # one was removed meanwhile
         # Relative: another checkout of the same project has its packages elsewhere.
-        local = [(one.name, os.path.relpath(one.path, plan.folder), one.editable) for one in plan.resolved.local]
+        local = tuple((one.name, os.path.relpath(one.path, plan.folder), one.editable) for one in plan.resolved.local)
         name, settings = self.layout.name_of(entry), plan.resolved.build_settings
-        memo.remember(
-            inputs.memo, self.layout, Memo(name, os.fspath(plan.folder), local, known, settings, inputs.spec.to_field())
-        )
+        memo = Memo(name, os.fspath(plan.folder), local, known, settings, inputs.spec.to_field())
+        remember(inputs.memo, self.layout, memo)
 
     def entries(self) -> list[Entry]:
         """All entries, finished or not, of each key the newest first, those of read-only stores last."""

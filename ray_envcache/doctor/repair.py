@@ -25,7 +25,8 @@ from ray_envcache.errors import BuildError, EnvCacheError, UnknownKeyError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import interpreter, uv, uv_errors
 from ray_envcache.resolve.interpreter import AnyRay
-from ray_envcache.store import journal, memo
+from ray_envcache.store import journal
+from ray_envcache.store.key import leading_to
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder, claim
 from ray_envcache.store.record import ReadyRecord
@@ -101,7 +102,7 @@ def _planned_again(layout: Layout, entry: Entry, ray: AnyRay, held: ExitStack) -
     if base and (below := claim(base, layout, Holder("repair"))):
         held.enter_context(below)
     reason = "the store has no note of what it was built from"
-    texts = {json.dumps(one.field, sort_keys=True) for one in memo.leading_to((base or entry).key, layout) if one.field}
+    texts = {json.dumps(one.field, sort_keys=True) for one in leading_to((base or entry).key, layout) if one.field}
     for value in map(json.loads, sorted(texts)):
         try:
             spec = EnvSpec.parse(value)

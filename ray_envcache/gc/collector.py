@@ -100,7 +100,7 @@ def _collect(layout: Layout, limits: Limits) -> Collected:
     elif collected.removed:
         # A second earlier: the kernel's clock for files runs a little behind.
         uv_cache.retire(layout, collected.add_failure, since=began - 1)
-    rubbish.sweep_records(layout)
+    rubbish.sweep_records(layout, 0 if limits.everything else rubbish.MEMOS)
     _sweep(layout, collected)
     counts = {"removed": len(collected.removed), "failed": len(collected.failed), "swept_bytes": collected.swept_bytes}
     journal.note(layout, "collection", seconds=round(time.time() - began, 3), **counts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,8 +11,8 @@ from ray_envcache.store.layout import Layout
 from ray_envcache.survey.uv_cache import OnError
 from ray_envcache.system import disk, files, flock, processes
 
-MEMOS = 50
-"""How many memos an entry keeps: states of files and machines that lead to it. Without its memo it is planned anew."""
+MEMOS = 1000
+"""How many memos a store keeps, those recalled last: each edit of a project makes one, of 4 kB on the disk."""
 
 
 def sweep(layout: Layout, on_error: OnError) -> int:
@@ -21,12 +20,11 @@ def sweep(layout: Layout, on_error: OnError) -> int:
     return sum(_delete(path, on_error) for path in [*_trash(layout), *_half_written(layout)])
 
 
-def sweep_records(layout: Layout) -> None:
-    """Delete what speaks of entries and processes that are no more, and bound what speaks of those that are."""
-    keys = {entry.key for entry in layout.all_entries()}
+def sweep_records(layout: Layout, memos: int) -> None:
+    """Delete what speaks of entries and processes that are no more, and all but so many memos."""
     _sweep_leases(layout)
-    _sweep_memos(layout, keys)
-    _sweep_flocks(layout, keys)
+    _sweep_memos(layout, memos)
+    _sweep_flocks(layout)
 
 
 def _trash(layout: Layout) -> Iterator[Path]:
@@ -43,30 +41,18 @@ def _sweep_leases(layout: Layout) -> None:
             folder.rmdir()
 
 
-def _sweep_memos(layout: Layout, keys: set[str]) -> None:
-    """Delete memos of entries that are gone, and of each entry all but the newest: each edit of a project makes one."""
-    by_key: dict[str, list[Path]] = {}
-    for path in sorted(layout.memo.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
-        by_key.setdefault(_key_of(layout, path, keys), []).append(path)
-    for path in [*by_key.pop("", []), *(path for paths in by_key.values() for path in paths[MEMOS:])]:
+def _sweep_memos(layout: Layout, keep: int) -> None:
+    found = sorted(layout.memo.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in found[keep:]:
         path.unlink(missing_ok=True)
 
 
-def _key_of(layout: Layout, memo: Path, keys: set[str]) -> str:
-    """The key of the entry that a memo speaks of, "" where that is gone."""
-    entry = layout.entry(str((files.read_json(memo) or {}).get("entry")))
-    if entry is None:
-        return ""
-    # An entry of a read-only store has a key that no entry here needs to have.
-    is_there = os.path.exists(entry.ready) if entry.readonly else entry.key in keys
-    return entry.key if is_there else ""
-
-
-def _sweep_flocks(layout: Layout, keys: set[str]) -> None:
+def _sweep_flocks(layout: Layout) -> None:
     """Delete the files of builders' flocks, one for each key that was ever built.
 
     Under the flock: a builder who waits for it finds that its file has no name any more, and opens the new one.
     """
+    keys = {entry.key for entry in layout.all_entries()}
     for path in layout.flocks.glob("*.build"):
         if path.stem not in keys:
             leases.remove_free(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -13,7 +14,7 @@ from ray_envcache.system.processes import boot_id
 
 SCHEMA_VERSION = 1
 
-R = TypeVar("R", "ReadyRecord", "MeasuredRecord")
+R = TypeVar("R", bound=NamedTuple)
 
 Facts: TypeAlias = dict[str, str]
 """What the key of an entry is made of, by kind and name: {"package numpy": "2.4.1", "python version": "3.11.7"}.
@@ -52,7 +53,7 @@ class ReadyRecord(NamedTuple):
 
     def write(self, entry: Entry) -> None:
         """Publish the entry: from now on it is handed out."""
-        files.write_json(entry.ready, {"schema_version": SCHEMA_VERSION, **self._asdict()})
+        write_record(entry.ready, self, durable=True)
 
     @classmethod
     def read(cls, entry: Entry) -> ReadyRecord | None:
@@ -66,7 +67,7 @@ class ReadyRecord(NamedTuple):
     @classmethod
     def read_any(cls, entry: Entry) -> ReadyRecord | None:
         """The record as it was written, whether or not it still holds; None where there is none, or a damaged one."""
-        return _recorded(cls, entry.ready)
+        return read_record(cls, entry.ready)
 
     def fault(self, entry: Entry) -> str:
         """Why the entry is not handed out any more: its place, or what it uses from elsewhere, changed. "": it is."""
@@ -91,11 +92,11 @@ class MeasuredRecord(NamedTuple):
     exact: bool
 
     def write(self, entry: Entry) -> None:
-        files.write_json(entry.measured, {"schema_version": SCHEMA_VERSION, **self._asdict()}, durable=False)
+        write_record(entry.measured, self)
 
     @classmethod
     def read(cls, entry: Entry) -> MeasuredRecord | None:
-        return _recorded(cls, entry.measured)
+        return read_record(cls, entry.measured)
 
 
 def write_facts(entry: Entry, facts: Facts) -> None:
@@ -118,7 +119,12 @@ def _is_same_place(built: str, found: str) -> bool:
         return False
 
 
-def _recorded(kind: type[R], path: Path) -> R | None:
+def write_record(path: Path, record: NamedTuple, *, durable: bool = False) -> None:
+    """Write a record as `read_record` reads it. Raises OSError."""
+    files.write_json(path, {"schema_version": SCHEMA_VERSION, **record._asdict()}, durable=durable)
+
+
+def read_record(kind: type[R], path: Path) -> R | None:
     """The record of this kind at `path`; None where there is none, or not of our schema."""
     data = files.read_json(path)
     if data is None or data.get("schema_version") != SCHEMA_VERSION:
@@ -130,6 +136,7 @@ def _recorded(kind: type[R], path: Path) -> R | None:
             for name in kind._fields
             if name in data
         }
-        return kind(**known)
+        make: Callable[..., R] = kind  # for mypy, which knows only what is called NamedTuple itself
+        return make(**known)
     except TypeError:
         return None  # one is missing

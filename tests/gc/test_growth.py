@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from ray_envcache.gc import rubbish
 from ray_envcache.gc.collector import collect
 from ray_envcache.gc.policy import DAY, Limits
-from ray_envcache.gc.rubbish import MEMOS
 from ray_envcache.store import journal, leases
+from ray_envcache.store.key import Memo, recall, remember
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder
 from ray_envcache.survey.inventory import record_sizes
@@ -100,18 +101,33 @@ def test_only_the_layout_is_left(tmp_path: Path, builds: int, keys: int) -> None
     assert names(layout) - fresh == {"uv", "uv/.lock"}
 
 
-def test_what_is_used_for_ever_keeps_little(tmp_path: Path) -> None:
-    """Of an environment that stays, and gets a memo with each edit of a project, the newest memos and no leases stay."""
+def test_what_is_used_for_ever_keeps_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an environment that stays, and gets a memo with each edit of a project, no leases and few memos stay."""
+    monkeypatch.setattr(rubbish, "MEMOS", 50)
     layout = make_layout(tmp_path / "store")
-    for memo in range(MEMOS + 20):
+    for memo in range(70):
         build(layout, 1, memo)
         path = layout.memo_of(f"{memo:032x}")
         os.utime(path, (memo, memo))
     collect(layout, AGE_ONLY)
-    kept = {f"{memo:032x}" for memo in range(20, MEMOS + 20)}
-    assert {path.stem for path in layout.memo.iterdir()} == kept
+    assert {path.stem for path in layout.memo.iterdir()} == {f"{memo:032x}" for memo in range(20, 70)}
     assert list(layout.leases.iterdir()) == []
     assert len(list(layout.entries.iterdir())) == 1
+
+
+def test_memos_that_are_recalled_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collector keeps the memos that were written or recalled last, whichever are older."""
+    monkeypatch.setattr(rubbish, "MEMOS", 2)
+    layout = make_layout(tmp_path / "store")
+    entry = make_entry(layout, 1)
+    for number, name in enumerate("abcd"):
+        remember(name, layout, Memo(entry.name, "/", (), (), "", {}))
+        os.utime(layout.memo_of(name), (number, number))
+    assert recall("a", "/", layout, ()) is not None
+    collect(layout, AGE_ONLY)
+    assert {path.stem for path in layout.memo.iterdir()} == {"a", "d"}
+    collect(layout, ALL)
+    assert list(layout.memo.iterdir()) == []
 
 
 def test_builders_never_share_a_key_though_its_flock_is_swept(tmp_path: Path) -> None:

@@ -338,17 +338,6 @@ def test_layer_on_top(
         assert again.entries == lease.entries
 
 
-def test_collector_keeps_what_leads_below(below: Store, copy: Layout, image: Layout, project: Path) -> None:
-    """A memo that names an entry of a read-only store stays while that is there."""
-    acquire(below, project).release()
-    (memo,) = below.layout.memo.iterdir()
-    assert collect(below.layout, Limits(everything=True)).removed == []
-    assert memo.exists()
-    files.write_json(memo, {**(files.read_json(memo) or {}), "entry": str(environment_of(image).path) + "1"})
-    collect(below.layout, NOTHING_DUE)
-    assert not memo.exists()
-
-
 def test_commands(below: Store, image: Layout, project: Path, store: Store) -> None:
     """They show what is below, say whose it is, and leave it alone."""
     wanted = environment_of(image)
