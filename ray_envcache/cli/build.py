@@ -35,15 +35,10 @@ USAGE_ERROR = 2
 
 
 def absolute(path: str) -> str:
-    """The absolute path of what a person named. Raises FieldValueError where it is empty, or the directory is gone."""
+    """The absolute path of what a person named. Raises FieldValueError where it is empty."""
     if not path:  # of an unset variable; for Python it is the current directory
         raise FieldValueError("The path is empty", "name a project's folder, or `.` for this one")
-    try:
-        return os.path.abspath(path)
-    except FileNotFoundError as error:
-        raise FieldValueError(
-            f"Where is `{path}`? The working directory was removed", "cd to a directory that exists"
-        ) from error
+    return os.path.abspath(path)
 
 
 _LISTS = (

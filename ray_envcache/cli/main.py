@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import signal
@@ -13,7 +14,7 @@ from typing import NoReturn
 
 import click
 
-from ray_envcache.errors import EnvCacheError, StoreError
+from ray_envcache.errors import EnvCacheError, FieldValueError, StoreError
 from ray_envcache.field import registration
 from ray_envcache.store.layout import default_root
 from ray_envcache.version import __version__
@@ -134,6 +135,8 @@ def _flush_or_forget() -> None:
 def _explained(error: OSError) -> EnvCacheError:
     """An error of the operating system as one of ours: a StoreError if it is about a file of the store."""
     place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    if error.errno == errno.ENOENT and not place:  # a relative path leads nowhere then
+        return FieldValueError("The working directory was removed", "cd to a directory that exists")
     message = f"{error.strerror or error}" + (f": `{place}`" if place else "")
     with suppress(EnvCacheError):  # a root that cannot be one
         if place.startswith(f"{default_root()}/"):
