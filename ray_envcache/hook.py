@@ -118,11 +118,11 @@ def _hand_over(layout: Layout, lease: Lease) -> None:
     with lease:
         while time.monotonic() < deadline:
             time.sleep(0.2)
-            if any(map(_is_our_agent, leases.live_leases(layout, lease.entry.key))):
+            if any(_is_our_agent(holder) for _, holder in leases.live_leases(layout, lease.entry.key)):
                 return
 
 
-def _is_our_agent(holder: dict[str, Any]) -> bool:
+def _is_our_agent(holder: Holder) -> bool:
     # Ray is not imported here: `ray-envcache doctor` uses this module too, and Ray takes 0.5 s.
     node: Any = getattr(sys.modules.get(registration.WORKER_MODULE), "_global_node", None)
-    return holder.get("kind") == "agent" and node is not None and holder.get("cluster") == node.session_name
+    return holder.kind == "agent" and node is not None and holder.cluster == node.session_name

@@ -97,7 +97,7 @@ def test_hand_over(project: Path, store: Store, monkeypatch: pytest.MonkeyPatch)
         return store.acquire(EnvSpec.parse(project), installed_ray(), Holder("agent", cluster=cluster), finish=False)
 
     def holders(key: str) -> list[str]:
-        return sorted(f"{one['kind']} {one['cluster']}" for one in leases.live_leases(store.layout, key))
+        return sorted(f"{one.kind} {one.cluster}" for _, one in leases.live_leases(store.layout, key))
 
     with agent("another") as theirs:
         hook.runtime_env_hook({"envcache": os.fspath(project)})

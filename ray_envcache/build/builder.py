@@ -109,9 +109,9 @@ class Builder:
 
     def _tell_waiting(self) -> None:
         records = (files.read_json(entry.building) for entry in self.layout.entries_of(self.plan.key))
-        known = next((record for record in records if record), {})
-        who = f"{known.get('kind', 'process')} {known.get('pid', '?')} ({known.get('command', '?')})"
-        self.observer.waiting(f"{who}, since {known.get('since', '?')}")
+        builder = next((Holder.read(record) for record in records if record), None)
+        # It has its flock a moment before it says who it is.
+        self.observer.waiting(f"{builder}, since {builder.since}" if builder else "another process")
 
     def _sweep(self) -> None:
         """Throw away what dead builders of this key left; its flock is ours, so no builder lives.

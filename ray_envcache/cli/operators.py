@@ -220,6 +220,6 @@ def _print_repaired(done: Repaired) -> None:
 def _verified_as_json(found: Verified, done: Repaired | None) -> dict[str, Any]:
     entry, data = found.entry, found._asdict()
     data |= {"entry": entry.name, "differences": [one._asdict() for one in found.differences]}
-    users = [user._asdict() for user in done.users] if done else []
+    users = [asdict(user) for user in done.users] if done else []
     repaired = done and {**done._asdict(), "damaged": entry.name, "sound": done.sound.name, "users": users}
     return {"key": entry.key, **data, "repaired": repaired}

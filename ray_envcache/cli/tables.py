@@ -18,7 +18,8 @@ from ray_envcache.system.texts import format_duration, format_size, from_utc, pr
 if TYPE_CHECKING:
     from ray_envcache.gc.collector import Collected
     from ray_envcache.sessions.directories import Session
-    from ray_envcache.survey.inventory import Status, User
+    from ray_envcache.store.leases import Holder
+    from ray_envcache.survey.inventory import Status
     from ray_envcache.survey.uv_cache import UvCache
 
 JSON_SCHEMA = 1
@@ -36,7 +37,7 @@ def status_as_json(status: Status) -> dict[str, Any]:
     """One environment, as `list --json` and `why --json` show it."""
     data = status._asdict()
     del data["base_path"]
-    users = [user._asdict() for user in data.pop("users")]
+    users = [asdict(user) for user in data.pop("users")]
     last_used = utc(data.pop("last_used"))
     return {**data, "holders": users, "last_used_at": last_used}
 
@@ -125,12 +126,12 @@ def print_users(status: Status) -> None:
         say("nothing keeps it: the next `ray-envcache gc` removes it when it is old enough")
 
 
-def print_users_of(users: Iterable[User]) -> None:
+def print_users_of(users: Iterable[Holder]) -> None:
     """Print a table of users."""
     print_table(("PID", "KIND", "COMMAND", "CLUSTER", "JOB", "SINCE"), map(_user, users), numeric={"PID"})
 
 
-def _user(user: User) -> Sequence[str]:
+def _user(user: Holder) -> Sequence[str]:
     cluster = user.cluster or ("- (dead)" if user.command.startswith("ray::") else "-")
     return (str(user.pid), user.kind, user.command, cluster, user.job or "-", _ago(_seconds(user.since)))
 

@@ -32,7 +32,6 @@ from ray_envcache.store.leases import Holder, claim
 from ray_envcache.store.record import ReadyRecord
 from ray_envcache.store.roots import require_own
 from ray_envcache.survey import inventory, shared_bytecode
-from ray_envcache.survey.inventory import User
 from ray_envcache.survey.verification import Verified, module_of, verify
 from ray_envcache.system import testpoints
 
@@ -46,7 +45,7 @@ class Repaired(NamedTuple):
 
     damaged: Entry
     sound: Entry
-    users: tuple[User, ...]
+    users: tuple[Holder, ...]
     unpacked: tuple[str, ...]
     bytecode: int
 

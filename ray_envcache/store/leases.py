@@ -15,8 +15,9 @@ import secrets
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,11 @@ def _command() -> str:
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease. `kind` is agent, driver, build, bytecode, run, cli or program; `since` is UTC ISO 8601."""
+    """A process that keeps an entry: by a lease, or by running from it (`kind` "process").
+
+    Of a lease `kind` is agent, driver, build, bytecode, run, cli or program. `cluster` is the Ray session it belongs
+    to, "" where it belongs to none that lives; `since` is UTC ISO 8601.
+    """
 
     kind: str
     cluster: str = ""
@@ -53,6 +58,14 @@ class Holder:
     pid: int = field(default_factory=os.getpid)
     command: str = field(default_factory=_command)
     since: str = field(default_factory=utc_now)
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.pid} ({self.cluster or self.command})"
+
+    @classmethod
+    def read(cls, told: Mapping[str, Any]) -> Holder:
+        """The holder that a file tells of, with "" for what it does not have."""
+        return cls(**{one.name: told.get(one.name, "") for one in fields(cls)})
 
 
 class Lease:
@@ -122,7 +135,7 @@ class Lease:
                 _logger.warning("The lease on %s holds, but `list` cannot show it: %s", self.entry.path.name, error)
             return
         self._file, self._file_flock = path, descriptor
-        with suppress(OSError):  # a disk that fills up now leaves an empty file: `list` says "unknown"
+        with suppress(OSError):  # a disk that fills up now leaves an empty file: `list` shows "?"
             os.write(descriptor, json.dumps({"entry": layout.name_of(self.entry), **vars(holder)}).encode())
 
     def __enter__(self) -> Self:
@@ -183,10 +196,10 @@ def _claim_base(lease: Lease, record: ReadyRecord, layout: Layout, holder: Holde
     return below is not None
 
 
-def live_leases(layout: Layout, key: str) -> list[dict[str, Any]]:
-    """What the live holders of leases on `key` say of themselves: fields of `Holder`, and `entry`."""
-    unknown = {"kind": "unknown", "entry": "", "pid": 0}
-    return [files.read_json(path) or unknown for path in _files(layout.leases_of(key)) if flock.is_held(path)]
+def live_leases(layout: Layout, key: str) -> list[tuple[str, Holder]]:
+    """The live leases on `key`: of each the name of the entry and the holder, as far as a full disk left them."""
+    told = (files.read_json(path) or {} for path in _files(layout.leases_of(key)) if flock.is_held(path))
+    return [(one.get("entry", ""), Holder.read(one)) for one in told]
 
 
 def sweep_dead(layout: Layout, key: str) -> None:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ray_envcache.store import leases, pins, roots
 from ray_envcache.store.layout import Entry, Layout, layout_of
+from ray_envcache.store.leases import Holder
 from ray_envcache.store.record import MeasuredRecord, ReadyRecord
 from ray_envcache.survey import shared_bytecode, uv_cache
 from ray_envcache.survey.shared_bytecode import Inode
@@ -26,20 +27,6 @@ from ray_envcache.system.texts import utc
 
 FRESH_SECONDS = 3600.0
 """How long a record is believed where people look: to measure an environment of 20,000 files takes 0.1 s."""
-
-
-class User(NamedTuple):
-    """A process that uses an entry: by a lease (`kind` is its holder's) or by running from it ("process").
-
-    `since` is UTC ISO 8601. `cluster` is the Ray session it belongs to, "" where it belongs to none that lives.
-    """
-
-    pid: int
-    kind: str
-    cluster: str
-    job: str
-    command: str
-    since: str
 
 
 class Status(NamedTuple):
@@ -53,7 +40,7 @@ class Status(NamedTuple):
     key: str
     state: str
     in_use: bool
-    users: tuple[User, ...]
+    users: tuple[Holder, ...]
     pinned: bool
     size_bytes: int
     reclaimable_bytes: int
@@ -134,16 +121,12 @@ def _statuses(layout: Layout, store: Layout, entries: list[Entry], max_age: floa
     return found
 
 
-def _users(layout: Layout, entry: Entry, pids: Iterable[int], live: Iterable[Mapping[str, Any]]) -> tuple[User, ...]:
+def _users(layout: Layout, entry: Entry, pids: Iterable[int], live: Iterable[tuple[str, Holder]]) -> tuple[Holder, ...]:
     """Holders of live leases and processes that run from the entry; a process that does both counts once."""
-    named = [
-        User(**{name: holder.get(name, "") for name in ("pid", "kind", "cluster", "job", "command", "since")})
-        for holder in live
-        if holder.get("entry") == layout.name_of(entry)
-    ]
+    named = [holder for name, holder in live if name == layout.name_of(entry)]
     known = {user.pid for user in named}
     running = [
-        User(pid, "process", processes.ray_session(pid), "", process.command, utc(process.started))
+        Holder("process", processes.ray_session(pid), "", pid, process.command, utc(process.started))
         for pid in pids
         if pid not in known and (process := processes.describe(pid))
     ]

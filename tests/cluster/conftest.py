@@ -141,11 +141,11 @@ class Host:
         (self.folder / "wheels").mkdir(exist_ok=True)
         return self.folder / "wheels"
 
-    def holders(self) -> list[dict[str, Any]]:
+    def holders(self) -> list[leases.Holder]:
         """Who holds a lease now, other than the compilers of bytecode."""
         keys = {entry.key for entry in self.layout.all_entries()}
-        found = [holder for key in keys for holder in leases.live_leases(self.layout, key)]
-        return [holder for holder in found if holder["kind"] != "bytecode"]
+        found = [holder for key in keys for _, holder in leases.live_leases(self.layout, key)]
+        return [holder for holder in found if holder.kind != "bytecode"]
 
 
 @pytest.fixture

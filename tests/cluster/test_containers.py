@@ -35,7 +35,7 @@ def test_a_cluster_in_each_container(host: Host) -> None:
     (entry,) = host.layout.all_entries()
     assert found == [str(entry.python)] * 2
     assert support.count_builds(log) == 1
-    support.wait_until(lambda: {holder["kind"] for holder in host.holders()} == {"agent"}, "the drivers handed over")
+    support.wait_until(lambda: {holder.kind for holder in host.holders()} == {"agent"}, "the drivers handed over")
     for driver in drivers:
         said = collect(host)
         assert "Removed 0 environments" in said

@@ -103,8 +103,8 @@ def test_lease_is_held_while_the_cluster_lives(host: Host) -> None:
     driver = host.start(code, project)
     assert driver.stdout is not None
     session = driver.stdout.readline().strip()
-    support.wait_until(lambda: [holder["kind"] for holder in host.holders()] == ["agent"], "the driver handed over")
-    assert host.holders()[0]["cluster"] == session
+    support.wait_until(lambda: [holder.kind for holder in host.holders()] == ["agent"], "the driver handed over")
+    assert host.holders()[0].cluster == session
     support.kill_tree(driver.pid)
     support.wait_until(lambda: host.holders() == [], "nobody holds the environment")
 

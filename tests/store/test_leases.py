@@ -78,8 +78,8 @@ def test_lease_holds_until_released(store: Store, entry: Entry) -> None:
     """A lease keeps its entry, names its holder, and frees it at once on release; twice is once."""
     lease = leases.claim(entry, store.layout, Holder("agent", cluster="session_x"))
     assert lease is not None
-    (holder,) = leases.live_leases(store.layout, entry.key)
-    assert (holder["kind"], holder["pid"], holder["cluster"]) == ("agent", os.getpid(), "session_x")
+    ((name, holder),) = leases.live_leases(store.layout, entry.key)
+    assert (name, holder.kind, holder.pid, holder.cluster) == (entry.name, "agent", os.getpid(), "session_x")
     with pytest.raises(InUseError, match="it is in use") as caught:
         evict(store.layout, entry)
     assert f"ray-envcache why {entry.short}" in caught.value.hint
@@ -107,7 +107,7 @@ def test_lease_of_a_killed_process_counts_no_more(
     children.append(child)
     assert child.stdout is not None
     assert child.stdout.readline() == "up\n"
-    assert [holder["pid"] for holder in leases.live_leases(store.layout, entry.key)] == [child.pid]
+    assert [holder.pid for _, holder in leases.live_leases(store.layout, entry.key)] == [child.pid]
     child.kill()
     child.wait()
     assert leases.live_leases(store.layout, entry.key) == []
@@ -223,6 +223,17 @@ def test_lease_on_a_full_disk_holds_untold(store: Store, entry: Entry, monkeypat
         assert leases.live_leases(store.layout, entry.key) == []
         with pytest.raises(InUseError):
             evict(store.layout, entry)
+
+
+def test_lease_of_which_a_full_disk_wrote_nothing(store: Store, entry: Entry) -> None:
+    """An empty file of a lease counts as one: the collector does not take its holder for dead."""
+    with leases.claim(entry, store.layout, Holder("agent")) or pytest.fail("no lease"):
+        (path,) = store.layout.leases_of(entry.key).iterdir()
+        os.truncate(path, 0)
+        ((name, holder),) = leases.live_leases(store.layout, entry.key)
+        assert (name, holder.kind) == ("", "")
+        found = status(store.layout, entry)
+        assert (found.users, found.in_use) == ((), True)
 
 
 def test_hold_never_breaks_an_interpreter(store: Store, entry: Entry) -> None:

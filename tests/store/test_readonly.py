@@ -201,8 +201,8 @@ def test_agent(below: Store, image: Layout, project: Path) -> None:
     build = AgentBuild(below, spec, installed_ray(), Holder("agent"), logging.getLogger("test"), dict(os.environ))
     with build.lease.result() as lease:
         assert lease.entry == environment_of(image)
-        (told,) = leases.live_leases(below.layout, lease.entry.key)
-        assert (told["kind"], told["entry"]) == ("agent", str(lease.entry.path))
+        ((name, holder),) = leases.live_leases(below.layout, lease.entry.key)
+        assert (holder.kind, name) == ("agent", str(lease.entry.path))
     assert own_entries(below) == []
 
 
