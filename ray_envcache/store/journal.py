@@ -24,8 +24,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard, TypeVar, cast
 
 from ray_envcache.errors import BuildError, BusyError, EnvCacheError, StoreError
-from ray_envcache.store.record import MeasuredRecord
+from ray_envcache.store.record import read_record
 from ray_envcache.system import flock, testpoints
+from ray_envcache.system.disk import DiskUse
 from ray_envcache.system.texts import utc_now
 
 if TYPE_CHECKING:
@@ -238,6 +239,6 @@ def _found(lease: Lease) -> dict[str, Value]:
 
 def _size(entry: Entry) -> int:
     with suppress(OSError):
-        record = MeasuredRecord.read(entry)
-        return record.size_bytes if record and isinstance(record.size_bytes, int) else 0
+        use = read_record(DiskUse, entry.measured)
+        return use.size if use and isinstance(use.size, int) else 0
     return 0

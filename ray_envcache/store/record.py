@@ -84,21 +84,6 @@ class ReadyRecord(NamedTuple):
         return "" if is_whole else "the machine went down before all of it was on the disk"
 
 
-class MeasuredRecord(NamedTuple):
-    """Sizes in bytes. `exact` is False where `reclaimable_bytes` is a lower bound."""
-
-    size_bytes: int
-    reclaimable_bytes: int
-    exact: bool
-
-    def write(self, entry: Entry) -> None:
-        write_record(entry.measured, self)
-
-    @classmethod
-    def read(cls, entry: Entry) -> MeasuredRecord | None:
-        return read_record(cls, entry.measured)
-
-
 def write_facts(entry: Entry, facts: Facts) -> None:
     """Note the facts of an entry. Not in its ready record, which each claim reads: those of 300 packages take 40 kB."""
     files.write_json(entry.facts, {**facts}, durable=False)

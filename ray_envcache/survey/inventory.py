@@ -19,10 +19,11 @@ from typing import NamedTuple
 from ray_envcache.store import leases, pins, roots
 from ray_envcache.store.layout import Entry, Layout, layout_of
 from ray_envcache.store.leases import Holder
-from ray_envcache.store.record import MeasuredRecord, ReadyRecord
+from ray_envcache.store.record import ReadyRecord, read_record, write_record
 from ray_envcache.survey import shared_bytecode, uv_cache
 from ray_envcache.survey.shared_bytecode import Inode
 from ray_envcache.system import disk, flock, processes
+from ray_envcache.system.disk import DiskUse
 from ray_envcache.system.texts import utc
 
 FRESH_SECONDS = 3600.0
@@ -107,8 +108,8 @@ def _statuses(layout: Layout, store: Layout, entries: list[Entry], max_age: floa
                 users=users,
                 # A pin keeps the sound entry of a key.
                 pinned=entry.key in pinned and entry.ready.exists(),
-                size_bytes=size.size_bytes,
-                reclaimable_bytes=0 if entry.readonly else size.reclaimable_bytes,
+                size_bytes=size.size,
+                reclaimable_bytes=0 if entry.readonly else size.reclaimable,
                 exact=entry.readonly or size.exact,
                 last_used=last_used(entry),
                 path=os.fspath(entry.path),
@@ -160,16 +161,16 @@ class Sizes:
     layout: Layout
     max_age: float = FRESH_SECONDS
 
-    def of(self, entry: Entry) -> MeasuredRecord:
+    def of(self, entry: Entry) -> DiskUse:
         """The sizes of an entry. Those of a read-only store are believed at any age: only its owner measures there."""
-        record, age = MeasuredRecord.read(entry), time.time() - _mtime(entry.measured)
+        use, age = read_record(DiskUse, entry.measured), time.time() - _mtime(entry.measured)
         # A record of the future means that the clock went back.
-        if record is None or not (entry.readonly or 0 <= age < self.max_age):
-            record = MeasuredRecord(*disk.measure(entry.path, self._going_too))
+        if use is None or not (entry.readonly or 0 <= age < self.max_age):
+            use = disk.measure(entry.path, self._going_too)
             if entry.compiled.exists() and not entry.readonly:
                 with suppress(OSError):  # no room for it
-                    record.write(entry)
-        return record
+                    write_record(entry.measured, use)
+        return use
 
     @cached_property
     def _going_too(self) -> frozenset[Inode]:
@@ -177,7 +178,7 @@ class Sizes:
         return going_too(self.layout)
 
 
-def record_sizes(layout: Layout, entry: Entry) -> MeasuredRecord:
+def record_sizes(layout: Layout, entry: Entry) -> DiskUse:
     """Measure a finished entry, and keep the result."""
     return Sizes(layout, max_age=0).of(entry)
 

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 from ray_envcache.errors import EnvCacheError
 from ray_envcache.store.journal import Event, Journal, Totals, summed
 from ray_envcache.store.layout import Entry, Layout
-from ray_envcache.store.record import MeasuredRecord, ReadyRecord
+from ray_envcache.store.record import ReadyRecord, read_record
 from ray_envcache.survey.inventory import Status
 from ray_envcache.system import disk
+from ray_envcache.system.disk import DiskUse
 from ray_envcache.system.texts import needs_extra
 
 if TYPE_CHECKING:
@@ -141,8 +142,8 @@ def _known(events: Iterable[Event], entries: Sequence[Entry]) -> defaultdict[str
         one = found[entry.key]
         if ready := ReadyRecord.read(entry):
             one.seconds, one.project = ready.build_seconds, ready.project
-        if measured := MeasuredRecord.read(entry):
-            one.size = measured.size_bytes
+        if use := read_record(DiskUse, entry.measured):
+            one.size = use.size
     return found
 
 

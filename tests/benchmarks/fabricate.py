@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ray_envcache.store.layout import Entry, Layout
-from ray_envcache.store.record import MeasuredRecord
+from ray_envcache.store.record import write_record
 from ray_envcache.system import files
+from ray_envcache.system.disk import DiskUse
 from ray_envcache.system.texts import utc_now
 
 
@@ -33,7 +34,7 @@ def _copy(layout: Layout, template: Entry, record: dict[str, Any], key: str) -> 
     # Not durable: a thousand syncs take long.
     files.write_json(entry.ready, {**record, "key": key, "path": os.fspath(entry.path)}, durable=False)
     files.write_json(entry.compiled, {"compiled_at": utc_now(), "seconds": 1.0}, durable=False)
-    MeasuredRecord(700_000_000, 70_000_000, exact=True).write(entry)
+    write_record(entry.measured, DiskUse(700_000_000, 70_000_000, exact=True))
     shutil.copy(next(layout.memo.iterdir()), layout.memo_of(key))
 
 

@@ -96,7 +96,7 @@ def test_compiled_once_and_gone_with_the_last(store: Store, build: Build) -> Non
 
     would = collect(store.layout, Limits(everything=True), dry_run=True)
     exclusive = mine[next(name for name in mine if name.startswith("__pycache__/aa."))].st_blocks * 512
-    told = record_sizes(store.layout, first).reclaimable_bytes
+    told = record_sizes(store.layout, first).reclaimable
     gone = evict(store.layout, first)
     assert gone.reclaimable == told > exclusive
     assert {f"{second.site_packages}/common/deep.py"} == {

@@ -25,9 +25,10 @@ from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store import leases, pins
 from ray_envcache.store.layout import Entry
 from ray_envcache.store.leases import Holder
-from ray_envcache.store.record import MeasuredRecord
+from ray_envcache.store.record import read_record
 from ray_envcache.survey.inventory import FRESH_SECONDS, Sizes, record_sizes, status
 from ray_envcache.system import disk, flock, processes
+from ray_envcache.system.disk import DiskUse
 from ray_envcache.system.texts import Space
 from tests import support
 from tests.cli.test_commands import run
@@ -237,13 +238,13 @@ def test_freed_bytes_are_those_of_the_disk(store: Store, make: Make, tmp_path: P
     """What uv's cache has too frees nothing; once that cache is gone, all of it is freed. Measured, not summed."""
     entry = make("aa")
     linked = record_sizes(store.layout, entry)
-    assert linked.reclaimable_bytes < linked.size_bytes
+    assert linked.reclaimable < linked.size
     # Another hard link somewhere else, as uv's cache has them, makes even less reclaimable.
     for path in entry.site_packages.rglob("*.py"):
         while path.stat().st_nlink < 2:
             os.link(path, tmp_path / f"link-{path.name}")
     gone = evict(store.layout, entry)
-    assert gone.size >= linked.size_bytes - 4096
+    assert gone.size >= linked.size - 4096
     assert gone.reclaimable < gone.size
 
 
@@ -262,12 +263,12 @@ def test_reclaimable_is_an_hour_old_at_most(
     project = support.make_project(tmp_path / "project", wheels, ["ray", "aa"])
     entry = support.build_finished(store, project)
     sizes = Sizes(store.layout)
-    before = sizes.of(entry).reclaimable_bytes
+    before = sizes.of(entry).reclaimable
     support.run_uv("cache", "clean", cwd=tmp_path)
-    assert sizes.of(entry).reclaimable_bytes == before
+    assert sizes.of(entry).reclaimable == before
     outdate(entry)
-    assert sizes.of(entry).reclaimable_bytes >= before + 500_000
-    assert MeasuredRecord.read(entry) == sizes.of(entry)
+    assert sizes.of(entry).reclaimable >= before + 500_000
+    assert read_record(DiskUse, entry.measured) == sizes.of(entry)
     assert support.run_python("import aa", python=entry.python) == "", "nothing breaks"
 
 
@@ -281,11 +282,11 @@ def test_reclaimable_counts_what_other_entries_have_too(store: Store, wheels: Pa
         return support.build_finished(store, project)
 
     first = build("aa")
-    alone = record_sizes(store.layout, first).reclaimable_bytes
+    alone = record_sizes(store.layout, first).reclaimable
     other = build("aa", "bb")
-    assert record_sizes(store.layout, first).reclaimable_bytes <= alone - 200_000, "the bytecode of aa is shared"
+    assert record_sizes(store.layout, first).reclaimable <= alone - 200_000, "the bytecode of aa is shared"
     evict(store.layout, other)
-    assert record_sizes(store.layout, first).reclaimable_bytes == alone
+    assert record_sizes(store.layout, first).reclaimable == alone
 
 
 def test_clock_that_went_back_makes_a_record_old(store: Store, make: Make) -> None:

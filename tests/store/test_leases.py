@@ -23,8 +23,10 @@ from ray_envcache.gc.evict import evict
 from ray_envcache.store import leases
 from ray_envcache.store.layout import Entry
 from ray_envcache.store.leases import Holder
-from ray_envcache.store.record import MeasuredRecord
+from ray_envcache.store.record import read_record
+from ray_envcache.survey.inventory import status
 from ray_envcache.system import files, flock
+from ray_envcache.system.disk import DiskUse
 from tests import support
 
 pytestmark = pytest.mark.host
@@ -256,9 +258,9 @@ def test_bytecode_is_complete_and_imported(entry: Entry) -> None:
     for cached in support.run_python(program, *map(str, sources), python=entry.python).split():
         # Flags of PEP 552: hash-based, unchecked.
         assert Path(cached).read_bytes()[4:8] == b"\x01\x00\x00\x00"
-    record = MeasuredRecord.read(entry)
-    assert record is not None
-    assert record.size_bytes >= record.reclaimable_bytes > 0
+    use = read_record(DiskUse, entry.measured)
+    assert use is not None
+    assert use.size >= use.reclaimable > 0
 
 
 def run_as_mere_owner(*command: str | Path) -> subprocess.CompletedProcess[str]:

@@ -22,7 +22,8 @@ from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store import journal
 from ray_envcache.store.journal import Event
 from ray_envcache.store.leases import Holder
-from ray_envcache.store.record import MeasuredRecord
+from ray_envcache.store.record import read_record
+from ray_envcache.system.disk import DiskUse
 from tests import support
 from tests.build.test_layers import make_package
 from tests.test_acquire import read_until, start_acquirer
@@ -61,9 +62,9 @@ def test_built_and_found(store: Store, project: Path) -> None:
     assert {event.text("path") for event in found} == {str(project)}
     assert [event.text("kind") for event in found] == ["test", "agent", "agent"]
     assert [event.text("cluster") for event in found] == ["", "c1", "c1"]
-    measured = MeasuredRecord.read(entry)
+    measured = read_record(DiskUse, entry.measured)
     assert measured is not None
-    assert [event.number("bytes") for event in found] == [0, measured.size_bytes, measured.size_bytes]
+    assert [event.number("bytes") for event in found] == [0, measured.size, measured.size]
     (build,) = events(store, "build")
     assert 0 < build.number("seconds") <= found[0].number("seconds")
     assert (build.text("key"), build.text("project")) == (entry.key, "my-project")
@@ -141,7 +142,7 @@ def test_sizes_that_cannot_be_read_fail_nothing(store: Store, project: Path) -> 
     entry = support.build_finished(store, project)
     for text in (
         "",
-        json.dumps({"schema_version": 1, "size_bytes": "x", "reclaimable_bytes": 0, "exact": 1}),
+        json.dumps({"schema_version": 1, "size": "x", "reclaimable": 0, "exact": 1}),
     ):
         entry.measured.write_text(text)
         acquire(store, project)

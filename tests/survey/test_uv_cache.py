@@ -47,11 +47,11 @@ def test_an_entry_frees_what_the_cache_has_too(tmp_path: Path) -> None:
     layout = make_layout(tmp_path / "store")
     entry = make_entry(layout, 1)
     add_package(layout, entry)
-    record = record_sizes(layout, entry)
-    assert record.reclaimable_bytes == record.size_bytes >= 5 * MB
+    use = record_sizes(layout, entry)
+    assert use.reclaimable == use.size >= 5 * MB
     other = make_entry(layout, 2)
     os.link(entry.site_packages / "torch.so", other.site_packages / "torch.so")
-    assert record_sizes(layout, entry).reclaimable_bytes < MB, "another entry keeps it"
+    assert record_sizes(layout, entry).reclaimable < MB, "another entry keeps it"
 
 
 def test_a_package_goes_with_the_last_entry_that_has_it(tmp_path: Path) -> None:
