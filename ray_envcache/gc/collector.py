@@ -10,8 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +22,8 @@ from ray_envcache.store import journal, leases
 from ray_envcache.store.layout import Layout
 from ray_envcache.survey import shared_bytecode, uv_cache
 from ray_envcache.survey.inventory import Status, going_too, last_used, survey
-from ray_envcache.system import disk, flock
+from ray_envcache.system import disk
+from ray_envcache.system.flock import tried_flock
 from ray_envcache.system.texts import Space
 
 PATIENCE_SECONDS = 60.0
@@ -72,8 +72,8 @@ def collect(layout: Layout, limits: Limits, *, dry_run: bool = False, patience: 
     For another collector at work it waits `patience` seconds at most. An entry that cannot be removed is no exception:
     the result has it.
     """
-    with _alone(layout, patience) as alone:
-        if not alone:
+    with tried_flock(layout.collector_flock, flags=os.O_RDWR | os.O_CREAT, seconds=patience) as alone:
+        if alone is None:
             return Collected(skipped="another collector is at work")
         return _would_collect(layout, limits) if dry_run else _collect(layout, limits)
 
@@ -202,20 +202,6 @@ def _remove(layout: Layout, one: Status, reason: str, collected: Collected) -> N
 
 def _removed(one: Status, reason: str, freed: int, *, exact: bool) -> Removed:
     return Removed(one.key, os.path.basename(one.path), one.project or "-", reason, freed, exact)
-
-
-@contextmanager
-def _alone(layout: Layout, patience: float) -> Iterator[bool]:
-    deadline = time.monotonic() + patience
-    while (descriptor := flock.try_flock(layout.collector_flock, exclusive=True, flags=os.O_RDWR | os.O_CREAT)) is None:
-        if time.monotonic() >= deadline:
-            break
-        time.sleep(0.1)
-    try:
-        yield descriptor is not None
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def main(arguments: list[str]) -> int:

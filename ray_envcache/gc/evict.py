@@ -104,7 +104,8 @@ def _take_flocks(flocks: ExitStack, layout: Layout, entry: Entry) -> None:
     if not _take_builders_flock(flocks, layout, entry):
         raise refusal(entry, "it is being built")
     try:
-        free = _take(flocks, entry.in_use, os.O_RDONLY) is not None
+        # Through a fresh descriptor: a failed upgrade of a shared flock would lose the shared one.
+        free = flocks.enter_context(flock.tried_flock(entry.in_use)) is not None
     except FileNotFoundError:
         # No such file, no such user: the remains of a builder that died early, or it is gone.
         free = True
@@ -114,20 +115,9 @@ def _take_flocks(flocks: ExitStack, layout: Layout, entry: Entry) -> None:
 
 def _take_builders_flock(flocks: ExitStack, layout: Layout, entry: Entry) -> bool:
     path = layout.builder_flock(entry.key)
-    descriptor = _take(flocks, path, os.O_RDWR | os.O_CREAT)
+    descriptor = flocks.enter_context(flock.tried_flock(path, flags=os.O_RDWR | os.O_CREAT))
     # A collector may have unlinked the file before its flock was ours.
     return descriptor is not None and flock.still_names(path, descriptor)
-
-
-def _take(flocks: ExitStack, path: Path, flags: int) -> int | None:
-    """Try to take an exclusive flock until the stack unwinds.
-
-    Through a fresh descriptor: a failed upgrade of a shared flock would lose the shared one.
-    """
-    descriptor = flock.try_flock(path, exclusive=True, flags=flags)
-    if descriptor is not None:
-        flocks.callback(os.close, descriptor)
-    return descriptor
 
 
 def _to_trash(layout: Layout, entry: Entry) -> Path:

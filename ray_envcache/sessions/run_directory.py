@@ -76,12 +76,10 @@ def sweep(runs: Iterable[Path]) -> None:
             # A run that has just made its directory may not have the flock yet.
             is_unused = time.time() - folder.stat().st_mtime > UNUSED_SECONDS
             is_left = is_unused and directories.is_own(folder, private=True)
-            held = flock.try_flock(folder, exclusive=True) if is_left else None
-            if held is not None:
-                try:
-                    _remove(folder)
-                finally:
-                    os.close(held)
+            if is_left:
+                with flock.tried_flock(folder) as held:
+                    if held is not None:
+                        _remove(folder)
 
 
 def _remove(folder: Path) -> list[str]:

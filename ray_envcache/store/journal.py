@@ -104,20 +104,16 @@ def _rotate_if_full(layout: Layout) -> None:
     with suppress(FileNotFoundError):
         if os.stat(layout.journal).st_size < FILE_BYTES:
             return
-        held = flock.try_flock(layout.journal, exclusive=True)
-        if held is None:
-            return  # another process is at it
-        try:
-            # Else another process was faster.
-            if flock.still_names(layout.journal, held) and os.fstat(held).st_size >= FILE_BYTES:
+        with flock.tried_flock(layout.journal) as held:
+            if held is None or not flock.still_names(layout.journal, held):
+                return  # another process is at it, or was faster
+            if os.fstat(held).st_size >= FILE_BYTES:
                 older = _read_file(layout.older_journal)
                 totals = summed(older.events, older.totals)
                 line = {"v": VERSION, "at": utc_now(), "event": "totals", **totals}
                 _append(layout.journal, json.dumps(line).encode() + b"\n")
                 testpoints.reach("journal-full")
                 layout.journal.replace(layout.older_journal)
-        finally:
-            os.close(held)
 
 
 def _append(path: Path, line: bytes) -> None:

@@ -210,11 +210,9 @@ def sweep_dead(layout: Layout, key: str) -> None:
 
 def remove_free(path: Path) -> None:
     """Remove a file on which no process holds a flock."""
-    with suppress(FileNotFoundError):
-        descriptor = flock.try_flock(path, exclusive=True)
-        if descriptor is not None:
-            path.unlink(missing_ok=True)
-            os.close(descriptor)
+    with suppress(FileNotFoundError), flock.tried_flock(path) as held:
+        if held is not None:
+            path.unlink()
 
 
 def _own_file(path: Path) -> int:

@@ -12,13 +12,14 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from ray_envcache.store.layout import Layout
 from ray_envcache.survey.shared_bytecode import Inode
-from ray_envcache.system import disk, files, flock
+from ray_envcache.system import disk, files
+from ray_envcache.system.flock import tried_flock
 
 OnError = Callable[[str, OSError], None]
 
@@ -62,7 +63,7 @@ def retire(layout: Layout, on_error: OnError, *, since: float = 0.0, before: flo
         return
     with _alone(layout) as alone:
         # Looked at again: uv may have linked to some meanwhile.
-        left = [path for path in left if _is_left(path, since, before)] if alone else []
+        left = [path for path in left if _is_left(path, since, before)] if alone is not None else []
         for path in [*_leading_to(left, layout), *left]:
             _retire(path, layout, on_error)
 
@@ -72,7 +73,7 @@ def retire_all(layout: Layout, on_error: OnError) -> None:
     if not layout.uv_cache.is_dir():
         return
     with _alone(layout) as alone:
-        for path in layout.uv_cache.iterdir() if alone else []:
+        for path in layout.uv_cache.iterdir() if alone is not None else []:
             if path.name != _FLOCK:
                 _retire(path, layout, on_error)
 
@@ -113,17 +114,13 @@ def _retire(path: Path, layout: Layout, on_error: OnError) -> None:
         on_error(path.name, error)
 
 
-@contextmanager
-def _alone(layout: Layout) -> Iterator[bool]:
-    descriptor = None
+def _alone(layout: Layout) -> AbstractContextManager[int | None]:
+    path = layout.uv_cache / _FLOCK
     try:
-        descriptor = flock.try_flock(layout.uv_cache / _FLOCK, exclusive=True, flags=os.O_RDWR | os.O_CREAT)
+        path.touch()
     except OSError as error:
-        # uv makes the file. Where it is missing, and the disk has no room for it, the cache stays as it is.
         if error.errno not in files.FULL_DISK:
             raise
-    try:
-        yield descriptor is not None
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        # uv makes the file. Where it is missing, and the disk has no room for it, the cache stays as it is.
+        return nullcontext()
+    return tried_flock(path)

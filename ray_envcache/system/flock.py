@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,6 +34,22 @@ def try_flock(path: str | Path, *, exclusive: bool, flags: int = os.O_RDONLY) ->
             return None
         raise
     return descriptor
+
+
+@contextmanager
+def tried_flock(path: str | Path, *, flags: int = os.O_RDONLY, seconds: float = 0.0) -> Iterator[int | None]:
+    """Hold the exclusive flock on `path` where it can be had within `seconds`; yields the descriptor, else None.
+
+    Raises as `try_flock`.
+    """
+    deadline = time.monotonic() + seconds
+    while (descriptor := try_flock(path, exclusive=True, flags=flags)) is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    try:
+        yield descriptor
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def is_held(path: str | Path) -> bool:

@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
@@ -261,6 +262,32 @@ def test_exclusive_gives_up(path: Path, start: Start) -> None:
         pytest.fail("it is held elsewhere")
     assert flock.is_held(path)
     assert len(os.listdir("/dev/fd")) == before
+
+
+def test_tried(path: Path) -> None:
+    """It is held inside, and free again behind."""
+    with flock.tried_flock(path) as descriptor:
+        assert descriptor is not None
+        assert flock.is_held(path)
+    assert flock.is_free(path)
+
+
+@pytest.mark.parametrize("seconds", [0, 0.3])
+def test_tried_in_vain(path: Path, start: Start, seconds: float) -> None:
+    """Where another process holds it, it waits as long as it may, no longer, and says so by None."""
+    start(HOLD, path, "shared")
+    began = time.monotonic()
+    with flock.tried_flock(path, seconds=seconds) as descriptor:
+        assert descriptor is None
+    assert seconds <= time.monotonic() - began < seconds + 5
+
+
+def test_tried_until_it_is_free(path: Path, start: Start) -> None:
+    """A flock that is freed within the time is had."""
+    holder = start(HOLD, path, "exclusive")
+    Timer(0.2, holder.kill).start()
+    with flock.tried_flock(path, seconds=60) as descriptor:
+        assert descriptor is not None
 
 
 def test_children_keep_it(path: Path, start: Start) -> None:
