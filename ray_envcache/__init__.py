@@ -19,12 +19,11 @@ from ray_envcache.version import __version__ as __version__  # re-exported
 
 if TYPE_CHECKING:
     from ray_envcache.api import Collected, Environment, Lease, Prefetched, Store, Verified, prefetch
-    from ray_envcache.sessions.run_directory import clean_sessions
     from ray_envcache.sessions.short_path import short_tmpdir
 
 __all__ = [
     "Collected", "EnvCacheError", "EnvSpec", "Environment", "Lease", "Prefetched", "Store", "Verified",
-    "clean_sessions", "prefetch", "runtime_env", "short_tmpdir",
+    "prefetch", "runtime_env", "short_tmpdir",
 ]  # fmt: skip
 
 
@@ -46,17 +45,12 @@ def runtime_env(path: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
     return guarded({"envcache": pinned_field(value)})
 
 
-_LAZY = {
-    "clean_sessions": "ray_envcache.sessions.run_directory",
-    "short_tmpdir": "ray_envcache.sessions.short_path",
-}
-
-
 def __getattr__(name: str) -> Any:
     """Import what is rarely needed when it is asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LAZY.get(name, "ray_envcache.api")), name)
+    home = "ray_envcache.sessions.short_path" if name == "short_tmpdir" else "ray_envcache.api"
+    return getattr(import_module(home), name)
 
 
 if sys.platform == "win32":

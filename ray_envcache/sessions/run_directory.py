@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from ray_envcache.sessions.short_path import require_usable, short_tmpdir
 from ray_envcache.system import files, flock
 from ray_envcache.system.texts import printable
 
-_logger = logging.getLogger(__name__)
 PATIENCE_SECONDS = 10.0
 """How long the processes of a cluster may take to end after the program that started it."""
 LENT_SECONDS = 1.0
@@ -33,37 +30,6 @@ _OF_RAY = {
 }
 """What Ray makes below $RAY_TMPDIR beside its sessions: folders, and the names of files in each."""
 _SHOWN = 5
-
-
-@contextmanager
-def clean_sessions(tmpdir: str | os.PathLike[str] | None = None, *, keep: bool = False) -> Iterator[None]:
-    """Remove the sessions of clusters that start in this context: around `ray.init()` and `ray.shutdown()`.
-
-    They go into a directory of their own below `tmpdir` (however long its path is), else below Ray's usual one. Only
-    what Ray made is removed. After an exception the logs stay, and a message names them. With `keep` all stays. What
-    this process still has of a cluster is shut down at the end; another one that lives on keeps its session. Raises
-    TempDirError, before Ray starts, where Ray could not work in the directory.
-    """
-    place = RunTmpdir.make(os.fspath(tmpdir) if tmpdir is not None else None, os.environ)
-    before, failed = os.environ.get("RAY_TMPDIR"), True
-    os.environ["RAY_TMPDIR"] = place.short
-    try:
-        yield
-        failed = False
-    finally:
-        _shut_down()
-        if before is None:
-            del os.environ["RAY_TMPDIR"]
-        else:
-            os.environ["RAY_TMPDIR"] = before
-        place.close(_logger.warning, failed=failed, keep=keep)
-
-
-def _shut_down() -> None:
-    """Call `ray.shutdown()`, which an exception may have skipped."""
-    ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():
-        ray.shutdown()
 
 
 def sweep(runs: Iterable[Path]) -> None:

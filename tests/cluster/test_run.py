@@ -339,32 +339,3 @@ def test_bad_input_before_the_command_starts(host: Host, program: Path) -> None:
     assert (status, "run `uv lock`" in err) == (2, True), err
     assert not witness.exists()
     assert not list(host.temp.iterdir())
-
-
-CLEAN = """
-import json, os, sys
-import ray, ray_envcache
-try:
-    with ray_envcache.clean_sessions(sys.argv[1]):
-        ray.init(num_cpus=1, include_dashboard=False)
-        assert ray.get(ray.remote(lambda: 1).remote()) == 1
-        during = os.listdir(sys.argv[1])
-        if sys.argv[2] == "fail":
-            raise RuntimeError
-        ray.shutdown()
-except RuntimeError:
-    pass
-print(json.dumps([len(during), "RAY_TMPDIR" in os.environ and os.environ["RAY_TMPDIR"] == sys.argv[3]]))
-"""
-
-
-@pytest.mark.parametrize("end", ["well", "fail"])
-def test_clean_sessions_in_a_program(host: Host, end: str) -> None:
-    """Around ray.init in a program of one's own: nothing is left, and of a failure the logs."""
-    place = host.folder / ("long" * 40)
-    place.mkdir()
-    assert host.run(CLEAN, place, end, host.temp) == [1, True]
-    left = [path for path in place.rglob("*") if path.is_file()]
-    assert all("logs" in path.parts for path in left)
-    assert bool(left) is (end == "fail")
-    assert list(place.rglob("sockets")) == []

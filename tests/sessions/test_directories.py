@@ -38,15 +38,13 @@ def test_a_working_directory_that_is_gone(tmp_path: Path) -> None:
     """A relative temp directory for clusters is an error that names it; an absolute one will do."""
     code = """
     import os, sys, tempfile
-    from ray_envcache import clean_sessions, short_tmpdir
+    from ray_envcache import short_tmpdir
     from ray_envcache.errors import TempDirError
+    from ray_envcache.sessions.run_directory import RunTmpdir
     gone = tempfile.mkdtemp()
     os.chdir(gone)
     os.rmdir(gone)
-    def clean(path):
-        with clean_sessions(path):
-            assert os.environ["RAY_TMPDIR"]
-    for use in (short_tmpdir, clean):
+    for use in (short_tmpdir, lambda path: RunTmpdir.make(path, {})):
         use(sys.argv[1])
         try:
             use(".")

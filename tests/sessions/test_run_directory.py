@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from ray_envcache.sessions import directories, run_directory, short_path
-from ray_envcache.sessions.run_directory import RunTmpdir, clean_sessions, sweep
-from ray_envcache.system import files, flock
+from ray_envcache.sessions.run_directory import RunTmpdir, sweep
+from ray_envcache.system import flock
 from tests import support
 from tests.sessions.made import collect, sees_all
 
@@ -150,22 +150,21 @@ def test_what_is_not_as_a_run_leaves_it_stays(top: Path) -> None:
     }  # fmt: skip
 
 
-def test_what_the_program_wrote_stays(top: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_the_program_wrote_stays(place: RunTmpdir) -> None:
     """Files of the program below $RAY_TMPDIR, and in the folder of Ray's sessions, stay at the end and are named."""
-    with clean_sessions(top):
-        place = Path(os.environ["RAY_TMPDIR"])
-        leave_session(place / "ray")
-        for name in ("results", "ray/prom_metrics_service_discovery.json"):
-            (place / name).mkdir()
-            (place / name / "model").write_text("hours of work")
-        (place / "ray" / "checkpoint\n").write_text("hours of work")
-    (folder,) = top.iterdir()
+    folder, said = place.folder, list[str]()
+    leave_session(place.temp)
+    for name in ("results", "ray/prom_metrics_service_discovery.json"):
+        (folder / name).mkdir()
+        (folder / name / "model").write_text("hours of work")
+    (place.temp / "checkpoint\n").write_text("hours of work")
+    place.close(said.append, failed=False, keep=False)
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) == [
         "ray", "ray/checkpoint\n", "ray/prom_metrics_service_discovery.json",
         "ray/prom_metrics_service_discovery.json/model", "results", "results/model",
     ]  # fmt: skip
     names = "ray/checkpoint?, ray/prom_metrics_service_discovery.json, results"
-    assert caplog.messages == [f"kept: {folder} (what Ray did not make: {names})"]
+    assert said == [f"kept: {folder} (what Ray did not make: {names})"]
 
 
 def test_what_the_program_wrote_survives_a_killed_run(top: Path, place: RunTmpdir) -> None:
@@ -219,24 +218,6 @@ def test_what_the_program_leaves_keeps_the_directory(
     end(background)
     sweep_later(top)
     assert list(top.iterdir()) == []
-
-
-def test_a_fork_keeps_it() -> None:
-    """Around ray.init in a program, whose fork may use it still, the empty directory stays until that has ended."""
-    code = """
-    import os, sys, time
-    import ray_envcache
-    with ray_envcache.clean_sessions(sys.argv[1]):
-        if (pid := os.fork()) == 0:
-            time.sleep(600)
-    os.kill(pid, 9)
-    """
-    with support.short_folder() as top:  # no link is needed
-        support.run_python(code, str(top))
-        (folder,) = top.iterdir()
-        assert list(folder.iterdir()) == []
-        sweep_later(top)
-        assert list(top.iterdir()) == []
 
 
 def test_without_flocks(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,17 +290,6 @@ def test_cleaning_up_raises_nothing(place: RunTmpdir, monkeypatch: pytest.Monkey
     assert said == [f"not all of the temp directory could be removed: {place.folder} (Input/output error)"]
     assert (session / "logs" / "raylet.out").exists()
     assert flock.is_free(place.folder)
-
-
-def test_an_exception_of_the_program_is_not_replaced(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a program raised around its clusters comes out, however cleaning up fared."""
-
-    def fail(path: Path) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(files, "remove_tree", fail)
-    with pytest.raises(ZeroDivisionError), clean_sessions(top):
-        raise ZeroDivisionError
 
 
 def test_nothing_takes_a_session_that_a_process_joined(
