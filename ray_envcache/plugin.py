@@ -154,7 +154,7 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
     def _collect_soon(self) -> None:
         from ray_envcache.gc import companion
 
-        companion.collect_soon(Layout(default_root()), self._environ)
+        companion.collect_soon(Layout(default_root()), self._environ, companion.SETTLING_SECONDS)
 
     async def _lease(self, uri: str, runtime_env: Any, context: Any, logger: logging.Logger) -> Lease:
         try:

@@ -36,19 +36,18 @@ def start(layout: Layout, environ: Mapping[str, str]) -> int | None:
     Returns the descriptor that has to stay open until then; None where $RAY_ENVCACHE_GC_INTERVAL is "off" or no number,
     or no shell can be started.
     """
-    # What goes wrong here must not touch the cluster that starts; `ray-envcache gc` says what it is.
+    collect_soon(layout, environ, 0)
     with suppress(OSError, ValueError, subprocess.CalledProcessError):
-        if is_time(layout, environ):
-            children.start_detached(_command(layout, 0), environ=environ)
         return _wait_for_our_end(layout, environ) if _interval(environ) is not None else None
     return None
 
 
-def collect_soon(layout: Layout, environ: Mapping[str, str]) -> None:
-    """Collect once the workers of a cluster had time to end. Never fails and never waits for a collection."""
+def collect_soon(layout: Layout, environ: Mapping[str, str], delay: float) -> None:
+    """Collect after `delay` seconds, if it is time. Never fails and never waits for a collection."""
+    # What goes wrong here must not touch the cluster; `ray-envcache gc` says what it is.
     with suppress(OSError, ValueError, subprocess.CalledProcessError):
         if is_time(layout, environ):
-            children.start_detached(_command(layout, SETTLING_SECONDS), environ=environ)
+            children.start_detached(_command(layout, delay), environ=environ)
 
 
 def is_time(layout: Layout, environ: Mapping[str, str]) -> bool:

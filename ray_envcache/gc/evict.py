@@ -50,7 +50,7 @@ def evict_idle(
         if os.path.lexists(entry.path):
             raise
         raise UnknownKeyError(
-            f"The environment {entry.path.name} is gone already: another process removed it",
+            f"The environment {entry.name} is gone already: another process removed it",
             "ray-envcache list shows the rest",
         ) from error
     shared_bytecode.let_go(layout, moved)
@@ -77,9 +77,9 @@ def _take_away(layout: Layout, entry: Entry, still_due: Callable[[], bool]) -> P
     with ExitStack() as flocks:
         _take_flocks(flocks, layout, entry)
         if entry.key in pins.pinned_keys(layout) and entry.ready.exists():
-            raise refusal(entry, "it is pinned", "ray-envcache unpin, if it is not needed any more")
+            raise _refusal(entry, "it is pinned", "ray-envcache unpin, if it is not needed any more")
         if not still_due():
-            raise refusal(entry, "it was used a moment ago")
+            raise _refusal(entry, "it was used a moment ago")
         testpoints.reach("evict-locked")
         moved = _to_trash(layout, entry)
     testpoints.reach("evict-renamed")
@@ -92,17 +92,9 @@ def _take_away(layout: Layout, entry: Entry, still_due: Callable[[], bool]) -> P
     return moved
 
 
-def refusal(entry: Entry, reason: str, hint: str = "") -> InUseError:
-    """The error for an entry that stays."""
-    return InUseError(
-        f"The environment {entry.path.name} cannot be removed: {reason}",
-        hint or f"stop its users first; `ray-envcache why {entry.key[:12]}` shows them",
-    )
-
-
 def _take_flocks(flocks: ExitStack, layout: Layout, entry: Entry) -> None:
     if not _take_builders_flock(flocks, layout, entry):
-        raise refusal(entry, "it is being built")
+        raise _refusal(entry, "it is being built")
     try:
         # Through a fresh descriptor: a failed upgrade of a shared flock would lose the shared one.
         free = flocks.enter_context(flock.tried_flock(entry.in_use)) is not None
@@ -110,7 +102,7 @@ def _take_flocks(flocks: ExitStack, layout: Layout, entry: Entry) -> None:
         # No such file, no such user: the remains of a builder that died early, or it is gone.
         free = True
     if not free:
-        raise refusal(entry, "it is in use")
+        raise _refusal(entry, "it is in use")
 
 
 def _take_builders_flock(flocks: ExitStack, layout: Layout, entry: Entry) -> bool:
@@ -151,4 +143,11 @@ def _require_no_process(entry: Entry, place: Path) -> None:
     "in use", never "free".
     """
     for pid, how in processes.processes_using(place.parent, [place.name]).get(place.name, {}).items():
-        raise refusal(entry, f"in use by process {pid} ({how})")
+        raise _refusal(entry, f"in use by process {pid} ({how})")
+
+
+def _refusal(entry: Entry, reason: str, hint: str = "") -> InUseError:
+    return InUseError(
+        f"The environment {entry.name} cannot be removed: {reason}",
+        hint or f"stop its users first; `ray-envcache why {entry.short}` shows them",
+    )

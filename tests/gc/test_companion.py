@@ -81,11 +81,10 @@ def test_start(store: Store, entry: Entry, children: Children) -> None:
     support.wait_until(lambda: not started(store.layout), "nothing is left running")
 
 
-def test_last_release(store: Store, entry: Entry, children: Children, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_last_release(store: Store, entry: Entry, children: Children) -> None:
     """After the last release of a cluster that lives on there is a collection, which first lets the workers end."""
     worker = start(entry, "", children)
-    monkeypatch.setattr(companion, "SETTLING_SECONDS", 1.0)
-    companion.collect_soon(store.layout, os.environ)
+    companion.collect_soon(store.layout, os.environ, 1)
     assert entry.ready.exists()
     close(worker)
     support.wait_until(lambda: not entry.path.exists(), "the environment is collected by itself")
@@ -95,12 +94,12 @@ def test_once_in_an_interval(store: Store, entry: Entry, children: Children, mon
     """Clusters collect at most so often; 0 is always, "off" is never: then no process is started."""
     monkeypatch.setenv(companion.INTERVAL, "off")
     start_agent(store.layout, children)
-    companion.collect_soon(store.layout, os.environ)
+    companion.collect_soon(store.layout, os.environ, 0)
     assert started(store.layout) == []
     monkeypatch.setenv(companion.INTERVAL, "1h")
     store.layout.last_collection.touch()
     before = store.layout.last_collection.stat().st_mtime_ns
-    companion.collect_soon(store.layout, os.environ)
+    companion.collect_soon(store.layout, os.environ, 0)
     close(start_agent(store.layout, children))
     support.wait_until(lambda: not started(store.layout), "nothing is left running")
     assert (store.layout.last_collection.stat().st_mtime_ns, entry.path.exists()) == (before, True)
@@ -126,7 +125,7 @@ def test_an_agent_never_fails_for_want_of_it(store: Store, entry: Entry, monkeyp
     """With a wrong interval, or where no process can be started, the agent goes on, and no descriptor is lost."""
     wrong = {**os.environ, companion.INTERVAL: "sometimes"}
     assert companion.start(store.layout, wrong) is None
-    companion.collect_soon(store.layout, wrong)
+    companion.collect_soon(store.layout, wrong, 0)
     monkeypatch.setattr(companion, "_SHELL", "/no/such/shell")
     store.layout.last_collection.touch()
     monkeypatch.setenv(companion.INTERVAL, "1h")
@@ -135,5 +134,5 @@ def test_an_agent_never_fails_for_want_of_it(store: Store, entry: Entry, monkeyp
     assert len(os.listdir("/proc/self/fd")) == opened
     monkeypatch.setenv(companion.INTERVAL, "0")
     monkeypatch.setattr(sys, "executable", "/no/such/python")
-    companion.collect_soon(store.layout, os.environ)
+    companion.collect_soon(store.layout, os.environ, 0)
     assert entry.ready.exists()
