@@ -29,7 +29,7 @@ from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.collector import collect
 from ray_envcache.gc.policy import Limits
 from ray_envcache.resolve.interpreter import installed_ray
-from ray_envcache.store import pins
+from ray_envcache.store import journal, pins
 from ray_envcache.store.layout import Entry, Layout
 from ray_envcache.store.leases import Holder
 from ray_envcache.survey.inventory import status
@@ -143,6 +143,7 @@ def recover(disk: Path, project: Path) -> None:
     layout = Layout(disk / "store")
     assert collect(layout, Limits(everything=True)).failed == []
     assert [*entries(disk), *layout.leases.iterdir(), *layout.memo.iterdir()] == []
+    journal.remove(layout)  # which stays until then, and has a bound of its own
     assert [path.name for path in layout.top.iterdir() if not path.is_dir()] == ["CACHEDIR.TAG"]
     assert layout.cachedir_tag.read_text().startswith("Signature: 8a477f597d28d172789f06886806bc55\n")
 
