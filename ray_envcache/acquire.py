@@ -22,8 +22,8 @@ from ray_envcache.system import children, flock
 from ray_envcache.system.files import file_identity
 
 if TYPE_CHECKING:
-    from ray_envcache.build.observer import Observer
     from ray_envcache.build.plan import EnvironmentPlan
+    from ray_envcache.build.progress import Observer
     from ray_envcache.field.spec import EnvSpec
     from ray_envcache.resolve.interpreter import AnyRay
     from ray_envcache.resolve.lockfile import ResolvedSet
@@ -155,7 +155,7 @@ class Store:
     def _build(self, inputs: Inputs, plan: EnvironmentPlan, holder: Holder, observer: Observer | None) -> Lease:
         """A lease on the environment of `plan`, or on the layer with the project's own packages on top of it."""
         from ray_envcache.build.builder import Builder  # builds: not on the agent's warm path
-        from ray_envcache.build.observer import Observer
+        from ray_envcache.build.progress import Observer
 
         observer = observer or Observer()
         lease = self._claim_any(plan.key, holder)

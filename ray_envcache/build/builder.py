@@ -19,10 +19,10 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from ray_envcache.build import bytecode, venv_files
-from ray_envcache.build.observer import Observer
+from ray_envcache.build import bytecode, venv
 from ray_envcache.build.plan import Plan, pip_options
-from ray_envcache.build.uv_calls import UvCalls
+from ray_envcache.build.progress import Observer
+from ray_envcache.build.venv import UvCalls
 from ray_envcache.errors import BuildError, DiskFullError, EnvCacheError, PassingError
 from ray_envcache.gc.collector import make_room
 from ray_envcache.inside import check
@@ -204,8 +204,8 @@ class Builder:
         run_uv("venv", "--quiet", "--no-project", "--no-config", *options, entry.venv)
         install(entry, run_uv)
         self.plan.link(entry)
-        venv_files.add_hold(entry)
-        venv_files.add_pip_guard(entry)
+        venv.add_hold(entry)
+        venv.add_pip_guard(entry)
         self._check(entry)
 
     def _uv_calls(self, entry: Entry, flock: int) -> UvCalls:

@@ -1,30 +1,40 @@
 """Layers: locally developed packages, installed in front of a shared environment without touching it.
 
-A layer is an entry of the store like others. Its venv has links to all that the environment below has, see `forest`,
+A layer is an entry of the store like others. Its venv has links to all that the environment below has, see `venv`,
 and the project's own packages for real, as uv builds them from where they are developed. Its key is the key of that
 environment and the content of the packages, so an edited line costs a layer and never an environment.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ray_envcache.build import forest, installed
+from packaging.utils import canonicalize_name
+
+from ray_envcache.build import venv
 from ray_envcache.build.plan import EnvironmentPlan, Plan, pip_options, settings_facts, sync_options
-from ray_envcache.build.uv_calls import UvCalls
+from ray_envcache.build.venv import UvCalls
 from ray_envcache.checkout import content
 from ray_envcache.checkout.content import Content
 from ray_envcache.errors import ChangedError, DigestError
 from ray_envcache.field.spec import EnvSpec
+from ray_envcache.resolve.interpreter import Interpreter
 from ray_envcache.resolve.lockfile import LocalPackage
 from ray_envcache.store import key
-from ray_envcache.store.layout import Entry, layout_of
-from ray_envcache.store.record import Facts, read_facts
+from ray_envcache.store.layout import Entry, Layout, layout_of
+from ray_envcache.store.record import Facts, ReadyRecord, read_facts
 from ray_envcache.system import files
+
+# What uv adds to a wheel: notes on where it is from, and scripts, which name the place of their interpreter.
+_ADDED = re.compile(
+    rb"[^,]*\.dist-info/(INSTALLER|RECORD|REQUESTED|direct_url\.json|uv_build\.json|uv_cache\.json),|(\.\./)+bin/"
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,7 @@ class LayerPlan(Plan):
         return f"Building the local packages of {self.project}: {names}"
 
     def install(self, entry: Entry, run_uv: UvCalls) -> None:
-        earlier = installed.earlier_builds(layout_of(entry), self.interpreter)
+        earlier = _earlier_builds(layout_of(entry), self.interpreter)
         with self._visible(entry, run_uv) as call:
             # uv has no eye for an edited source file: it would take the build that its cache has.
             self._install(entry, call, [one for one in self.sources if one.identity() not in earlier])
@@ -64,7 +74,7 @@ class LayerPlan(Plan):
         self._require_unchanged()
 
     def link(self, entry: Entry) -> None:
-        forest.link(self.base, entry)
+        venv.link(self.base, entry)
 
     def _install(self, entry: Entry, run_uv: UvCalls, anew: list[Source]) -> None:
         again = [f"--reinstall-package={one.package.name}" for one in anew]
@@ -140,8 +150,12 @@ class Source:
         return self.package.name, os.fspath(self.package.path), self.content.digest
 
     def record(self, entry: Entry) -> str:
-        """The digest of its files as they are installed in `entry`."""
-        return installed.record_of(entry, self.package.name)
+        """The digest of its files in `entry`, as its wheel has them. "" where it is not installed."""
+        for info in entry.site_packages.glob("*.dist-info"):
+            if canonicalize_name(info.name.partition("-")[0]) == self.package.name:
+                lines = sorted(line for line in (info / "RECORD").read_bytes().splitlines() if not _ADDED.match(line))
+                return hashlib.sha256(b"\n".join(lines)).hexdigest()
+        return ""
 
 
 def sources_of(packages: Iterable[LocalPackage], *, editable: bool = False) -> tuple[Source, ...]:
@@ -186,3 +200,13 @@ def layer_plan(spec: EnvSpec, plan: EnvironmentPlan, base: Entry, *, editable: b
         others=tuple(others),
         build_settings=settings,
     )
+
+
+def _earlier_builds(layout: Layout, interpreter: Interpreter) -> dict[tuple[str, str, str], str]:
+    """The builds in the layers of a store that this interpreter has made: {name, folder, digest: digest of files}."""
+    found: dict[tuple[str, str, str], str] = {}
+    for entry in layout.all_entries():
+        record = ReadyRecord.read(entry)  # none where the module that an editable one has compiled is gone
+        if record and record.base and record.base_python == interpreter.executable:
+            found |= {(package, folder, content): built for package, folder, content, built in record.local}
+    return found

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ray_envcache.build import forest, venv_files
-from ray_envcache.build.uv_calls import UvCalls
+from ray_envcache.build import venv
+from ray_envcache.build.venv import UvCalls
 from ray_envcache.checkout.project import Kind, Project
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import export, from_cluster, interpreter, lockfile, uv
@@ -108,7 +108,7 @@ class EnvironmentPlan(Plan):
         # On a disk without any room there is none to ask either: then it counts as not cached.
         with suppress(OSError), tempfile.TemporaryDirectory() as folder:
             pylock = Path(folder) / "pylock.toml"
-            pylock.write_text(venv_files.pylock_text(self.resolved), encoding="utf-8")
+            pylock.write_text(venv.pylock_text(self.resolved), encoding="utf-8")
             dry = ["pip", "sync", "--dry-run", "--offline", "--preview-features=pylock", "--break-system-packages"]
             target = [f"--python={self.interpreter.executable}", f"--target={folder}/target"]
             done = uv.run([*dry, *target, pylock], cwd=self.folder, cache=cache)
@@ -126,14 +126,14 @@ class EnvironmentPlan(Plan):
         return {package.name: package.version for package in self.resolved.packages}
 
     def install(self, entry: Entry, run_uv: UvCalls) -> None:
-        entry.pylock.write_text(venv_files.pylock_text(self.resolved), encoding="utf-8")
+        entry.pylock.write_text(venv.pylock_text(self.resolved), encoding="utf-8")
         if self.selection is not None:
             self._sync(entry, run_uv, self.selection)
         elif self.resolved.packages:
             self._sync_list(entry, run_uv)
 
     def link(self, entry: Entry) -> None:
-        forest.link_inherited(self.inherited, entry.site_packages)
+        venv.link_inherited(self.inherited, entry.site_packages)
 
     def _sync(self, entry: Entry, run_uv: UvCalls, selection: tuple[str, ...]) -> None:
         """Have uv install from its own lockfile, and then what the cluster's ray adds, with the cluster's settings."""
@@ -158,7 +158,7 @@ class EnvironmentPlan(Plan):
             # A build that sees the environment itself needs everything there that needs no build.
             wheels = tuple(package for package in self.resolved.packages if not package.is_built_here)
             first = entry.path / "pylock.wheels.toml"
-            first.write_text(venv_files.pylock_text(replace(self.resolved, packages=wheels)), encoding="utf-8")
+            first.write_text(venv.pylock_text(replace(self.resolved, packages=wheels)), encoding="utf-8")
             run_uv("pip", "sync", "--preview-features=pylock", *pip_options(entry), first)
             first.unlink()
         run_uv("pip", "sync", "--preview-features=pylock", *pip_options(entry), entry.pylock)

@@ -1,7 +1,8 @@
-"""Showing people how a build goes: one moving line on a terminal, plain lines in a log."""
+"""Who hears how a build goes. `observer` shows it to people: a line that moves on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import threading
@@ -11,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from ray_envcache.build.observer import Observer
 from ray_envcache.build.plan import Plan
 from ray_envcache.store.leases import Lease
 from ray_envcache.system import files
@@ -20,8 +20,32 @@ from ray_envcache.system.texts import printable
 LOG_SECONDS = 10.0
 """How often a log gets a sign of life while uv says nothing."""
 
+_logger = logging.getLogger(__name__)
 _CLEAR = "\r\x1b[2K"
 _SPINNER = "|/-\\"
+
+
+class Observer:
+    """Hears how a build goes. Methods may raise: that ends the waiting or the build."""
+
+    def waiting(self, builder: str) -> None:
+        """About once a second: another process, `builder`, builds this environment."""
+
+    def started(self, plan: Plan) -> None:
+        """A build begins."""
+
+    def line(self, text: str) -> None:
+        """Uv said something (credentials removed)."""
+
+    def note(self, text: str) -> None:
+        """Something that stays worth knowing when all is done."""
+        _logger.warning(text)
+
+    def finished(self, lease: Lease, seconds: float) -> None:
+        """The environment is ready."""
+
+    def compiling(self, staged: Path) -> None:
+        """Its bytecode is compiled, into this folder until all of it is there."""
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_envcache.checkout import git, toml
+from ray_envcache.checkout import git
+from ray_envcache.checkout.project import read_toml
 from ray_envcache.errors import LockfileError
 
 MAX_FILES = 50_000
@@ -157,7 +158,7 @@ def _cache_keys(folder: Path) -> list[dict[str, Any]]:
     pyproject = folder / "pyproject.toml"
     if not pyproject.exists():
         return []  # a package of setup.py alone
-    tool = toml.read(pyproject, "repair it").get("tool", {})
+    tool = read_toml(pyproject, "repair it").get("tool", {})
     keys = tool.get("uv", {}).get("cache-keys", [])
     if not isinstance(keys, list):
         raise LockfileError(

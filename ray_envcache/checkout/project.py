@@ -16,8 +16,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ray_envcache.checkout import requirement_files, toml
-from ray_envcache.checkout.toml import table_in
+import tomli
+
+from ray_envcache.checkout import requirement_files
 from ray_envcache.errors import DigestError, LockfileError
 
 _SCRIPT_BLOCK = re.compile(rb"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$")  # from PEP 723
@@ -95,7 +96,7 @@ class Project(NamedTuple):
 
     def table(self) -> dict[str, Any]:
         """The content of the member's pyproject.toml. Raises LockfileError."""
-        return toml.read(self.folder / self.member / "pyproject.toml", "see what `uv lock` says of it")
+        return read_toml(self.folder / self.member / "pyproject.toml", "see what `uv lock` says of it")
 
     def _sha256(self, path: Path) -> str:
         content = path.read_bytes()
@@ -181,7 +182,7 @@ def _member(lock: Path, package: str) -> str:
 
 
 def _members(lock: Path) -> list[str]:
-    manifest = table_in(toml.read(lock, "run `uv lock`"), "manifest")
+    manifest = table_in(read_toml(lock, "run `uv lock`"), "manifest")
     return [str(name) for name in manifest.get("members", [])]
 
 
@@ -192,10 +193,10 @@ def _workspace_root(folder: Path) -> Path:
     above = [path for path, text in texts.items() if text]
     if not any(b"workspace" in texts[path] for path in above):
         return folder
-    if _is_root(toml.read(folder / "pyproject.toml", "repair it")):
+    if _is_root(read_toml(folder / "pyproject.toml", "repair it")):
         return folder
     for path in above:
-        table = toml.read(path, "repair it, or move the project out of there")
+        table = read_toml(path, "repair it, or move the project out of there")
         if _is_root(table):
             workspace = table_in(table, "tool", "uv", "workspace")
             return path.parent if _includes(workspace, os.path.relpath(real, path.parent)) else folder
@@ -231,3 +232,19 @@ def _matches(name: list[str], pattern: list[str]) -> bool:
     if pattern[0] == "**":
         return _matches(name, pattern[1:]) or _matches(name[1:], pattern)
     return fnmatchcase(name[0], pattern[0]) and _matches(name[1:], pattern[1:])
+
+
+def read_toml(path: Path, hint: str) -> dict[str, Any]:
+    """The content of the file. Raises LockfileError with `hint` where it cannot be read."""
+    try:
+        return tomli.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise LockfileError(f"Cannot read `{path}`: {error}", hint) from error
+
+
+def table_in(table: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """The table within tables, {} where there is none."""
+    for key in keys:
+        found = table.get(key)
+        table = found if isinstance(found, dict) else {}
+    return table

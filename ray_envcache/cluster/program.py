@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ray_envcache import inside
 from ray_envcache.acquire import Store
-from ray_envcache.build.observer import Observer
+from ray_envcache.build.progress import Observer
 from ray_envcache.checkout.project import Kind, Project
 from ray_envcache.errors import CommandError, InterpreterError, LockfileError
 from ray_envcache.field import registration

@@ -18,8 +18,8 @@ from typing import NamedTuple
 from ray_envcache.acquire import Store
 from ray_envcache.build import bytecode, layers
 from ray_envcache.build.builder import Builder
-from ray_envcache.build.observer import Observer
 from ray_envcache.build.plan import Plan, plan_of
+from ray_envcache.build.progress import Observer
 from ray_envcache.checkout.project import Project
 from ray_envcache.errors import BuildError, EnvCacheError, UnknownKeyError
 from ray_envcache.field.spec import EnvSpec

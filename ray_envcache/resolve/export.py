@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import tomli
 from packaging.utils import canonicalize_name
 
-from ray_envcache.checkout import requirement_files, toml
-from ray_envcache.checkout.project import Kind, Project
+from ray_envcache.checkout import requirement_files
+from ray_envcache.checkout.project import Kind, Project, read_toml
 from ray_envcache.errors import LockfileError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import uv, uv_errors
@@ -30,7 +31,7 @@ def export(spec: EnvSpec, project: Project, interpreter: Interpreter) -> dict[st
     """
     _refuse_selection(spec, project)
     if project.kind is Kind.PYLOCK:
-        return toml.read(project.file, "write it again with the tool that made it")
+        return read_toml(project.file, "write it again with the tool that made it")
     if project.kind is Kind.UV:
         return _from_uv(spec, project, interpreter)
     if project.kind is Kind.REQUIREMENTS:
@@ -76,7 +77,7 @@ def _exported(project: Project, interpreter: Interpreter, selection: list[str]) 
     done = uv.run([*arguments, *selection], cwd=project.folder)
     what = f"Cannot resolve the project in `{project.folder}`"
     uv_errors.expect_success(done, LockfileError, what, "see what `uv export --frozen` says in that folder")
-    return toml.parse(done.stdout)
+    return tomli.loads(done.stdout)
 
 
 def _from_requirements(project: Project, interpreter: Interpreter, *, no_build: bool) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def _from_requirements(project: Project, interpreter: Interpreter, *, no_build: 
     done = _compiled(project, interpreter, "--no-deps", *(["--no-build"] if no_build else []))
     hint = "`uv pip compile --no-deps` of it shows the same"
     uv_errors.expect_success(done, LockfileError, f"Cannot resolve `{project.file}`", hint)
-    data = toml.parse(done.stdout)
+    data = tomli.loads(done.stdout)
     # uv writes down the Python at hand; the file asks for none.
     data.pop("requires-python", None)
     for package in data["packages"]:
@@ -117,7 +118,7 @@ def _require_complete(project: Project, interpreter: Interpreter, listed: set[st
     if done.returncode != 0:
         # Versions that do not go together may be meant so, and what a source package needs only its build knows.
         return
-    missing = {package["name"] for package in toml.parse(done.stdout)["packages"]} - listed
+    missing = {package["name"] for package in tomli.loads(done.stdout)["packages"]} - listed
     # What needs ray may leave it to the cluster.
     if missing and "ray" not in missing:
         raise LockfileError(
@@ -179,7 +180,7 @@ def option_for(spec: EnvSpec, name: str) -> str:
     if project.kind is not Kind.UV or f'name = "{name}"' not in project.file.read_text("utf-8"):
         return ""
     own = canonicalize_name(spec.package or project.name())
-    packages = toml.read(project.file, "run `uv lock`").get("package", [])
+    packages = read_toml(project.file, "run `uv lock`").get("package", [])
     table: dict[str, Any] = next((package for package in packages if package["name"] == own), {})
     chosen = {*spec.extras, *spec.groups, *(["dev"] if spec.dev else [])}
     for option, lists in (("--group", "dev-dependencies"), ("--extra", "optional-dependencies")):

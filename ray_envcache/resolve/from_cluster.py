@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, requires, version
 from pathlib import Path
 
+import tomli
 from packaging.pylock import Pylock
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from ray_envcache.checkout import toml
 from ray_envcache.errors import InheritError, RayVersionError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import lockfile, uv, uv_errors
@@ -89,7 +89,7 @@ def located(added: dict[str, str], interpreter: Interpreter) -> tuple[ResolvedPa
         f'own: {{"inherit": {json.dumps(sorted(added))}}}'
     )
     uv_errors.expect_success(done, RayVersionError, "Cannot find the cluster's ray and what it needs", hint)
-    selected = lockfile.select(Pylock.from_dict(toml.parse(done.stdout)), interpreter)
+    selected = lockfile.select(Pylock.from_dict(tomli.loads(done.stdout)), interpreter)
     return tuple(lockfile.resolved_package(package, artifact, Path("/"), "") for package, artifact in selected)
 
 

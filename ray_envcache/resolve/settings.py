@@ -13,8 +13,7 @@ from typing import Any
 
 import tomli_w
 
-from ray_envcache.checkout import toml
-from ray_envcache.checkout.toml import table_in
+from ray_envcache.checkout.project import read_toml, table_in
 
 PLACE = "/dev/fd"
 """The folder of the uv.toml that our calls are given, by its descriptor: relative paths in it start there."""
@@ -65,7 +64,7 @@ def for_uv(folder: Path, from_node: frozenset[str]) -> tuple[str, list[Path]]:
     of_node = _node_files() if from_node else []
     found = _taken(of_project(place), place, REACH | decides | {"required-version"})
     for path in of_node:
-        found = _combined(found, _taken(toml.read(path, "repair it"), path.parent, from_node))
+        found = _combined(found, _taken(read_toml(path, "repair it"), path.parent, from_node))
     if found.get("link-mode") == "symlink":
         # Links into uv's cache would break every environment when that cache is cleaned.
         del found["link-mode"]
@@ -80,10 +79,10 @@ def _at(folder: Path) -> dict[str, Any] | None:
     """The settings in the files of `folder`, None where it has none: then uv looks in the folder above."""
     path = _file_in(folder)
     if path.name == "uv.toml":
-        return toml.read(path, "repair it")
+        return read_toml(path, "repair it")
     if not os.path.isfile(path):
         return None
-    tool = table_in(toml.read(path, "repair it"), "tool")
+    tool = table_in(read_toml(path, "repair it"), "tool")
     return table_in(tool, "uv") if "uv" in tool else None
 
 

@@ -42,7 +42,7 @@ from pathlib import Path
 # Imported before the counting begins: bytecode of the package itself is none of its business.
 from ray_envcache import acquire
 from ray_envcache.build import bytecode
-from ray_envcache.build.observer import Observer
+from ray_envcache.build.progress import Observer
 from ray_envcache.doctor import repair
 from ray_envcache.inside import pyc
 from ray_envcache.survey import verification

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from ray_envcache.build import progress
-from ray_envcache.build.observer import Observer
 from ray_envcache.build.plan import EnvironmentPlan
-from ray_envcache.build.progress import observer
+from ray_envcache.build.progress import Observer, observer
 from ray_envcache.resolve.interpreter import Interpreter
 from ray_envcache.resolve.lockfile import ResolvedPackage, ResolvedSet
 from ray_envcache.store.layout import Entry

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ray_envcache.acquire import Store
-from ray_envcache.build.observer import Observer
+from ray_envcache.build.progress import Observer
 from ray_envcache.doctor.repair import Repaired, chosen, repair
 from ray_envcache.errors import BuildError, ReadOnlyError
 from ray_envcache.field.spec import EnvSpec
@@ -199,7 +199,7 @@ PROGRAM = """
 from pathlib import Path
 import sys
 from ray_envcache.acquire import Store
-from ray_envcache.build.observer import Observer
+from ray_envcache.build.progress import Observer
 from ray_envcache.doctor.repair import repair
 from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.survey.verification import verify

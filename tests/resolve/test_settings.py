@@ -7,10 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import tomli
 import uv as uv_package
 
 from ray_envcache.build.plan import EnvironmentPlan, plan_of
-from ray_envcache.checkout import toml
 from ray_envcache.checkout.project import Project
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve import interpreter, settings
@@ -50,7 +50,7 @@ def test_every_setting_of_uv_is_decided(tmp_path: Path) -> None:
 
 
 def read_back(folder: Path, scope: Scope = Scope.REACH) -> dict[str, object]:
-    return toml.parse(settings.for_uv(folder, scope.value)[0])
+    return tomli.loads(settings.for_uv(folder, scope.value)[0])
 
 
 @pytest.fixture

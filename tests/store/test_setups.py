@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from ray_envcache.acquire import Store
-from ray_envcache.build.observer import Observer
 from ray_envcache.build.plan import Plan
+from ray_envcache.build.progress import Observer
 from ray_envcache.errors import BuildError, LockfileError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.gc.collector import collect

@@ -13,7 +13,7 @@ import pytest
 import tomli
 from packaging.pylock import Pylock
 
-from ray_envcache.build import venv_files
+from ray_envcache.build.venv import add_hold, add_pip_guard, pylock_text
 from ray_envcache.resolve.lockfile import LocalPackage, ResolvedPackage, ResolvedSet
 from ray_envcache.store.layout import Entry
 from tests import support
@@ -35,8 +35,8 @@ def entry(tmp_path_factory: pytest.TempPathFactory) -> Entry:
     cached.write_text("of uv's cache")
     for name in ("pip", "pip3.12"):
         (entry.bin / name).hardlink_to(cached)
-    venv_files.add_pip_guard(entry)
-    venv_files.add_hold(entry)
+    add_pip_guard(entry)
+    add_hold(entry)
     return entry
 
 
@@ -153,7 +153,7 @@ def test_pylock() -> None:
         ResolvedPackage("b", "", "vcs", "c0ffee", 0, vcs),
     )
     data = tomli.loads(
-        venv_files.pylock_text(ResolvedSet(packages, local=(LocalPackage("mine", Path("/somewhere"), editable=False),)))
+        pylock_text(ResolvedSet(packages, local=(LocalPackage("mine", Path("/somewhere"), editable=False),)))
     )
     assert data["packages"] == [artifact, vcs]
     assert [package.name for package in Pylock.from_dict(data).packages] == ["a", "b"]
