@@ -86,7 +86,7 @@ def _variables_of_uv(lease: Lease, spec: EnvSpec, environ: Mapping[str, str]) ->
     about = {
         "uv": uv.find(),
         "home": os.path.realpath(project.folder / project.member),
-        "folders": [os.path.realpath(folder) for folder in export.members(project)] if is_uv else [],
+        "folders": [os.path.realpath(folder) for folder in project.members()] if is_uv else [],
         "before": above.get("before") or {name: environ[name] for name in ours if name in environ},
     }
     told = {"RAY_ENVCACHE_RUN": os.fspath(lease.entry.venv), "RAY_ENVCACHE_RUN_ABOUT": json.dumps(about)}

@@ -165,15 +165,6 @@ def _checked_again(done: children.Completed, check: list[str], project: Project)
     return alone if alone.returncode == 0 or "needs to be updated" in alone.stderr else done
 
 
-def members(project: Project) -> list[Path]:
-    """The folders of the project's workspace, its root among them."""
-    # Found as text: to read all of the lockfile takes 20 ms at 300 packages, and each `ray-envcache run` comes by here.
-    sources = re.findall(r'(?m)^source = { (?:editable|virtual) = "([^"]*)" }', project.file.read_text("utf-8"))
-    # A path dependency with a lockfile of its own is another project.
-    inner = (project.folder / source for source in sources)
-    return [project.folder, *(folder for folder in inner if not (folder / "uv.lock").is_file())]
-
-
 def option_for(spec: EnvSpec, name: str) -> str:
     """The option that brings the package `name` to the project, "" where no other extra or group of its own has it."""
     project, name = Project.locate(Path(spec.path), spec.package), canonicalize_name(name)

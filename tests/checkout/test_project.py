@@ -85,6 +85,13 @@ def test_script(tmp_path: Path, name: str) -> None:
 WORKSPACE = "[tool.uv.workspace]\nmembers = {members}\nexclude = {exclude}\n"
 
 
+def locked(folder: Path, *, members: list[str], exclude: list[str]) -> Path:
+    """The root of a workspace, locked by uv."""
+    make(folder, MEMBER.format(name="root") + WORKSPACE.format(members=members, exclude=exclude), lock=False)
+    support.run_uv("lock", "-q", cwd=folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("members", "exclude", "place"),
     [
@@ -100,9 +107,11 @@ WORKSPACE = "[tool.uv.workspace]\nmembers = {members}\nexclude = {exclude}\n"
     ],
 )
 def test_root_of_a_member(tmp_path: Path, members: list[str], exclude: list[str], place: str) -> None:
-    """The root of a workspace is where uv has it, with patterns and exclusions."""
-    root = make(tmp_path / "root", MEMBER.format(name="root") + WORKSPACE.format(members=members, exclude=exclude))
-    member = make(root / place)
+    """The root of a workspace is where uv has it, with patterns and exclusions, whatever lock lies beside the member."""
+    member = make(tmp_path / "root" / place)
+    if "deep" in place:
+        make(member.parent, lock=False)
+    root = locked(tmp_path / "root", members=members, exclude=exclude)
     uvs = Path(support.run_uv("workspace", "dir", cwd=member).strip())
     found = Project.locate(member)
     assert found.folder == uvs
@@ -110,34 +119,77 @@ def test_root_of_a_member(tmp_path: Path, members: list[str], exclude: list[str]
     assert names(found) == sorted({"uv.lock", "pyproject.toml", f"{found.member}/pyproject.toml".removeprefix("./")})
 
 
+@pytest.mark.parametrize("setting", ["workspace = true", "workspace = true, editable = false"])
+@pytest.mark.parametrize("kind", ["[tool.uv]\npackage = true\n", ""])
+def test_kinds_of_members(tmp_path: Path, setting: str, kind: str) -> None:
+    """A member is found however the lockfile has it, and by its name; a path dependency beside it is none."""
+    for name in ("one", "beside"):
+        make(tmp_path / name, MEMBER.format(name=name) + kind)
+    root = make(
+        tmp_path,
+        f"{MEMBER.format(name='root')}dependencies = ['one', 'beside']\n[tool.uv.sources]\none = {{ {setting} }}\n"
+        f"beside = {{ path = 'beside' }}\n{WORKSPACE.format(members=['one'], exclude=[])}",
+        lock=False,
+    )
+    support.run_uv("lock", "-q", cwd=root)
+    assert (
+        Project.locate(root / "one") == Project.locate(root, "one") == Project(Kind.UV, root, root / "uv.lock", "one")
+    )
+    assert sorted(Project.locate(root).members()) == [root, root / "one"]
+    assert Project.locate(root / "beside").folder == root / "beside"
+    with pytest.raises(LockfileError, match="has no member `beside`") as caught:
+        Project.locate(root, "beside")
+    assert "its members: one, root;" in caught.value.hint
+
+
+def test_root_that_is_no_project(tmp_path: Path) -> None:
+    """The root of a workspace need not be a project."""
+    make(tmp_path / "one", lock=False)
+    make(tmp_path, WORKSPACE.format(members=["*"], exclude=[]), lock=False)
+    support.run_uv("lock", "-q", cwd=tmp_path)
+    assert Project.locate(tmp_path / "one").folder == Project.locate(tmp_path).folder == tmp_path
+
+
 def test_project_between(tmp_path: Path) -> None:
     """A project inside of a project that is no workspace is on its own, whatever lies above."""
-    root = make(tmp_path / "root", WORKSPACE.format(members=["**"], exclude=[]))
-    make(root / "middle")
-    inner = make(root / "middle" / "inner")
+    inner = make(tmp_path / "root" / "middle" / "inner")
+    make(tmp_path / "root" / "middle")
+    locked(tmp_path / "root", members=["**"], exclude=[])
     assert Path(support.run_uv("workspace", "dir", cwd=inner).strip()) == inner == Project.locate(inner).folder
 
 
 def test_workspace_in_a_workspace(tmp_path: Path) -> None:
     """A root is its own root."""
-    make(tmp_path / "root", WORKSPACE.format(members=["*"], exclude=[]))
-    inner = make(tmp_path / "root" / "inner", MEMBER.format(name="inner") + WORKSPACE.format(members=[], exclude=[]))
+    inner = locked(tmp_path / "root" / "inner", members=[], exclude=[])
+    locked(tmp_path / "root", members=["*"], exclude=["inner"])
     assert Project.locate(inner).folder == inner
 
 
 def test_member_through_a_link(tmp_path: Path) -> None:
     """Where a folder really lies decides, as for uv, which runs there."""
-    root = make(tmp_path / "root", WORKSPACE.format(members=["*"], exclude=[]))
-    make(root / "one", lock=False)
+    make(tmp_path / "root" / "one", lock=False)
+    root = locked(tmp_path / "root", members=["*"], exclude=[])
     (tmp_path / "link").symlink_to(root / "one")
     assert Project.locate(tmp_path / "link").folder == root
 
 
-def test_member_without_lock_at_the_root(tmp_path: Path) -> None:
-    """The lock of a member is looked for at the root alone, whatever lies beside the member."""
+def test_member_that_is_not_locked(tmp_path: Path) -> None:
+    """A member that was just added to a workspace is in no lockfile: the error says in which, and `uv lock` mends it."""
+    root = locked(tmp_path / "root", members=["*"], exclude=[])
+    member = make(root / "one", lock=False)
+    with pytest.raises(LockfileError) as caught:
+        Project.locate(member)
+    assert f"No uv.lock beside `{member}/pyproject.toml`, and `{root}/uv.lock` does not name" in caught.value.message
+    assert caught.value.hint.startswith("run `uv lock` there")
+    support.run_uv("lock", "-q", cwd=member)
+    assert Project.locate(member).folder == root
+
+
+def test_workspace_without_a_lock(tmp_path: Path) -> None:
+    """Of a workspace that was never locked each member says so."""
     make(tmp_path / "root", WORKSPACE.format(members=["*"], exclude=[]), lock=False)
-    member = make(tmp_path / "root" / "one")
-    with pytest.raises(LockfileError, match=r"No uv.lock beside .*/root/pyproject.toml"):
+    member = make(tmp_path / "root" / "one", lock=False)
+    with pytest.raises(LockfileError, match=r"No uv.lock beside .*/root/one/pyproject.toml`"):
         Project.locate(member)
 
 
@@ -149,6 +201,6 @@ def test_agents_do_not_import_packaging(module: str) -> None:
 
 
 def test_plain_project_is_found_without_a_parser(tmp_path: Path) -> None:
-    """Where nothing above speaks of a workspace, nothing is parsed: the warm path comes through here."""
+    """Nothing is parsed: the warm path comes through here."""
     folder = make(tmp_path / "project", "this is [no TOML")
     assert Project.locate(folder).folder == folder

@@ -198,7 +198,7 @@ def test_member_that_does_not_exist(tmp_path: Path, wheels: Path, store: Store) 
     support.run_uv("lock", cwd=project.parent)
     error = refused(store, {"path": project, "package": "nope"}, errors.LockfileError, "has no member `nope`")
     assert "project, there" in error.hint
-    refused(store, {"path": project, "package": "beside"}, errors.LockfileError, "does not have a member beside")
+    refused(store, {"path": project, "package": "beside"}, errors.LockfileError, "has no member `beside`")
 
 
 def test_path_dependency_that_is_not_here(tmp_path: Path, wheels: Path, store: Store) -> None:
