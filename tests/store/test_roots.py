@@ -1,4 +1,4 @@
-"""The root of a store: what is ours in it, and where a store cannot be."""
+"""The roots of stores: what is ours in one, and where none can be."""
 
 from __future__ import annotations
 
