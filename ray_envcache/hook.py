@@ -7,7 +7,6 @@ import os
 import pkgutil
 import sys
 import threading
-import time
 from typing import TYPE_CHECKING, Any
 
 from ray_envcache.acquire import Store, digest_of_files, digest_of_local
@@ -17,16 +16,14 @@ from ray_envcache.field.guard import guarded
 from ray_envcache.field.spec import FIELD, EnvSpec, refuse_combinations
 from ray_envcache.resolve import uv
 from ray_envcache.resolve.interpreter import ClusterRay, installed_ray
-from ray_envcache.store import leases
-from ray_envcache.store.layout import Layout
-from ray_envcache.store.leases import Holder, Lease
+from ray_envcache.store.leases import Holder
 from ray_envcache.store.record import ReadyRecord
 
 if TYPE_CHECKING:
     from ray_envcache.resolve.lockfile import ResolvedSet
 
 HAND_OVER_SECONDS = 60.0
-"""How long the driver keeps its lease if no agent of its cluster takes one on this host."""
+"""How long the driver keeps its lease: until then an agent of its cluster has one, if there is one on this host."""
 
 _checked: dict[tuple[Any, ...], ResolvedSet] = {}
 
@@ -107,22 +104,8 @@ def _build(spec: EnvSpec, ray: ClusterRay) -> str | None:
     with observer(sys.stderr or io.StringIO()) as shown:
         lease = store.acquire(spec, ray, Holder("driver"), shown, check_current=True)
     # The agent takes its own lease when the job starts. Until then this one keeps the environment from a collector.
-    threading.Thread(target=_hand_over, args=(store.layout, lease), daemon=True, name="envcache-hand-over").start()
+    release = threading.Timer(HAND_OVER_SECONDS, lease.release)
+    release.daemon = True
+    release.start()
     record = ReadyRecord.read(lease.entry)
     return record.content or None if record else None
-
-
-def _hand_over(layout: Layout, lease: Lease) -> None:
-    """Hold the lease until an agent of this driver's own cluster has one."""
-    deadline = time.monotonic() + HAND_OVER_SECONDS
-    with lease:
-        while time.monotonic() < deadline:
-            time.sleep(0.2)
-            if any(_is_our_agent(holder) for _, holder in leases.live_leases(layout, lease.entry.key)):
-                return
-
-
-def _is_our_agent(holder: Holder) -> bool:
-    # Ray is not imported here: `ray-envcache doctor` uses this module too, and Ray takes 0.5 s.
-    node: Any = getattr(sys.modules.get(registration.WORKER_MODULE), "_global_node", None)
-    return holder.kind == "agent" and node is not None and holder.cluster == node.session_name
