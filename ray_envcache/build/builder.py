@@ -26,9 +26,8 @@ from ray_envcache.build.venv import UvCalls
 from ray_envcache.errors import BuildError, DiskFullError, EnvCacheError, PassingError
 from ray_envcache.gc.collector import make_room
 from ray_envcache.inside import check
-from ray_envcache.remote.bucket import Bucket
+from ray_envcache.remote.bucket import Bucket, Manifest
 from ray_envcache.remote.fetch import find, offered
-from ray_envcache.remote.manifest import Manifest
 from ray_envcache.resolve import uv, uv_errors
 from ray_envcache.store import journal
 from ray_envcache.store.layout import Entry, Layout

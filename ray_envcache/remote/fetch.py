@@ -24,8 +24,7 @@ from urllib.parse import unquote
 from ray_envcache.errors import BuildError, DiskFullError, RemoteError
 from ray_envcache.inside import pyc
 from ray_envcache.remote import bucket
-from ray_envcache.remote.bucket import Bucket
-from ray_envcache.remote.manifest import PLACE, Blob, Manifest, parsed, require_signature
+from ray_envcache.remote.bucket import PLACE, Blob, Bucket, Manifest
 from ray_envcache.store.layout import Entry
 from ray_envcache.system import testpoints
 
@@ -46,8 +45,8 @@ def find(key: str, versions: Mapping[str, str]) -> tuple[Bucket, Manifest] | Non
     content = remote.read(PLACE.format(key)) if remote else None
     if remote is None or content is None:
         return None
-    require_signature(content, key)
-    found = parsed(content, key)
+    bucket.require_signature(content, key)
+    found = bucket.parse(content, key)
     has = {wheel.name: wheel.version for wheel in found.wheels}
     if versions and has != {name: version or has.get(name) for name, version in versions.items()}:
         raise RemoteError(f"The manifest of {key} has other packages than the lockfile", "ray-envcache push")

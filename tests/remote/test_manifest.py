@@ -9,8 +9,8 @@ import tomli
 from packaging.pylock import Pylock
 
 from ray_envcache.errors import RemoteError
-from ray_envcache.remote import manifest
-from ray_envcache.remote.manifest import Blob
+from ray_envcache.remote import bucket
+from ray_envcache.remote.bucket import Blob
 from tests import support
 from tests.remote.hosts import Host
 
@@ -18,7 +18,7 @@ KEY, OTHER = "a" * 32, "b" * 32
 PYTHON = "cpython-311-abc"
 WHEELS = [Blob(f"v1/wheels/{'1' * 64}/one-1.0+x-py3-none-any.whl", "1" * 64, 10, "one", "1.0+x")]
 PACKS = [Blob(f"v1/bytecode/{'2' * 64}.zip", "2" * 64, 20)]
-SOME = manifest.written(KEY, PYTHON, WHEELS, PACKS)
+SOME = bucket.manifest_of(KEY, PYTHON, WHEELS, PACKS)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_written_and_read() -> None:
     """The text is a valid pylock.toml with relative paths, and says all that was put in."""
     Pylock.from_dict(tomli.loads(SOME.decode()))
     assert f'path = "../wheels/{"1" * 64}/one-1.0+x-py3-none-any.whl"' in SOME.decode()
-    assert manifest.parsed(SOME, KEY) == (PYTHON, WHEELS, PACKS, SOME.decode())
+    assert bucket.parse(SOME, KEY) == (PYTHON, WHEELS, PACKS, SOME.decode())
 
 
 @pytest.mark.parametrize(
@@ -45,36 +45,36 @@ def test_written_and_read() -> None:
         SOME.replace(b"size = 10", b'size = "x"'),
         SOME.replace(b"cpython", b"../cpython"),
         SOME.replace(b"packages", b"pakages"),
-        manifest.written(OTHER, PYTHON, WHEELS, PACKS),
+        bucket.manifest_of(OTHER, PYTHON, WHEELS, PACKS),
     ],
 )
 def test_damaged(content: bytes) -> None:
     """What is no manifest of the key is an error that says so."""
     with pytest.raises(RemoteError, match=KEY):
-        manifest.parsed(content, KEY)
+        bucket.parse(content, KEY)
 
 
 def test_signatures(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what the key signed, for this environment, is taken; text or path, and where none is trusted all is."""
-    monkeypatch.setenv(manifest.SIGN, str(keys / "key"))
-    signed = manifest.signed(SOME, KEY)
-    assert manifest.parsed(signed, KEY).wheels == WHEELS
-    manifest.require_signature(signed, OTHER)  # nothing is trusted, so all is
+    monkeypatch.setenv(bucket.SIGN, str(keys / "key"))
+    signed = bucket.signed(SOME, KEY)
+    assert bucket.parse(signed, KEY).wheels == WHEELS
+    bucket.require_signature(signed, OTHER)  # nothing is trusted, so all is
     for trusted in (str(keys / "key.pub"), (keys / "key.pub").read_text()):
-        monkeypatch.setenv(manifest.TRUST, trusted)
-        manifest.require_signature(signed, KEY)
+        monkeypatch.setenv(bucket.TRUST, trusted)
+        bucket.require_signature(signed, KEY)
         wrong = [SOME, signed.replace(b"one", b"two"), signed[:-10], b""]
         wrong += [signed + b"x = 1\n", signed + b"\n", signed.rstrip() + b"\nx = 1\n", signed + signed]
         for content, key in [*((content, KEY) for content in wrong), (signed, OTHER)]:
             with pytest.raises(RemoteError, match=key):
-                manifest.require_signature(content, key)
+                bucket.require_signature(content, key)
     for trusted in (str(keys / "another.pub"), str(keys / "nothing"), "ssh-nonsense"):
-        monkeypatch.setenv(manifest.TRUST, trusted)
-        with pytest.raises(RemoteError, match=manifest.TRUST):
-            manifest.require_signature(signed, KEY)
-    monkeypatch.setenv(manifest.SIGN, str(keys / "key.pub"))
-    with pytest.raises(RemoteError, match=manifest.SIGN):
-        manifest.signed(SOME, KEY)
+        monkeypatch.setenv(bucket.TRUST, trusted)
+        with pytest.raises(RemoteError, match=bucket.TRUST):
+            bucket.require_signature(signed, KEY)
+    monkeypatch.setenv(bucket.SIGN, str(keys / "key.pub"))
+    with pytest.raises(RemoteError, match=bucket.SIGN):
+        bucket.signed(SOME, KEY)
 
 
 @pytest.mark.host
@@ -85,15 +85,15 @@ def test_trusted_hosts(keys: Path, tmp_path: Path, wheels: Path) -> None:
     publisher.push(project, url)
     hosts = [Host(tmp_path / f"host-{number}", url) for number in range(3)]
     for host in hosts:
-        host.environ[manifest.TRUST] = str(keys / "key.pub")
+        host.environ[bucket.TRUST] = str(keys / "key.pub")
     with hosts[0].acquired(project) as lease:
         assert lease.how == "built"
-    publisher.environ[manifest.SIGN] = str(keys / "key")
+    publisher.environ[bucket.SIGN] = str(keys / "key")
     publisher.push(project, url)
     with hosts[1].acquired(project) as lease:
         assert lease.how == "fetched"
     # Without the key nothing takes the signature away.
-    del publisher.environ[manifest.SIGN]
+    del publisher.environ[bucket.SIGN]
     publisher.push(project, url)
     with hosts[2].acquired(project) as lease:
         assert lease.how == "fetched"

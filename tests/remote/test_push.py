@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from ray_envcache.errors import RemoteError
-from ray_envcache.remote import wheels as packages
 from ray_envcache.remote.bucket import Bucket
-from ray_envcache.remote.push import push
+from ray_envcache.remote.push import packages_of, push, write_wheel
 from ray_envcache.store.layout import Layout
 from tests import support
 from tests.remote.hosts import Host, objects
@@ -152,9 +151,9 @@ def test_scripts_of_binaries_keep_their_mode(host: Host, tmp_path: Path, wheels:
     project = support.make_project(tmp_path / "app", wheels, ["ray", "one"])
     with host.acquired(project) as lease:
         assert host.state_of(lease) == "sound"
-        found = {package.name: package for package in packages.packages_of(lease.entry)}
+        found = {package.name: package for package in packages_of(lease.entry)}
         with tempfile.TemporaryFile() as file:
-            packages.write(found["one"], lease.entry, file)
+            write_wheel(found["one"], lease.entry, file)
             import zipfile
 
             with zipfile.ZipFile(file) as archive:
