@@ -79,9 +79,9 @@ def find_mentions(pattern: re.Pattern[bytes]) -> Mentions:
             for name, how in _matches(_texts(pid), pattern):
                 if name not in found.by_name and (process := describe(pid)):
                     found.by_name[name] = f"process {pid} ({process.name}) names it: {how}"
-        except (FileNotFoundError, ProcessLookupError):  # noqa: PERF203  # each process fails for itself
+        except (FileNotFoundError, ProcessLookupError, psutil.NoSuchProcess):  # noqa: PERF203  # each process fails for itself
             pass  # it has ended, or is a thread of the kernel
-        except OSError:
+        except (OSError, psutil.Error):
             found.unseen += filter(None, [describe(pid)])
     return found
 
@@ -106,7 +106,7 @@ def processes_using(root: Path, names: Collection[str]) -> dict[str, dict[int, s
     pattern = re.compile(rb"%b(?<!\S%b)(%b)(?=/| \(deleted\)$|$)" % (prefix, prefix, known), re.MULTILINE)
     users: dict[str, dict[int, str]] = {}
     for pid in psutil.pids():
-        with suppress(OSError):  # it has ended, or may not be read
+        with suppress(OSError, psutil.Error):  # it has ended, or may not be read
             for name, how in _matches(_uses(pid), pattern):
                 users.setdefault(name, {}).setdefault(pid, how)
     return users
@@ -125,7 +125,7 @@ def _has_proc() -> bool:
 
 
 def _texts(pid: int) -> _Texts:
-    """Yield everything in which a process may name a file, first what every user may read. Raises OSError."""
+    """Yield all in which a process may name a file, first what every user may read. Raises OSError, psutil.Error."""
     if not _has_proc():
         yield from _texts_of_psutil(pid)
         return
@@ -153,7 +153,7 @@ def _command_line(pid: int) -> bytes:
 
 
 def _uses(pid: int) -> _Texts:
-    """Yield everything by which a process uses files. Raises OSError."""
+    """Yield everything by which a process uses files. Raises OSError, psutil.Error."""
     for how, text in _texts(pid):
         if how != _COMMAND_LINE and not (how == _OPEN_FILE and pid == os.getpid()):
             yield how, text
@@ -185,17 +185,12 @@ def _started_by(pid: int) -> str:
 
 
 def _texts_of_psutil(pid: int) -> _Texts:
-    try:
-        process = psutil.Process(pid)
-        yield _COMMAND_LINE, os.fsencode("\0".join(process.cmdline()))
-        yield _LINKS["cwd"], os.fsencode(process.cwd())
-        yield _LINKS["exe"], os.fsencode(process.exe())
-        for file in process.open_files():
-            yield _OPEN_FILE, os.fsencode(file.path)
-    except psutil.NoSuchProcess as error:
-        raise ProcessLookupError(str(error)) from error
-    except psutil.AccessDenied as error:
-        raise PermissionError(str(error)) from error
+    process = psutil.Process(pid)
+    yield _COMMAND_LINE, os.fsencode("\0".join(process.cmdline()))
+    yield _LINKS["cwd"], os.fsencode(process.cwd())
+    yield _LINKS["exe"], os.fsencode(process.exe())
+    for file in process.open_files():
+        yield _OPEN_FILE, os.fsencode(file.path)
 
 
 def _readlink(path: str) -> bytes:
