@@ -60,35 +60,31 @@ def offered(remote: Bucket, manifest: Manifest, entry: Entry) -> Iterator[tuple[
     Meanwhile the bytecode goes where the compiler of `entry` looks. Raises RemoteError, and OSError where the disk is
     full.
     """
-    lines, errors, pack_errors = entry.path / "pylock.fetched.toml", list[RemoteError](), list[Exception]()
+    lines, errors, stop = entry.path / "pylock.fetched.toml", list[RemoteError](), Event()
     lines.write_text(manifest.text.replace('path = "../', f'url = "{_CONSTANT}'), encoding="utf-8")
-    stop = Event()
-    packs = Thread(target=_fetch_packs, args=(remote, manifest, entry, pack_errors, stop), daemon=True)
-    packs.start()
-    try:
-        with ThreadingHTTPServer(("127.0.0.1", 0), _handler(remote, manifest, errors)) as server:
-            Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-            testpoints.reach("fetch-serving")
-            proxy = dict.fromkeys(("HTTP_PROXY", "http_proxy"), f"http://127.0.0.1:{server.server_port}")
-            # Longer than the bucket waits for progress: uv sees of a part nothing before its end.
-            limits = {"UV_HTTP_TIMEOUT": "600", "UV_CONCURRENT_DOWNLOADS": str(_DOWNLOADS)}
-            try:
-                yield lines, {**proxy, "NO_PROXY": "", "no_proxy": "", **limits}
-            except DiskFullError:
-                raise
-            except BuildError as error:
-                raise (errors or [RemoteError(error.message, error.hint)])[0] from error
-            finally:
-                server.shutdown()
-                lines.unlink()
-    except BaseException:
-        stop.set()  # what it writes to is removed now
-        raise
-    finally:
-        packs.join()
+    with ThreadPoolExecutor(1) as pool:
+        packs = pool.submit(_fetch_packs, remote, manifest, entry, stop)
+        try:
+            with ThreadingHTTPServer(("127.0.0.1", 0), _handler(remote, manifest, errors)) as server:
+                Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+                testpoints.reach("fetch-serving")
+                proxy = dict.fromkeys(("HTTP_PROXY", "http_proxy"), f"http://127.0.0.1:{server.server_port}")
+                # Longer than the bucket waits for progress: uv sees of a part nothing before its end.
+                limits = {"UV_HTTP_TIMEOUT": "600", "UV_CONCURRENT_DOWNLOADS": str(_DOWNLOADS)}
+                try:
+                    yield lines, {**proxy, "NO_PROXY": "", "no_proxy": "", **limits}
+                except DiskFullError:
+                    raise
+                except BuildError as error:
+                    raise (errors or [RemoteError(error.message, error.hint)])[0] from error
+                finally:
+                    server.shutdown()
+                    lines.unlink()
+        except BaseException:
+            stop.set()  # what it writes to is removed now
+            raise
     testpoints.reach("fetch-installed")
-    if pack_errors:
-        raise pack_errors[0]
+    packs.result()
 
 
 def _handler(remote: Bucket, manifest: Manifest, errors: list[RemoteError]) -> type[BaseHTTPRequestHandler]:
@@ -132,19 +128,18 @@ def _parts(remote: Bucket, ranges: Iterable[tuple[str, int, int]], at_once: int)
             yield coming.popleft().result()
 
 
-def _fetch_packs(remote: Bucket, manifest: Manifest, entry: Entry, errors: list[Exception], stop: Event) -> None:
+def _fetch_packs(remote: Bucket, manifest: Manifest, entry: Entry, stop: Event) -> None:
     folder = entry.staged_bytecode / manifest.python
     ranges = [(pack.path, 0, pack.size) for pack in manifest.packs]
-    try:
-        folder.mkdir(parents=True)
-        for pack, content in zip(manifest.packs, _parts(remote, ranges, _DOWNLOADS), strict=True):
-            if stop.is_set():
-                return
+    folder.mkdir(parents=True)
+    for pack, content in zip(manifest.packs, _parts(remote, ranges, _DOWNLOADS), strict=True):
+        if stop.is_set():
+            return
+        try:
             _unpack(pack, content, folder)
-    except (RemoteError, OSError) as error:
-        errors.append(error)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        errors.append(RemoteError(f"A pack of bytecode is damaged: {error!r}", "publish it again: ray-envcache push"))
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            what = f"A pack of bytecode is damaged: {error!r}"
+            raise RemoteError(what, "publish it again: ray-envcache push") from error
 
 
 def _unpack(pack: Blob, content: memoryview, folder: Path) -> None:
