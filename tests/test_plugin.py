@@ -336,6 +336,21 @@ def test_talkative_build(
     assert [text[:8] for text in caplog.messages if text.startswith(("no end", "Built"))] == ["no endBu", "Built in"]
 
 
+def test_build_with_letters_that_the_locale_lacks(
+    plugin: EnvCachePlugin,
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """They are no reason for a build to fail, and the log has them."""
+    monkeypatch.setenv("RAY_ENVCACHE_DIR", str(tmp_path / "störe"))
+    monkeypatch.setitem(plugin._environ, "PYTHONIOENCODING", "ascii")
+    with caplog.at_level("INFO"):
+        build(plugin, project)
+    assert any(text.startswith("Built") and "/störe/" in text for text in caplog.messages)
+
+
 def test_build_gets_the_variables_of_the_node(
     plugin: EnvCachePlugin,
     project: Path,

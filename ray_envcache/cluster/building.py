@@ -226,7 +226,8 @@ def _acquire(request: dict[str, Any]) -> Lease:
         )
     store = Store.open(Path(request["root"]))
     holder = Holder("build", cluster=request["cluster"])
-    with observer(sys.stdout) as shown:
+    # Not sys.stdout: its encoding may lack letters of a path.
+    with open(1, "w", encoding="utf-8", errors="replace", closefd=False) as stream, observer(stream) as shown:
         return store.acquire(EnvSpec.parse(request["field"]), ClusterRay(request["ray"]), holder, shown)
 
 
