@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from subprocess import CalledProcessError
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ray_envcache.resolve.lockfile import ResolvedSet
 
 _TRIES = 3
-"""How often a plan or a layer is made anew because the files it was made from changed meanwhile."""
+"""How often an environment is asked for while the files that say which one change."""
 
 
 class Inputs(NamedTuple):
@@ -99,11 +99,15 @@ class Store:
         missing bytecode is compiled in the background. Raises the errors of `lookup`, RayVersionError and BuildError;
         then the store is as before.
         """
-        inputs = self._inputs(spec, ray)._replace(editable=editable)
-        lease = self._claim_known(inputs, holder, may_look=True)
-        if lease is None:
-            inputs, plan = self._plan(inputs, ray, check_current=check_current or spec.digest is None)
-            lease = self._build(inputs, plan, holder, observer)
+
+        def of_files_now() -> Lease:
+            inputs = self._inputs(spec, ray)._replace(editable=editable)
+            if lease := self._claim_known(inputs, holder, may_look=True):
+                return lease
+            plan = self._plan(inputs, ray, check_current=check_current or spec.digest is None)
+            return self._build(inputs, plan, holder, observer)
+
+        lease = _while_they_change(of_files_now)
         if finish:
             self.finish(lease, dict(os.environ))
         return lease
@@ -139,22 +143,21 @@ class Store:
                     return lease
         return None
 
-    def _plan(self, inputs: Inputs, ray: AnyRay, *, check_current: bool) -> tuple[Inputs, EnvironmentPlan]:
-        """The plan, and the inputs it was made from: uv reads the files after we hashed them, and they may change."""
+    def _plan(self, inputs: Inputs, ray: AnyRay, *, check_current: bool) -> EnvironmentPlan:
+        """The plan of the files. Raises ChangedError where they changed after we hashed them: uv reads them later."""
         from ray_envcache.build.plan import plan_of  # builds: not on the agent's warm path
 
-        spec = inputs.spec
-        for _ in range(_TRIES):
-            project = inputs.project or _locate_pinned(spec)
-            plan = plan_of(spec, project, inputs.executable, ray, check_current=check_current)
-            before, inputs = inputs, self._inputs(spec, ray)._replace(editable=inputs.editable)
-            if inputs.memo == before.memo:
-                return inputs, plan
-        raise ChangedError(f"The files in `{project.folder}` change all the time", "try again when nobody writes them")
+        project = inputs.project or _locate_pinned(inputs.spec)
+        plan = plan_of(inputs.spec, project, inputs.executable, ray, check_current=check_current)
+        if self._inputs(inputs.spec, ray).memo != inputs.memo:
+            where = f"The files in `{project.folder}` change all the time"
+            raise ChangedError(where, "try again when nobody writes them")
+        return plan
 
     def _build(self, inputs: Inputs, plan: EnvironmentPlan, holder: Holder, observer: Observer | None) -> Lease:
         """A lease on the environment of `plan`, or on the layer with the project's own packages on top of it."""
         from ray_envcache.build.builder import Builder  # builds: not on the agent's warm path
+        from ray_envcache.build.layers import layer_plan
         from ray_envcache.build.progress import Observer
 
         observer = observer or Observer()
@@ -165,22 +168,8 @@ class Store:
         if not (plan.resolved.local and inputs.spec.install_project):
             return lease
         with lease:
-            return self._build_layer(inputs, plan, lease.entry, holder, observer)
-
-    def _build_layer(
-        self, inputs: Inputs, plan: EnvironmentPlan, base: Entry, holder: Holder, observer: Observer
-    ) -> Lease:
-        from ray_envcache.build import layers  # builds: not on the agent's warm path
-        from ray_envcache.build.builder import Builder
-
-        def of_content_now() -> Lease:
-            layer = layers.layer_plan(inputs.spec, plan, base, editable=inputs.editable)
+            layer = layer_plan(inputs.spec, plan, lease.entry, editable=inputs.editable)
             return self._claim_any(layer.key, holder) or Builder(self.layout, layer, holder, observer).lease()
-
-        for _ in range(_TRIES - 1):
-            with suppress(ChangedError):
-                return of_content_now()
-        return of_content_now()
 
     def _remember(self, inputs: Inputs, entry: Entry, plan: EnvironmentPlan) -> None:
         stamps = {path: file_identity(path) for path in plan.resolved.local_files()}
@@ -216,6 +205,14 @@ class Store:
             if not (entry.readonly or entry.compiled.exists() or flock.is_held(entry.finishing_flock)):
                 with suppress(OSError, CalledProcessError):
                     children.start_detached([*program, entry.path.name], environ=environ)
+
+
+def _while_they_change(lease: Callable[[], Lease]) -> Lease:
+    """What `lease` returns. It is called again where files changed meanwhile; the last time it may raise that."""
+    for _ in range(_TRIES - 1):
+        with suppress(ChangedError):
+            return lease()
+    return lease()
 
 
 def _content(inputs: Inputs, known: Memo) -> str | None:
