@@ -255,14 +255,14 @@ def test_files_beside_a_package(tmp_path: Path, wheels: Path, store: Store, acqu
 
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii", "posix"])
 def test_list_in_any_encoding(store: Store, project: Path, acquire: Acquire, encoding: str) -> None:
-    """A layer stands below its environment, marked with what the output can have."""
+    """A layer stands below its environment, marked by a letter, or its code where the output cannot have it."""
     with acquire(project) as lease:
         key = lease.entry.key
     plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "POSIX"}
     environ = {**os.environ, **(plain if encoding == "posix" else {"PYTHONIOENCODING": encoding})}
     command = [sys.executable, "-m", "ray_envcache", "list"]
     _, _, layer, _ = subprocess.check_output(command, env=environ).decode().splitlines()
-    assert layer.split()[:3] == [key[:12], "└" if encoding == "utf-8" else "+", "app"]
+    assert layer.split()[:3] == [key[:12], "└" if encoding == "utf-8" else r"\u2514", "app"]
     assert len(json.loads(subprocess.check_output([*command, "--json"], env=environ))["envs"]) == 2
 
 
