@@ -120,10 +120,10 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
                 self._leases[uri] = await self._lease(uri, runtime_env, context, logger)
             if _PREFETCHED in uri:
                 try:
-                    await self._in_thread(partial(_finish, self._leases[uri]), lambda _: None, self._compilers)
+                    answer = await self._in_thread(partial(_finish, self._leases[uri]), lambda _: None, self._compilers)
                 finally:
                     asyncio.get_running_loop().call_later(KEPT_SECONDS, self._release, uri, logger)
-                context.env_vars[guard.PROBE_ANSWER] = self._leases[uri].how
+                context.env_vars[guard.PROBE_ANSWER] = answer
         return 1.0
 
     def modify_context(self, uris: list[str], runtime_env: Any, context: Any, logger: logging.Logger) -> None:  # noqa: ARG002
@@ -236,10 +236,13 @@ def _discard(found: tuple[Store, Lease | None]) -> None:
         found[1].release()
 
 
-def _finish(lease: Lease) -> None:
+def _finish(lease: Lease) -> str:
+    """Complete the bytecode, and answer a prefetch. What lies in a read-only store may lack some for ever."""
     from ray_envcache.build import bytecode
 
     bytecode.finish_lease_now(Layout(default_root()), lease)
+    is_complete = all(entry.compiled.exists() for entry in lease.entries)
+    return guard.encode_answer({"how": lease.how, "bytecode": is_complete})
 
 
 def _answer_to_probe() -> str:

@@ -25,11 +25,13 @@ from ray_envcache.cluster import building
 from ray_envcache.errors import BuildError, ChangedError, FieldValueError, InterpreterError, LockfileError
 from ray_envcache.field import guard, registration
 from ray_envcache.gc.companion import INTERVAL
-from ray_envcache.plugin import PREFETCHES, THREADS, EnvCachePlugin
+from ray_envcache.plugin import PREFETCHES, THREADS, EnvCachePlugin, _finish
 from ray_envcache.store import journal, leases
 from ray_envcache.store.layout import Entry
+from ray_envcache.store.leases import Holder, claim
 from ray_envcache.system import flock
 from tests import support
+from tests.gc.fabricated import change, make_entry, make_layout
 
 pytestmark = pytest.mark.host
 
@@ -109,7 +111,7 @@ def prefetch(plugin: EnvCachePlugin, project: Path, *, kept: bool) -> dict[str, 
 
 def test_prefetch(plugin: EnvCachePlugin, store: Store, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is prefetched has all bytecode before a worker starts, and is kept for a while after Ray gave it back."""
-    assert prefetch(plugin, project, kept=True)[guard.PROBE_ANSWER] == "built"
+    assert prefetch(plugin, project, kept=True)[guard.PROBE_ANSWER] == '{"how": "built", "bytecode": true}'
     (entry,) = store.layout.all_entries()
     assert entry.compiled.exists()
     assert not flock.is_free(entry.in_use)
@@ -117,8 +119,23 @@ def test_prefetch(plugin: EnvCachePlugin, store: Store, project: Path, monkeypat
         lease.release()
     plugin._leases.clear()
     monkeypatch.setattr("ray_envcache.plugin.KEPT_SECONDS", 0.1)
-    assert prefetch(plugin, project, kept=False)[guard.PROBE_ANSWER] == "found"
+    assert prefetch(plugin, project, kept=False)[guard.PROBE_ANSWER] == '{"how": "found", "bytecode": true}'
     support.wait_until(lambda: flock.is_free(entry.in_use), "it is released")
+
+
+def test_bytecode_of_layers(store: Store, tmp_path: Path) -> None:
+    """A layer has all of its bytecode where the environment below has it too, which may lie in a read-only store."""
+    far = make_entry(make_layout(tmp_path / "far"), 1)
+    layer = make_entry(store.layout, 2)
+    change(layer, base=os.fspath(far.path))
+    layer.compiled.touch()
+    for is_complete in (False, True):
+        lease = claim(layer, store.layout, Holder("test"))
+        assert lease is not None
+        with lease:
+            assert [one.path for one in lease.entries] == [layer.path, far.path]
+            assert json.loads(_finish(lease)) == {"how": "found", "bytecode": is_complete}
+        far.compiled.touch()
 
 
 def test_prefetch_whose_bytecode_fails(

@@ -148,25 +148,16 @@ def _use_token(address: str) -> None:
 
 
 def _task() -> Any:
-    """A task that says how the workers of its node are started, in which environment it runs, and what that has."""
+    """A task that says what the plugin of its node answered, in which environment it runs, and what that has."""
     variable = guard.PROBE_ANSWER
 
     # Nested, so that Ray ships its code: the node may lack this package.
     def facts() -> dict[str, Any]:
         import importlib.metadata
         import importlib.util
-        import json
         import os
         import platform
         import sys
-
-        def is_compiled(entry: str) -> bool:
-            """Whether an entry has all its bytecode, and what it lies on too."""
-            if not os.path.exists(f"{entry}/compiled.json"):
-                return False
-            with open(f"{entry}/ready.json", encoding="utf-8") as file:
-                base = json.load(file).get("base")
-            return not base or is_compiled(os.path.join(os.path.dirname(entry), base))
 
         return {
             "answer": os.environ.get(variable),
@@ -174,7 +165,6 @@ def _task() -> Any:
             "prefix": sys.prefix,
             "platform": " ".join([*sys.version.split(), platform.machine(), *platform.libc_ver()]),
             "packages": sorted(f"{one.name} {one.version}" for one in importlib.metadata.distributions()),
-            "bytecode": is_compiled(os.path.dirname(sys.prefix)),
         }
 
     return ray.remote(num_cpus=0, max_retries=0)(facts)

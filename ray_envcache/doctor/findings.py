@@ -124,7 +124,8 @@ def failure_of(error: Exception, timeout: float) -> Finding:
 
 def enter_environment(row: Prefetched, facts: dict[str, Any]) -> None:
     """Enter what a task said of the environment that it ran in."""
-    row.how, row.bytecode = facts["answer"], facts["bytecode"]
+    said = json.loads(facts["answer"] or "{}")
+    row.how, row.bytecode = said.get("how"), said.get("bytecode")
     row.platform, row.packages = facts["platform"], facts["packages"]
     if found := _ENTRY.search(facts["prefix"]):
         row.ok, row.key = True, found["key"]

@@ -72,6 +72,6 @@ def prefetched(value: Any) -> Any:
     return value.get(_PREFETCH) if isinstance(value, dict) else None
 
 
-def encode_answer(findings: list[dict[str, Any]]) -> str:
-    """The answer to a probe, as JSON in which Ray finds no `$` to expand."""
-    return json.dumps(findings).replace("$", "\\u0024")
+def encode_answer(answer: Any) -> str:
+    """The answer to a probe or a prefetch, as JSON in which Ray finds no `$` to expand."""
+    return json.dumps(answer).replace("$", "\\u0024")

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
-from ray_envcache.doctor import cluster
 from ray_envcache.doctor.findings import (
     VERSION,
     Node,
@@ -21,7 +18,7 @@ from ray_envcache.doctor.findings import (
 )
 from ray_envcache.field.guard import GUARD
 
-FACTS = {"answer": "built", "bytecode": True, "platform": "3.11 x86_64", "packages": ["ray 2.60.0"]}
+FACTS = {"answer": '{"how": "built", "bytecode": true}', "platform": "3.11 x86_64", "packages": ["ray 2.60.0"]}
 
 
 def row(number: int, key: str, *packages: str, platform: str = "3.11 x86_64", path: str = "/app") -> Prefetched:
@@ -128,20 +125,3 @@ def test_reasons(text: str, name: str, message: str, hint: str) -> None:
 def test_too_late() -> None:
     """A node that does not answer is told apart from one that fails."""
     assert failure_of(TimeoutError(), 30).text == "No answer within 30 s"
-
-
-def test_bytecode_of_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer has all of its bytecode where the environment below has it too, also one of another store."""
-    near, far = tmp_path / "entries" / "near-1", tmp_path / "elsewhere" / "far-1"
-    above = {near.parent / "a-1": near.name, near.parent / "b-1": str(far)}
-    for entry, base in {near: "", far: "", **above}.items():
-        entry.mkdir(parents=True)
-        (entry / "ready.json").write_text(json.dumps({"base": base}))
-        (entry / "compiled.json").touch()
-    (far / "compiled.json").unlink()
-    facts = cluster._task()._function  # as a node runs it
-    for entry, is_complete in {near: True, far: False, near.parent / "a-1": True, near.parent / "b-1": False}.items():
-        monkeypatch.setattr(sys, "prefix", str(entry / "venv"))
-        assert facts()["bytecode"] is is_complete
-    monkeypatch.setattr(sys, "prefix", "/usr")
-    assert facts()["bytecode"] is False
