@@ -53,7 +53,7 @@ def listed_hashes(path: Path) -> dict[str, set[str]]:
             hashes.setdefault(name, set()).update(_HASH.findall(line))
             if choice and not constrains:
                 open_lines.append((name, choice, f"`{_shown(line)}` in line {_number(text, found)} of `{file}`"))
-            elif constrains and not choice:
+            elif constrains and not choice and ";" not in line:  # with a marker it may count elsewhere alone
                 fixed.add(name)
     for name, choice, line in open_lines:
         if choice != _UNPINNED or name not in fixed:

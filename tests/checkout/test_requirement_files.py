@@ -121,11 +121,11 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_constraints_are_not_entries_of_their_own(tmp_path: Path) -> None:
-    """A constraint may leave a choice, and may make up for a line that does."""
-    (tmp_path / "c.txt").write_text("a>1\nb==2.0\n")
-    assert read(tmp_path, "-c c.txt\nb\n").keys() == {"a", "b"}
-    for text in ("-c c.txt\na\n", "-c c.txt\nb @ https://example.org/b.zip", "-c c.txt\n-r c.txt"):
-        with pytest.raises(LockfileError, match=r"Not an exact version: `a|A URL without a hash"):
+    """A constraint may leave a choice, and may make up for a line that does, unless a marker limits it."""
+    (tmp_path / "c.txt").write_text("a>1\nb==2.0\nd==1.0 ; sys_platform == 'win32'\n")
+    assert read(tmp_path, "-c c.txt\nb\n").keys() == {"a", "b", "d"}
+    for text in ("-c c.txt\na\n", "-c c.txt\nd\n", "-c c.txt\nb @ https://example.org/b.zip", "-c c.txt\n-r c.txt"):
+        with pytest.raises(LockfileError, match=r"Not an exact version: `[ad]|A URL without a hash"):
             read(tmp_path, text)
 
 
