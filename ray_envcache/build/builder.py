@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 from ray_envcache.build import bytecode, venv
@@ -266,7 +265,6 @@ class Builder:
             base_python_file=identity,
             ray=self.plan.ray,
             build_seconds=round(seconds, 3),
-            uv=metadata.version("uv"),
             boot_id=boot_id(),
             fetched=fetched,
             **self.plan.recorded(entry),

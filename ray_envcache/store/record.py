@@ -43,7 +43,6 @@ class ReadyRecord(NamedTuple):
     base_python_file: tuple[int, int]
     ray: str
     build_seconds: float
-    uv: str
     boot_id: str
     inherited: tuple[tuple[str, int, int], ...]
     base: str = ""

@@ -39,7 +39,7 @@ def publish(entry: Entry) -> None:
     record = ReadyRecord(
         key=entry.key, path=os.fspath(entry.path), created_at=utc_now(), project="p", source="/", python="3.11.7",
         base_python=sys.executable, base_python_file=identity, ray="2.60.0", build_seconds=0.0,
-        uv="", boot_id=boot_id(), inherited=(),
+        boot_id=boot_id(), inherited=(),
     )  # fmt: skip
     files.write_json(entry.ready, {"schema_version": 1, **record._asdict()}, durable=False)
 
