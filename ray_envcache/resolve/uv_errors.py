@@ -70,7 +70,7 @@ _CAUSES = tuple(_Cause(*one) for one in (
      "upgrade uv on this node (python -m pip install --upgrade uv), or lock with the uv version that is here"),
     (r"Failed to parse `(.*)`", None, "",
      "restore {0} from version control, or remove it and lock again: `uv lock` reads it too"),
-    (r"are incompatible with the", None, "",
+    (r"are incompatible with the|cannot be used with", None, "",
      "leave out one of them, they do not go together; a default group with `no_groups` (--no-group)"),
     (r"is not defined", None, "", "extras and groups are those of pyproject.toml; after adding one, run `uv lock`"),
 ))
