@@ -31,10 +31,8 @@ from ray_envcache.field.spec import EnvSpec
 from ray_envcache.acquire import Store
 
 class Talk:
-    def waiting(self, builder): print("waiting", builder, flush=True)
-    def started(self, plan): print("started", flush=True)
+    def say(self, text): print(text, flush=True)
     def line(self, text): pass
-    def finished(self, lease, seconds): print("finished", flush=True)
 
 with Store.open().acquire(EnvSpec.parse(sys.argv[1]), installed_ray(), Holder("test"), Talk()) as lease:
     print(lease.entry.path.name, flush=True)
@@ -181,7 +179,7 @@ def test_orphaned_uv_is_waited_for_then_its_remains_are_swept(
     first.send_signal(signal.SIGKILL)
     first.wait()
     second = start_acquirer(project, children)
-    assert str(first.pid) in read_until(second, "waiting"), "says for whom it waits"
+    assert str(first.pid) in read_until(second, "Waiting for the environment"), "says for whom it waits"
     assert len(list(store.layout.all_entries())) == 1, "does not build beside the orphan"
     released.touch()
     name = second.communicate()[0].splitlines()[-1]

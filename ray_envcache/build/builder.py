@@ -109,7 +109,8 @@ class Builder:
         records = (files.read_json(entry.building) for entry in self.layout.entries_of(self.plan.key))
         builder = next((Holder.read(record) for record in records if record), None)
         # It has its flock a moment before it says who it is.
-        self.observer.waiting(f"{builder}, since {builder.since}" if builder else "another process")
+        who = f"{builder} has been building it since {builder.since}" if builder else "another process builds it"
+        self.observer.say(f"Waiting for the environment: {who}")
 
     def _sweep(self) -> None:
         """Throw away what dead builders of this key left; its flock is ours, so no builder lives.
@@ -126,7 +127,9 @@ class Builder:
         try:
             with self._start(entry):
                 why = "in place of the damaged one" if self.after else why_new(self.layout, self.plan.project, facts)
-                self.observer.started(replace(self.plan, reason=why))
+                self.observer.say(self.plan.headline)
+                if why:
+                    self.observer.say(f"  {why}")
                 write_facts(entry, facts)
                 fetched = self._fill(entry, flock)
                 self._publish(entry, time.monotonic() - began, fetched=fetched)
@@ -139,7 +142,7 @@ class Builder:
         lease.how, seconds = "fetched" if fetched else "built", time.monotonic() - began
         event = "fetch" if fetched else "build"
         journal.note(self.layout, event, key=entry.key, project=self.plan.project, seconds=round(seconds, 3))
-        self.observer.finished(lease, seconds)
+        self.observer.say(f"{lease.how.capitalize()} in {seconds:.1f} s: {entry.venv}")
         return lease
 
     def _discard(self, entry: Entry) -> None:
@@ -178,7 +181,7 @@ class Builder:
         except EnvCacheError as error:
             if isinstance(error, DiskFullError):
                 raise
-            self.observer.note(f"The environment of {self.plan.project} is not fetched, but built: {error.message}")
+            self.observer.say(f"  The environment of {self.plan.project} is not fetched, but built: {error.message}")
             journal.note(self.layout, "fetch", result="failed", key=entry.key, error=error.message)
             for path in (entry.venv, entry.staged_bytecode):
                 files.remove_tree(path)

@@ -12,9 +12,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from ray_envcache.build.progress import Observer
 from ray_envcache.errors import BuildError
 from ray_envcache.inside import pyc
 from ray_envcache.remote.push import push_built
@@ -51,12 +52,14 @@ def finish(layout: Layout, entry: Entry, *, background: bool) -> bool:
             return True
 
 
-def finish_lease_now(layout: Layout, lease: Lease, compiling: Callable[[Path], object] = id) -> None:
-    """Finish what a lease holds of writable stores for a user who waits, and hears of each. Raises BuildError."""
+def finish_lease_now(layout: Layout, lease: Lease, observer: Observer | None = None) -> None:
+    """Finish what a lease holds of writable stores for a user who waits, and hears of it. Raises BuildError."""
+    told = observer or Observer()
     try:
         for entry in lease.entries:
             if not (entry.readonly or entry.compiled.exists()):
-                compiling(entry.staged_bytecode)
+                told.say("Compiling bytecode")
+                told.line(partial(_compiled, entry))
                 finish(layout, entry, background=False)
                 push_built(layout, entry)
     except OSError as error:
@@ -64,6 +67,12 @@ def finish_lease_now(layout: Layout, lease: Lease, compiling: Callable[[Path], o
             f"The bytecode of {entry.path.name} could not be compiled: {error}",
             "try again; what is compiled already is kept",
         ) from error
+
+
+def _compiled(entry: Entry) -> str:
+    """How much is compiled so far, for people."""
+    done = sum(len(files.names_in(folder)) for folder in entry.staged_bytecode.glob("*"))
+    return f"{done:,} modules compiled" if done else ""
 
 
 def _finish(layout: Layout, entry: Entry, kept: list[int], *, background: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,7 @@ class Plan:
     """What every build needs. Subclasses say what is installed into the fresh venv.
 
     `holds` is the number of entries that an interpreter of the result holds: its own, and those below it. With
-    `import_ray` the result is handed out only after ray was imported in it. `reason` says why it is built,
-    where the store has something to compare with.
+    `import_ray` the result is handed out only after ray was imported in it.
     """
 
     key: str
@@ -37,7 +36,6 @@ class Plan:
     folder: Path
     project: str
     ray: str
-    reason: str = field(default="", kw_only=True)
 
     holds = 1
     import_ray = True

@@ -7,14 +7,10 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TextIO
 
-from ray_envcache.build.plan import Plan
-from ray_envcache.store.leases import Lease
-from ray_envcache.system import files
 from ray_envcache.system.texts import printable
 
 LOG_SECONDS = 10.0
@@ -28,24 +24,12 @@ _SPINNER = "|/-\\"
 class Observer:
     """Hears how a build goes. Methods may raise: that ends the waiting or the build."""
 
-    def waiting(self, builder: str) -> None:
-        """About once a second: another process, `builder`, builds this environment."""
+    def say(self, text: str) -> None:
+        """A line that stays. The same one again, right behind, is no news."""
+        _logger.info(text)
 
-    def started(self, plan: Plan) -> None:
-        """A build begins."""
-
-    def line(self, text: str) -> None:
-        """Uv said something (credentials removed)."""
-
-    def note(self, text: str) -> None:
-        """Something that stays worth knowing when all is done."""
-        _logger.warning(text)
-
-    def finished(self, lease: Lease, seconds: float) -> None:
-        """The environment is ready."""
-
-    def compiling(self, staged: Path) -> None:
-        """Its bytecode is compiled, into this folder until all of it is there."""
+    def line(self, text: str | Callable[[], str]) -> None:
+        """A line that passes: what uv says, without credentials, or what is to be asked now and then."""
 
 
 @contextmanager
@@ -59,45 +43,32 @@ def observer(stream: TextIO) -> Iterator[Observer]:
 
 
 class _Shown(Observer):
-    """Headlines, and what uv says.
-
-    On a terminal that is one line that moves; in a log it is a line each, and a sign of life where uv is silent.
-    """
+    """On a terminal what passes is one line that moves; in a log it is a line each, and a sign of life in between."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._moves = stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._began = time.monotonic()
-        self._head = self._now = ""
-        self._staged: Path | None = None
+        self._said, self._began = "", time.monotonic()
+        self._now: Callable[[], str] = str
         self._over = threading.Event()
         self._ticker = threading.Thread(target=self._tick, daemon=True)
 
-    def waiting(self, builder: str) -> None:
-        self._headline(f"Waiting for the environment: {builder} builds it")
+    def say(self, text: str) -> None:
+        if text != self._said:
+            self._said, self._began, self._now = text, time.monotonic(), str
+            self._write(f"{_CLEAR if self._moves else ''}{printable(text)}\n")
+        if self._ticker.ident is None:
+            self._ticker.start()
 
-    def started(self, plan: Plan) -> None:
-        self._headline(plan.headline)
-        if plan.reason:
-            self._say(f"  {printable(plan.reason)}")
-
-    def line(self, text: str) -> None:
+    def line(self, text: str | Callable[[], str]) -> None:
+        if callable(text):
+            self._now = text
         # uv lists every package at the end, which is no news.
-        if not text.startswith((" + ", " - ", " ~ ")):
-            self._now = printable(text.strip())
+        elif not text.startswith((" + ", " - ", " ~ ")):
+            now = printable(text.strip())
+            self._now = lambda: now
             if not self._moves:
-                self._say(f"  {self._now}")
-
-    def note(self, text: str) -> None:
-        self._say(f"  {printable(text)}")
-
-    def finished(self, lease: Lease, seconds: float) -> None:
-        self.close()
-        self._say(f"{'Fetched' if lease.how == 'fetched' else 'Built'} in {seconds:.1f} s: {lease.entry.venv}")
-
-    def compiling(self, staged: Path) -> None:
-        self._staged = staged
-        self._headline("Compiling bytecode")
+                self._write(f"  {now}\n")
 
     def close(self) -> None:
         self._over.set()
@@ -105,26 +76,14 @@ class _Shown(Observer):
             self._ticker.join()
             self._write(_CLEAR if self._moves else "")
 
-    def _headline(self, text: str) -> None:
-        if text != self._head:
-            self._head, self._now, self._began = text, "", time.monotonic()
-            self._say(printable(text))
-        if self._ticker.ident is None:
-            self._ticker.start()
-
     def _tick(self) -> None:
         while not self._over.wait(0.1 if self._moves else LOG_SECONDS):
-            if self._staged and (done := sum(len(files.names_in(folder)) for folder in self._staged.glob("*"))):
-                self._now = f"{done:,} modules compiled"
-            status = f"{time.monotonic() - self._began:.0f} s  {self._now}".rstrip()
+            status = f"{time.monotonic() - self._began:.0f} s  {self._now()}".rstrip()
             if self._moves:
                 turn = _SPINNER[int(time.monotonic() * 10) % len(_SPINNER)]
                 self._write(f"{_CLEAR}{turn} {status}"[: shutil.get_terminal_size().columns + len(_CLEAR) - 1])
             else:
-                self._say(f"  {status}")
-
-    def _say(self, text: str) -> None:
-        self._write(f"{_CLEAR if self._moves else ''}{text}\n")
+                self._write(f"  {status}\n")
 
     def _write(self, text: str) -> None:
         self._stream.write(text)

@@ -123,7 +123,7 @@ def build(**options: Any) -> None:
     with lease:
         with observer(sys.stderr) as shown:
             # Now, because a step of an image's build leaves no background process.
-            bytecode.finish_lease_now(store.layout, lease, shown.compiling)
+            bytecode.finish_lease_now(store.layout, lease, shown)
         click.echo(os.fsencode(lease.python))  # as bytes: stdout may have an encoding without some of its letters
 
 
@@ -177,7 +177,7 @@ def push_(*, paths: tuple[str, ...], to: str | None, as_json: bool, **options: A
         with observer(sys.stderr) as shown:
             lease = store.acquire(spec_of(path=path, **options), installed_ray(), Holder("cli"), shown, finish=False)
         with lease, observer(sys.stderr) as shown:
-            bytecode.finish_lease_now(store.layout, lease, shown.compiling)
+            bytecode.finish_lease_now(store.layout, lease, shown)
             for one in push(store.layout, lease.entries, target):
                 done.append({"key": one.entry.key, "uploads": one.uploads, "bytes": one.size, "present": one.present})
                 if not as_json:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ray_envcache.acquire import Store
-from ray_envcache.build import builder
+from ray_envcache.build import builder, bytecode
+from ray_envcache.build.progress import Observer
 from ray_envcache.errors import BuildError
 from ray_envcache.field.spec import EnvSpec
 from ray_envcache.resolve.interpreter import installed_ray
@@ -21,7 +24,21 @@ from tests import support
 pytestmark = pytest.mark.host
 
 
-def build(tmp_path: Path, store: Store, ray: str, name: str = "app") -> Lease:
+class Told(Observer):
+    """Keeps what is said of a build."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.passing: list[str | Callable[[], str]] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def line(self, text: str | Callable[[], str]) -> None:
+        self.passing.append(text)
+
+
+def build(tmp_path: Path, store: Store, ray: str, name: str = "app", observer: Observer | None = None) -> Lease:
     """Build an environment with a ray of this text."""
     wheels = tmp_path / "wheels"
     modules = {"ray/__init__.py": f"__version__ = {support.RAY_VERSION!r}\n{ray}"}
@@ -31,7 +48,31 @@ def build(tmp_path: Path, store: Store, ray: str, name: str = "app") -> Lease:
     (folder := tmp_path / name).mkdir()
     (folder / "requirements.txt").write_text(f"--no-index\n--find-links {wheels}\n{exported}")
     spec = EnvSpec.parse(folder / "requirements.txt")
-    return store.acquire(spec, installed_ray(), Holder("test"), finish=False)
+    return store.acquire(spec, installed_ray(), Holder("test"), observer, finish=False)
+
+
+def test_what_is_said_of_a_build(tmp_path: Path, store: Store) -> None:
+    """What is built, how long it took and where it is; that it is compiled, and how much so far; of a find nothing."""
+    told = Told()
+    with build(tmp_path, store, "", observer=told) as lease:
+        head, done = told.said
+        assert head == "Building the environment of app: 1 packages"
+        assert re.fullmatch(rf"Built in \d+\.\d s: {re.escape(str(lease.entry.venv))}", done)
+        assert "Installed 1 package" in " ".join(map(str, told.passing))
+        bytecode.finish_lease_now(store.layout, lease, told)
+        assert told.said[2:] == ["Compiling bytecode"]
+        ask = told.passing[-1]
+        assert callable(ask)
+        assert ask() == ""
+        staged = lease.entry.staged_bytecode / "cpython-312-0"
+        staged.mkdir(parents=True)
+        for number in range(1234):
+            (staged / f"{number}.pyc").touch()
+        assert ask() == "1,234 modules compiled"
+        bytecode.finish_lease_now(store.layout, lease, told)
+    spec = EnvSpec.parse(tmp_path / "app" / "requirements.txt")
+    store.acquire(spec, installed_ray(), Holder("test"), told).release()
+    assert len(told.said) == 3
 
 
 def test_import_that_hangs(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ray_envcache.build.plan import EnvironmentPlan
@@ -12,6 +13,13 @@ from tests.store.test_key import BASE, PYTHON, package
 def plan(*packages: ResolvedPackage, settings: str = "{}") -> EnvironmentPlan:
     resolved = ResolvedSet(packages, build_settings=settings)
     return EnvironmentPlan("k" * 32, PYTHON, Path("/p"), "p", "2.60", resolved, added={}, selection=None)
+
+
+def test_headline() -> None:
+    """It says how much is installed and, where the lockfile knows sizes, how much is to be downloaded."""
+    unknown, known = replace(package("a"), size=0), replace(package("b"), size=16_900_000)
+    assert plan(unknown).headline == "Building the environment of p: 1 packages"
+    assert plan(unknown, known).headline == "Building the environment of p: 2 packages, 16.9 MB"
 
 
 def test_facts() -> None:

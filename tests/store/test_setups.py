@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from ray_envcache.acquire import Store
-from ray_envcache.build.plan import Plan
 from ray_envcache.build.progress import Observer
 from ray_envcache.errors import BuildError, LockfileError
 from ray_envcache.field.spec import EnvSpec
@@ -75,10 +74,10 @@ def test_waited(tmp_path: Path, wheels: Path, store: Store, children: list[subpr
     support.make_witness(wheels, tmp_path / "witness.log")
     project = support.make_project(tmp_path / "project", wheels, ["ray", "envcache-witness"])
     first = start_acquirer(project, children)
-    read_until(first, "started")
+    read_until(first, "Building the environment")
     first.send_signal(signal.SIGSTOP)
     second = start_acquirer(project, children)
-    read_until(second, "waiting")
+    read_until(second, "Waiting for the environment")
     first.send_signal(signal.SIGCONT)
     for child in (first, second):
         child.communicate()
@@ -115,8 +114,8 @@ def test_cancelled(store: Store, project: Path, error: type[BaseException]) -> N
     """A set-up that was cancelled has neither failed nor led to anything: the journal has no line of it."""
 
     class Cancelling(Observer):
-        def started(self, plan: Plan) -> None:
-            raise error(plan.headline)
+        def say(self, text: str) -> None:
+            raise error(text)
 
     with pytest.raises(error):
         store.acquire(EnvSpec.parse(project), installed_ray(), Holder("run"), Cancelling())
