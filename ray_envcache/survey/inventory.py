@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,13 +91,14 @@ def _statuses(layout: Layout, store: Layout, entries: list[Entry], max_age: floa
     # Found in one pass over all processes: with 120 of them that takes 35 ms.
     running = processes.processes_using(store.entries, [entry.path.name for entry in entries]) if entries else {}
     pinned = set() if store.readonly else pins.pinned_keys(store)
-    sizes, found = Sizes(layout, max_age), []
+    # A store of fifty has 100,000 such files.
+    linked, found = cache(lambda: going_too(layout)), []
     for entry in entries:
         name = entry.path.name
         users = _users(layout, entry, running.get(name, ()), leases_of.get(entry.key, []))
         # Asked where no user has a name, as in another container: it takes an exclusive flock, for which claims wait.
         in_use = bool(users) or not (entry.readonly or flock.is_free(entry.in_use))
-        record, size = ReadyRecord.read(entry), sizes.of(entry)
+        record, size = ReadyRecord.read(entry), _sizes(entry, max_age, linked)
         base = entry.base(record.base) if record and record.base else None
         found.append(
             Status(
@@ -154,33 +154,24 @@ def _mtime(path: Path) -> float:
         return 0.0
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of the entries of one store, by their records or, where these are older than `max_age`, measured."""
+def _sizes(entry: Entry, max_age: float, linked: Callable[[], frozenset[Inode]]) -> DiskUse:
+    """The sizes of an entry by its record or, where that is older than `max_age`, measured; `linked` as for `measure`.
 
-    layout: Layout
-    max_age: float = FRESH_SECONDS
-
-    def of(self, entry: Entry) -> DiskUse:
-        """The sizes of an entry. Those of a read-only store are believed at any age: only its owner measures there."""
-        use, age = read_record(DiskUse, entry.measured), time.time() - _mtime(entry.measured)
-        # A record of the future means that the clock went back.
-        if use is None or not (entry.readonly or 0 <= age < self.max_age):
-            use = disk.measure(entry.path, self._going_too)
-            if entry.compiled.exists() and not entry.readonly:
-                with suppress(OSError):  # no room for it
-                    write_record(entry.measured, use)
-        return use
-
-    @cached_property
-    def _going_too(self) -> frozenset[Inode]:
-        # Once for all entries: a store of fifty has 100,000 such files.
-        return going_too(self.layout)
+    Those of a read-only store are believed at any age: only its owner measures there.
+    """
+    use, age = read_record(DiskUse, entry.measured), time.time() - _mtime(entry.measured)
+    # A record of the future means that the clock went back.
+    if use is None or not (entry.readonly or 0 <= age < max_age):
+        use = disk.measure(entry.path, linked())
+        if entry.compiled.exists() and not entry.readonly:
+            with suppress(OSError):  # no room for it
+                write_record(entry.measured, use)
+    return use
 
 
 def record_sizes(layout: Layout, entry: Entry) -> DiskUse:
     """Measure a finished entry, and keep the result."""
-    return Sizes(layout, max_age=0).of(entry)
+    return _sizes(entry, 0, lambda: going_too(layout))
 
 
 def going_too(layout: Layout) -> frozenset[Inode]:

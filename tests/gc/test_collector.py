@@ -26,7 +26,7 @@ from ray_envcache.store import leases, pins
 from ray_envcache.store.layout import Entry
 from ray_envcache.store.leases import Holder
 from ray_envcache.store.record import read_record
-from ray_envcache.survey.inventory import FRESH_SECONDS, Sizes, record_sizes, status
+from ray_envcache.survey.inventory import FRESH_SECONDS, record_sizes, status
 from ray_envcache.system import disk, flock, processes
 from ray_envcache.system.disk import DiskUse
 from ray_envcache.system.texts import Space
@@ -262,13 +262,18 @@ def test_reclaimable_is_an_hour_old_at_most(
     support.make_wheel(wheels, "aa", modules={"aa.py": "x = '" + "a" * 500_000 + "'\n"})
     project = support.make_project(tmp_path / "project", wheels, ["ray", "aa"])
     entry = support.build_finished(store, project)
-    sizes = Sizes(store.layout)
-    before = sizes.of(entry).reclaimable
+
+    def reclaimable() -> int:
+        return status(store.layout, entry).reclaimable_bytes
+
+    before = reclaimable()
     support.run_uv("cache", "clean", cwd=tmp_path)
-    assert sizes.of(entry).reclaimable == before
+    assert reclaimable() == before
     outdate(entry)
-    assert sizes.of(entry).reclaimable >= before + 500_000
-    assert read_record(DiskUse, entry.measured) == sizes.of(entry)
+    assert reclaimable() >= before + 500_000
+    kept = read_record(DiskUse, entry.measured)
+    assert kept is not None
+    assert kept.reclaimable == reclaimable()
     assert support.run_python("import aa", python=entry.python) == "", "nothing breaks"
 
 
@@ -294,7 +299,7 @@ def test_clock_that_went_back_makes_a_record_old(store: Store, make: Make) -> No
     entry = make("aa")
     ahead = time.time() + DAY
     os.utime(entry.measured, (ahead, ahead))
-    Sizes(store.layout).of(entry)
+    status(store.layout, entry)
     assert entry.measured.stat().st_mtime < ahead
 
 
