@@ -166,28 +166,25 @@ def collect_sessions(
 
 def _remove(one: Session, *, keep_logs: bool) -> Session:
     """Remove a dead session, and return it with the state it has then. Raises FileNotFoundError where it is gone."""
-    place, held = one.path, None
+    place = one.path
     try:
-        held = flock.try_flock(place, exclusive=True, flags=os.O_RDONLY | os.O_DIRECTORY)
-        if held is None:
-            return replace(one, state="alive", why="a process holds a flock on it")
-        place = _rename_away(one)
-        testpoints.reach("sessions-renamed")
-        one = _judge_again(one, place, held)
-        if one.state == "dead":
-            files.empty_directory(held, but=directories.LOGS if keep_logs else "")
-            if not (keep_logs and os.listdir(held)):
-                os.rmdir(place)
-            one = replace(one, state="removed")
-        with suppress(OSError):  # it is deleted, or a new directory has its name
-            os.rename(place, one.path)
+        with flock.tried_flock(place, flags=os.O_RDONLY | os.O_DIRECTORY) as held:
+            if held is None:
+                return replace(one, state="alive", why="a process holds a flock on it")
+            place = _rename_away(one)
+            testpoints.reach("sessions-renamed")
+            one = _judge_again(one, place, held)
+            if one.state == "dead":
+                files.empty_directory(held, but=directories.LOGS if keep_logs else "")
+                if not (keep_logs and os.listdir(held)):
+                    os.rmdir(place)
+                one = replace(one, state="removed")
+            with suppress(OSError):  # it is deleted, or a new directory has its name
+                os.rename(place, one.path)
     except FileNotFoundError:
         raise
     except (OSError, RecursionError) as error:
         return replace(one, state="failed", path=place, why=getattr(error, "strerror", None) or str(error))
-    finally:
-        if held is not None:
-            os.close(held)
     return one
 
 
