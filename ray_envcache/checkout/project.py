@@ -117,7 +117,8 @@ def _is_folder(path: Path) -> bool:
     except OSError as error:
         raise LockfileError(
             f"Cannot look at `{path}`: {error.strerror}",
-            "a relative path starts in the working_dir, if there is one, else in the current directory",
+            "name what can be read here; a relative path starts in the working_dir, if there is one, else in the "
+            "current directory",
         ) from error
 
 
@@ -131,10 +132,13 @@ def _uv_project(given: Path, package: str | None) -> Project:
     real = Path(os.path.realpath(given))
     above = next((lock for parent in real.parents if (lock := parent / "uv.lock").is_file()), None)
     own = os.path.relpath(real, above.parent) if above else "."
-    # A member of a workspace may have an old lockfile of its own, which uv does not heed either.
-    lock = above if above and own in _members(above).values() else given / "uv.lock"
+    folders = {*_members(above).values()} - {"."} if above else set()
+    # A member of a workspace may have an old lockfile of its own, which uv does not heed either. In the folder of
+    # another member it is on its own, also for uv.
+    is_alone = own not in folders or not folders.isdisjoint(map(str, Path(own).parents))
+    lock = given / "uv.lock" if above is None or is_alone else above
     if not lock.is_file():
-        unnamed = f", and `{above}` does not name it as a member" if above else ""
+        unnamed = f", and `{above}` does not name it as a member" if above and own not in folders else ""
         raise LockfileError(
             f"No uv.lock beside `{given / 'pyproject.toml'}`{unnamed}",
             "run `uv lock` there; in a working_dir, see that .gitignore does not keep it out",

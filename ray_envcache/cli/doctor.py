@@ -72,7 +72,7 @@ def _look_at_host(path: str | None) -> dict[str, Any]:
 def _print_findings(findings: Iterable[dict[str, str]], place: str = "") -> None:
     for found in findings:
         state = click.style(f"{found['state']:5}", fg=_COLORS.get(found["state"]))
-        click.echo(f"{state}  {place or format(found['name'], '14')}{_printable(found['text'])}")
+        click.echo(f"{state}  {place or format(found['name'], '18')}{_printable(found['text'])}")
         if found["hint"] and found["state"] != OK:
             click.echo(f"       hint: {_printable(found['hint'])}")
 

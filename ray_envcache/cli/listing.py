@@ -25,7 +25,7 @@ Filter: TypeAlias = Callable[[Layout, Status], bool]
 """Whether to show the environment with this status; the layout is that of the user's own store."""
 
 POSSIBLE = "size>1GB, unused>7d, used<1d (either with < or >), has:torch, has:torch==2.8.0, project:NAME"
-_FORM = re.compile(r"\s*([a-z]+)\s*([<>:])\s*(.+?)\s*", re.DOTALL)
+_FORM = re.compile(r"\s*([a-z]+)\s*([<>:])(?!=)\s*(.+?)\s*", re.DOTALL)
 
 
 def _idle(one: Status) -> float:

@@ -169,7 +169,7 @@ def _token(environ: Mapping[str, str]) -> Iterator[Finding]:
     """Which token Ray sends, where there is one, or where nodes and drivers are told to ask for one."""
     mode, place = environ.get("RAY_AUTH_MODE"), place_of_token(environ)
     if place == "$RAY_AUTH_TOKEN" or os.path.isfile(place):
-        yield Finding("token", OK, f"{place}, RAY_AUTH_MODE={mode or 'is not set'}")
+        yield Finding("token", OK, f"{place}, RAY_AUTH_MODE{f'={mode}' if mode else ' is not set'}")
     elif mode == "token":
         hint = "`ray get-auth-token --generate` makes one; all nodes and drivers of a cluster need the same"
         yield Finding("token", ERROR, f"RAY_AUTH_MODE=token, and there is none at {place}", hint)

@@ -50,19 +50,22 @@ class Interpreter(NamedTuple):
 def base_executable(python: str | None) -> str:
     """The real path of the interpreter to build with: of the running one's base, or of the one at path `python`.
 
-    Raises InterpreterError where `python` asks for another version than the running one's, or is no executable.
+    Raises InterpreterError where `python` asks for another version than the running one's, and where there is no
+    executable: that of a running Python may be removed.
     """
-    if python is not None and os.path.isabs(python):
-        if not (os.path.isfile(python) and os.access(python, os.X_OK)):
-            raise InterpreterError(f"No executable at `{python}`", "name an interpreter of the cluster's version")
-        return os.path.realpath(python)
+    given = python if python is not None and os.path.isabs(python) else None
     running = ".".join(map(str, sys.version_info[:3]))
-    if python is not None and not f"{running}.".startswith(f"{python}."):
+    if python is not None and given is None and not f"{running}.".startswith(f"{python}."):
         raise InterpreterError(
             f"The envcache field asks for Python {python}, the cluster runs {running}",
             "start the cluster with that Python: Ray's workers must have the same version as the cluster",
         )
-    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+    path: str = given or getattr(sys, "_base_executable", None) or sys.executable
+    if not (os.path.isfile(path) and os.access(path, os.X_OK)):
+        raise InterpreterError(
+            f"No executable at `{path}`", "name a Python of the cluster's version, or install that one again"
+        )
+    return os.path.realpath(path)
 
 
 def base_of(executable: str) -> str:

@@ -37,7 +37,7 @@ _CAUSES = tuple(_Cause(*one) for one in (
     (r"Failed to parse: `?(.*?)`?\n(.|\n)*TOML parse error", LockfileError,
      "uv cannot read a setting: ", "mend that setting in {0}"),
     (r"Required uv version `(.*?)` does not match", BuildError, "",
-     'python -m pip install "uv{0}" with the Python of ray-envcache on this node, or relax `required-version`'),
+     'python -m pip install "uv{0}" with the Python of ray-envcache here, or relax it in uv.toml or `[tool.uv]`'),
     (r"No interpreter found for (?:.* )?(\S+) in ", InterpreterError, "",
      "`uv python install {0}`, or name one that is here (--python): `uv python list` shows them"),
     (r"Failed to inspect Python interpreter|which is incompatible with", InterpreterError, "",
@@ -72,6 +72,7 @@ _CAUSES = tuple(_Cause(*one) for one in (
      "restore {0} from version control, or remove it and lock again: `uv lock` reads it too"),
     (r"are incompatible with the|cannot be used with", None, "",
      "leave out one of them, they do not go together; a default group with `no_groups` (--no-group)"),
+    (r"does not have a member", None, "", "after adding or removing one, run `uv lock`"),
     (r"is not defined", None, "", "extras and groups are those of pyproject.toml; after adding one, run `uv lock`"),
 ))
 # fmt: on

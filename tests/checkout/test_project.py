@@ -142,6 +142,15 @@ def test_kinds_of_members(tmp_path: Path, setting: str, kind: str) -> None:
     assert "its members: one, root;" in caught.value.hint
 
 
+def test_member_below_a_member(tmp_path: Path) -> None:
+    """A member in the folder of another one is on its own where it is named by its folder, as for uv."""
+    make(tmp_path / "root" / "one", lock=False)
+    inner = make(tmp_path / "root" / "one" / "inner")
+    root = locked(tmp_path / "root", members=["one", "one/inner"], exclude=[])
+    assert Path(support.run_uv("workspace", "dir", cwd=inner).strip()) == inner == Project.locate(inner).folder
+    assert Project.locate(root, "inner").member == "one/inner"
+
+
 def test_root_that_is_no_project(tmp_path: Path) -> None:
     """The root of a workspace need not be a project."""
     make(tmp_path / "one", lock=False)

@@ -120,6 +120,9 @@ def test_token(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     file.write_text("secret")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
     assert (findings()["token"].state, findings()["token"].text) == ("ok", f"{file}, RAY_AUTH_MODE=token")
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    assert findings()["token"].text == f"{file}, RAY_AUTH_MODE is not set"
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
     assert findings()["token"].text == "$RAY_AUTH_TOKEN, RAY_AUTH_MODE=token"
 
@@ -142,6 +145,7 @@ def test_readonly_stores(store: Store, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("RAY_ENVCACHE_READONLY_DIRS", f"{lower}:{gone}")
     found = findings()["read-only stores"]
     assert (found.state, found.text) == ("warn", f"{lower}; there is no store at {gone}")
+    assert f"\nwarn   read-only stores  {lower}; " in run("doctor").stdout
     monkeypatch.setenv("RAY_ENVCACHE_READONLY_DIRS", "relative")
     assert findings()["read-only stores"].state == "error"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,6 +200,9 @@ def test_member_that_does_not_exist(tmp_path: Path, wheels: Path, store: Store) 
     error = refused(store, {"path": project, "package": "nope"}, errors.LockfileError, "has no member `nope`")
     assert "project, there" in error.hint
     refused(store, {"path": project, "package": "beside"}, errors.LockfileError, "has no member `beside`")
+    shutil.rmtree(folders["there"])
+    error = refused(store, {"path": project, "package": "there"}, errors.LockfileError, "not have a member there")
+    assert "run `uv lock`" in error.hint
 
 
 def test_path_dependency_that_is_not_here(tmp_path: Path, wheels: Path, store: Store) -> None:

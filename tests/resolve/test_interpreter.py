@@ -57,6 +57,13 @@ def test_path_that_is_no_executable(tmp_path: Path) -> None:
             interpreter.base_executable(str(path))
 
 
+def test_running_one_that_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent may outlive the Python that it runs from: that one is named, not the store."""
+    monkeypatch.setattr(sys, "_base_executable", f"{tmp_path}/python")
+    with pytest.raises(InterpreterError, match=f"No executable at `{tmp_path}/python`"):
+        interpreter.base_executable(None)
+
+
 def test_links_are_resolved(tmp_path: Path) -> None:
     """One interpreter reached by two paths is one interpreter."""
     (tmp_path / "python").symlink_to(BASE)

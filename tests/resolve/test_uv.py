@@ -138,6 +138,7 @@ def test_required_version_that_is_not_here(tmp_path: Path, wheels: Path, require
     exact = f"=={required.removeprefix('==')}"
     assert f"Required uv version `{exact}` does not match the running version `{OURS}`" in caught.value.message
     assert caught.value.hint.startswith(f'python -m pip install "uv{exact}"')
+    assert "in uv.toml or `[tool.uv]`" in caught.value.hint
     assert "uv lock" not in caught.value.hint
 
 
