@@ -58,6 +58,18 @@ def test_environments_and_collect(tmp_path: Path) -> None:
     assert not entry.path.exists()
 
 
+def test_a_store_at_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the one below the working directory that there is when it is opened, and all works as with an absolute."""
+    monkeypatch.chdir(tmp_path)
+    store = ray_envcache.Store.open("store")
+    assert store.root == tmp_path / "store"
+    make_entry(make_layout(store.root), 1)
+    monkeypatch.chdir("/")
+    assert len(store.environments()) == 1
+    assert len(store.collect(everything=True).removed) == 1
+    assert store.environments() == []
+
+
 def test_bad_input(tmp_path: Path) -> None:
     """Unknown limits and options are errors that name them."""
     store = ray_envcache.Store.open(tmp_path / "store")

@@ -33,7 +33,7 @@ _GONE = (FileNotFoundError, NotADirectoryError)
 
 def opened(root: Path | None = None) -> tuple[Layout, tuple[Layout, ...]]:
     """The user's store, made where it is missing, and the read-only ones, all checked as `Store.open` checks them."""
-    layout = Layout(root or default_root())
+    layout = Layout(Path(os.path.abspath(root)) if root else default_root())
     prepare_root(layout)
     return layout, readonly_stores(layout, os.environ)
 
