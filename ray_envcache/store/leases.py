@@ -211,7 +211,8 @@ def sweep_dead(layout: Layout, key: str) -> None:
 def remove_free(path: Path) -> None:
     """Remove a file on which no process holds a flock."""
     with suppress(FileNotFoundError), flock.tried_flock(path) as held:
-        if held is not None:
+        # The process that made it makes another one where a sweep was faster: that one is not free.
+        if held is not None and flock.still_names(path, held):
             path.unlink()
 
 

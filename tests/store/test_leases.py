@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import psutil
 import pytest
@@ -225,6 +226,22 @@ def test_lease_on_a_full_disk_holds_untold(store: Store, entry: Entry, monkeypat
         assert leases.live_leases(store.layout, entry.key) == []
         with pytest.raises(InUseError):
             evict(store.layout, entry)
+
+
+def test_two_sweeps_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep leaves the file that a holder made anew, because another sweep had taken its first one."""
+    real, path = flock.try_flock, tmp_path / "lease"
+    path.touch()
+
+    def late(*args: Any, **options: Any) -> int | None:
+        held = real(*args, **options)
+        path.unlink()
+        path.touch()
+        return held
+
+    monkeypatch.setattr(flock, "try_flock", late)
+    leases.remove_free(path)
+    assert path.exists()
 
 
 def test_lease_of_which_a_full_disk_wrote_nothing(store: Store, entry: Entry) -> None:
