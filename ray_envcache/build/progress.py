@@ -24,9 +24,13 @@ _SPINNER = "|/-\\"
 class Observer:
     """Hears how a build goes. Methods may raise: that ends the waiting or the build."""
 
+    _said = ""
+
     def say(self, text: str) -> None:
         """A line that stays. The same one again, right behind, is no news."""
-        _logger.info(text)
+        if text != self._said:
+            self._said = text
+            _logger.info(text)
 
     def line(self, text: str | Callable[[], str]) -> None:
         """A line that passes: what uv says, without credentials, or what is to be asked now and then."""

@@ -134,3 +134,12 @@ def test_a_line_that_is_asked_for(stream: io.StringIO, monkeypatch: pytest.Monke
         shown.say("Compiling")
         shown.line(lambda: f"{next(numbers)} modules")
         support.wait_until(lambda: "s  2 modules" in stream.getvalue(), "it was asked again")
+
+
+def test_programs_that_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Without an observer of its own a program's log gets what stays, and not each second that another one builds."""
+    with caplog.at_level("INFO"):
+        hears = Observer()
+        for text in ("Waiting", "Waiting", HEAD, "Waiting"):
+            hears.say(text)
+    assert caplog.messages == ["Waiting", HEAD, "Waiting"]
