@@ -98,12 +98,12 @@ def _statuses(layout: Layout, store: Layout, entries: list[Entry], max_age: floa
         users = _users(layout, entry, running.get(name, ()), leases_of.get(entry.key, []))
         # Asked where no user has a name, as in another container: it takes an exclusive flock, for which claims wait.
         in_use = bool(users) or not (entry.readonly or flock.is_free(entry.in_use))
-        record, size = ReadyRecord.read(entry), _sizes(entry, max_age, linked)
+        (state, record), size = _state(layout, entry), _sizes(entry, max_age, linked)
         base = entry.base(record.base) if record and record.base else None
         found.append(
             Status(
                 key=entry.key,
-                state=_state(layout, entry, record),
+                state=state,
                 in_use=in_use,
                 users=users,
                 # A pin keeps the sound entry of a key.
@@ -134,12 +134,14 @@ def _users(layout: Layout, entry: Entry, pids: Iterable[int], live: Iterable[tup
     return (*named, *running)
 
 
-def _state(layout: Layout, entry: Entry, record: ReadyRecord | None) -> str:
-    if record is not None:
-        return "ready"
-    if entry.readonly:
-        return "building" if entry.building.exists() else "broken"
-    return "building" if flock.is_held(layout.builder_flock(entry.key)) else "broken"
+def _state(layout: Layout, entry: Entry) -> tuple[str, ReadyRecord | None]:
+    """The state of an entry, and the record of one that is ready."""
+    record = ReadyRecord.read(entry)
+    if record is None:
+        if entry.building.exists() if entry.readonly else flock.is_held(layout.builder_flock(entry.key)):
+            return "building", None
+        record = ReadyRecord.read(entry)  # its builder may have come to the end between the two looks
+    return "ready" if record else "broken", record
 
 
 def last_used(entry: Entry) -> float:

@@ -32,7 +32,7 @@ from ray_envcache.system.disk import DiskUse
 from ray_envcache.system.texts import Space
 from tests import support
 from tests.cli.test_commands import run
-from tests.gc.fabricated import add_file, make_entry, make_layout
+from tests.gc.fabricated import add_file, make_entry, make_layout, publish
 from tests.store.test_leases import start
 
 pytestmark = pytest.mark.host
@@ -187,6 +187,24 @@ def test_half_built_ones_go_whatever_the_limits(tmp_path: Path) -> None:
     assert [one.name for one in report.removed] == [half.path.name]
     assert growing.path.exists()
     assert whole.path.exists()
+
+
+def test_what_is_finished_while_it_is_looked_at_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A builder that ends between the look for the record and that for its flock leaves nothing broken."""
+    layout = make_layout(tmp_path / "store")
+    entry, real = make_entry(layout, 1, ready=False), flock.is_held
+    builder = [flock.try_flock(layout.builder_flock(entry.key), exclusive=True, flags=os.O_RDWR | os.O_CREAT)]
+
+    def end(path: Path) -> bool:
+        if builder and (descriptor := builder.pop()):
+            publish(entry)
+            os.close(descriptor)
+        return real(path)
+
+    monkeypatch.setattr(flock, "is_held", end)
+    assert collect(layout, AGE_ONLY).removed == []
+    assert builder == []
+    assert status(layout, entry).state == "ready"
 
 
 def test_layer_goes_after_its_environment(tmp_path: Path) -> None:
