@@ -48,8 +48,8 @@ def _command() -> str:
 class Holder:
     """A process that keeps an entry: by a lease, or by running from it (`kind` "process").
 
-    Of a lease `kind` is agent, driver, build, bytecode, run, cli or program. `cluster` is the Ray session it belongs
-    to, "" where it belongs to none that lives; `since` is UTC ISO 8601.
+    Of a lease `kind` is agent, driver, build, bytecode, push, repair, run, cli or program. `cluster` is the Ray session
+    it belongs to, "" where it belongs to none that lives; `since` is UTC ISO 8601.
     """
 
     kind: str

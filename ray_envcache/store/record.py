@@ -1,4 +1,4 @@
-"""The records of an entry: the one that proves that it is complete, that of its sizes, and its facts."""
+"""The records of an entry: that it is complete, and its facts; and how all records are written and read."""
 
 from __future__ import annotations
 
