@@ -229,7 +229,7 @@ class Builder:
         found = done.stdout.rpartition("\n\n")[2]
         if found != wanted:
             raise BuildError(
-                f"The new environment has ray, Python, prefix and holds `{found}` instead of `{wanted}`",
+                f"The new environment has ray, Python, prefix and holds `{found[-1500:]}` instead of `{wanted}`",
                 "see that nothing on this node (a sitecustomize, a wrapper of Python) changes what a venv is, "
                 "and that no package ends Python when ray imports it: `uv run python -c 'import ray'`",
             )

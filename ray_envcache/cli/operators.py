@@ -89,8 +89,12 @@ def metrics_(*, output: Path | None) -> None:
     text = exposition(noted, store.layout, inventory.survey(store.layout))
     if output is None:
         click.echo(text, nl=False)
-    else:
+        return
+    try:
         files.write_whole(output, text.encode(), mode=0o644, replace=True)
+    except OSError as error:
+        hint = "name a file in a folder that is there, in which you may write"
+        raise EnvCacheError(f"Cannot write `{output}`: {error.strerror}", hint) from error
 
 
 @click.command(epilog="Example: ray-envcache log 125a8")

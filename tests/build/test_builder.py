@@ -92,6 +92,14 @@ def test_import_that_ends_python(tmp_path: Path, store: Store, last_words: str) 
     assert f"holds `{last_words}` instead" in error.value.message
 
 
+def test_import_that_prints_a_lot_and_ends_python(tmp_path: Path, store: Store) -> None:
+    """Of what was printed the error has the end."""
+    with pytest.raises(BuildError, match=r"holds .* instead of") as error:
+        build(tmp_path, store, "import os; os.write(1, b'x' * 50_000 + b'end'); os._exit(0)")
+    assert "xend` instead" in error.value.message
+    assert len(error.value.message) < 3000
+
+
 def test_import_that_prints(tmp_path: Path, store: Store) -> None:
     """What packages print when they are imported, also without an end of line, is no answer and no harm."""
     with build(tmp_path, store, "print('hello'); print('world', end='')") as lease:

@@ -133,7 +133,10 @@ def test_metrics_to_a_file(layout: Layout, tmp_path: Path) -> None:
     assert stat.S_IMODE(output.stat().st_mode) == 0o644
     assert output.read_text() == run("metrics").stdout or "ray_envcache_disk_free_bytes" in output.read_text()
     assert files.names_in(folder) == ["envcache.prom"]
-    assert run("metrics", "--output", tmp_path / "nowhere" / "x.prom").returncode == 1
+    nowhere = tmp_path / "nowhere" / "x.prom"
+    done = run("metrics", "--output", nowhere)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: Cannot write `{nowhere}`: No such file or directory\nhint: ")
     assert run("metrics", "--output", folder).returncode == 2
 
 
