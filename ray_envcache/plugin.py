@@ -187,7 +187,8 @@ class EnvCachePlugin(RuntimeEnvPlugin):  # type: ignore[misc]  # Ray has no type
         if lease is not None:
             # Nobody waits for it: what a killed compiler left undone is begun again.
             # Not os.environ: the loop removes Ray's variables from it while a thread copies it.
-            self._threads.submit(store.finish, lease, self._environ)
+            with suppress(RuntimeError):  # the node has no thread left
+                self._threads.submit(store.finish, lease, self._environ)
         return store, lease
 
     async def _build(self, start: Callable[[], AgentBuild]) -> Lease:

@@ -10,7 +10,9 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -202,6 +204,29 @@ def test_lease_that_cannot_be_listed(
     assert not flock.is_free(entry.in_use)
     plugin.delete_uri(URI, LOGGER)
     support.wait_until(lambda: flock.is_free(entry.in_use), "none is left")
+
+
+def test_node_without_a_thread_left(
+    plugin: EnvCachePlugin, entry: Entry, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there is handed out all the same."""
+    real = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(plugin, "_threads", ThreadPoolExecutor(2))
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+    async def run() -> None:
+        await create(plugin, project)
+
+    asyncio.run(run())
+    assert not flock.is_free(entry.in_use)
+    plugin.delete_uri(URI, LOGGER)
+    support.wait_until(lambda: flock.is_free(entry.in_use), "it is given back")
 
 
 def test_slow_disk(plugin: EnvCachePlugin, store: Store, entry: Entry, project: Path) -> None:
