@@ -159,7 +159,7 @@ def _inherit(name: str, version: str) -> Inherited | None:
         raise InheritError(
             f"The lockfile has {name} {version}, the cluster's Python has {name} {found.version}",
             f'lock the version that is there (uv add "{name}=={found.version.partition("+")[0]}"), '
-            f"or do not inherit {name}",
+            "or let `inherit` name others alone",
         )
     return _described(name, found)
 
@@ -171,7 +171,7 @@ def _described(name: str, found: Distribution) -> Inherited:
     if not records:
         raise InheritError(
             f"The cluster's Python has {name}, but no list of its files: it was not installed from a wheel",
-            f"do not inherit {name}",
+            "let `inherit` name others alone, or install it from a wheel there",
         )
     return Inherited(name, found.version, folder, files, folder / records[0])
 

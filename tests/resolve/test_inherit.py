@@ -84,8 +84,9 @@ def test_a_star_takes_all_that_is_there(store: Store, project: Path, site: Path)
 def test_another_version_is_an_error_with_both(store: Store, project: Path, site: Path) -> None:
     """Never silently another version than was locked."""
     preinstall(site, "nvidia-two", "0.9", {"nvidia/two.py": ""})
-    with pytest.raises(InheritError, match=r"nvidia-two 1\.0, the cluster's Python has nvidia-two 0\.9"):
+    with pytest.raises(InheritError, match=r"nvidia-two 1\.0, the cluster's Python has nvidia-two 0\.9") as error:
         acquire(store, project, inherit=["nvidia-*"])
+    assert "`inherit` name others alone" in error.value.hint, "a pattern cannot leave out one"
     assert list(store.layout.all_entries()) == []
 
 
