@@ -139,7 +139,7 @@ def _clean_uv_cache(layout: Layout, found: Verified, observer: Observer) -> tupl
     if not before:
         return ()
     cache = uv.cache_directory(found.entry.path) or layout.uv_cache
-    done = uv.run(["cache", "clean", *before], cwd=found.entry.path, cache=cache, on_line=observer.line)
+    done = uv.run(["cache", "clean", *before], cwd=Path("/"), cache=cache, on_line=observer.line)
     uv_errors.expect_success(done, BuildError, f"uv cannot remove {', '.join(before)} from its cache", "try again")
     after = _links(found)
     return tuple(name for name in before if after[name] < before[name])

@@ -98,7 +98,7 @@ def find() -> str:
 
 def cache_directory(near: Path) -> Path | None:
     """The user's uv cache where uv can link from it into the folder `near`, else None."""
-    done = run(["cache", "dir"], cwd=near)
+    done = run(["cache", "dir"], cwd=Path("/"))  # not there: what lies above the store says nothing of its user's uv
     cache = Path(done.stdout.strip())
     if done.returncode != 0 or not cache.is_absolute():
         return None

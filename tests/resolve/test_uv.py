@@ -159,6 +159,15 @@ def test_required_version_of_the_user(tmp_path: Path, wheels: Path, monkeypatch:
     require_buildable(EnvSpec.parse(project), installed_ray())
 
 
+def test_settings_above_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store may lie below a folder of any project: which uv that one requires, or what it breaks, moves no cache."""
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "store").mkdir()
+    for text in ('required-version = "==0.8.3"\n', "["):
+        (tmp_path / "uv.toml").write_text(text)
+        assert uv.cache_directory(tmp_path / "store") == tmp_path / "cache"
+
+
 def test_links_into_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The user's cache is taken where it is on the file system of the store, also before it is made; nothing is left."""
     near, cache = tmp_path / "store", tmp_path / "cache"
