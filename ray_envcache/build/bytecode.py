@@ -26,9 +26,6 @@ from ray_envcache.survey.inventory import record_sizes
 from ray_envcache.system import children, files, flock, testpoints
 from ray_envcache.system.texts import utc_now
 
-PATIENCE = 5.0
-"""Seconds until the compiler begins: a first task takes three to four."""
-
 MOST_PROCESSES = 4
 """How many compile where somebody waits: each takes 50 MB for ray, and 180 MB for a single module of 1 MB."""
 
@@ -124,10 +121,8 @@ def main(arguments: list[str]) -> int:
     entry = layout.entry(name)
     if entry is None:
         return 2
+    # The cluster that waited for this environment starts now.
     pyc.lower_priority()
-    # The cluster that waited for this environment starts now. Beside it on two processors the compiler would cost its
-    # first task 0.2 of 3.4 s, at whatever priority.
-    time.sleep(PATIENCE)
     if finish(layout, entry, background=True):
         push_built(layout, entry)
     return 0

@@ -51,8 +51,7 @@ def build(tmp_path: Path, wheels: Path, store: Store, monkeypatch: pytest.Monkey
 
 
 def start_finishing(store: Store, *entries: Entry) -> list[subprocess.Popen[bytes]]:
-    program = "import sys; from ray_envcache.build import bytecode; bytecode.PATIENCE = 0; bytecode.main(sys.argv[1:])"
-    command: list[str | Path] = [sys.executable, "-c", program, store.layout.root]
+    command: list[str | Path] = [sys.executable, "-m", "ray_envcache.build.bytecode", store.layout.root]
     return [subprocess.Popen([*command, entry.path.name]) for entry in entries]
 
 
@@ -241,7 +240,7 @@ def test_what_compiles_keeps_the_entry(
     )
     program = (
         "import sys; from ray_envcache.build import bytecode; bytecode.pyc.__file__ = sys.argv.pop(1);"
-        "bytecode.PATIENCE = 0; bytecode.main(sys.argv[1:])"
+        "bytecode.main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", program, str(slow), str(store.layout.root), entry.path.name]
     finisher = subprocess.Popen(command, text=True)
