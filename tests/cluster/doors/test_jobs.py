@@ -133,7 +133,7 @@ def test_driver_in_a_job(cluster: Cluster, jobs: dict[str, list[Any]]) -> None:
 def test_refused(jobs: dict[str, list[Any]]) -> None:
     """A job with a field that cannot work fails with our words, and so does its command."""
     for name, says in {
-        "missing": "/nowhere.toml`: No such file or directory\nhint: a relative path starts in the working_dir",
+        "missing": "/nowhere.toml`: No such file or directory\nhint: name what can be read here; a relative path",
         "no start": "relative path without a working_dir to start from: `pyproject.toml`\nhint: ",
     }.items():
         status, message, _ = jobs[name]
