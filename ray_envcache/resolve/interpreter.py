@@ -61,7 +61,8 @@ def base_executable(python: str | None) -> str:
             "start the cluster with that Python: Ray's workers must have the same version as the cluster",
         )
     path: str = given or getattr(sys, "_base_executable", None) or sys.executable
-    if not (os.path.isfile(path) and os.access(path, os.X_OK)):
+    # Of the running one only that it is still there: who was given it may not be allowed to start it anew.
+    if not os.path.isfile(path) or (given and not os.access(path, os.X_OK)):
         raise InterpreterError(
             f"No executable at `{path}`", "name a Python of the cluster's version, or install that one again"
         )
