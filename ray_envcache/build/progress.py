@@ -30,7 +30,10 @@ class Observer:
         """A line that stays. The same one again, right behind, is no news."""
         if text != self._said:
             self._said = text
-            _logger.info(text)
+            self._stay(text)
+
+    def _stay(self, text: str) -> None:
+        _logger.info(text)
 
     def line(self, text: str | Callable[[], str]) -> None:
         """A line that passes: what uv says, without credentials, or what is to be asked now and then."""
@@ -52,15 +55,14 @@ class _Shown(Observer):
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._moves = stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._said, self._began = "", time.monotonic()
+        self._began = time.monotonic()
         self._now: Callable[[], str] = str
         self._over = threading.Event()
         self._ticker = threading.Thread(target=self._tick, daemon=True)
 
-    def say(self, text: str) -> None:
-        if text != self._said:
-            self._said, self._began, self._now = text, time.monotonic(), str
-            self._write(f"{_CLEAR if self._moves else ''}{printable(text)}\n")
+    def _stay(self, text: str) -> None:
+        self._began, self._now = time.monotonic(), str
+        self._write(f"{_CLEAR if self._moves else ''}{printable(text)}\n")
         if self._ticker.ident is None:
             self._ticker.start()
 

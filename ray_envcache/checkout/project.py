@@ -132,7 +132,8 @@ def _uv_project(given: Path, package: str | None) -> Project:
     real = Path(os.path.realpath(given))
     above = next((lock for parent in real.parents if (lock := parent / "uv.lock").is_file()), None)
     own = os.path.relpath(real, above.parent) if above else "."
-    folders = {*_members(above).values()} - {"."} if above else set()
+    named = _members(above) if above else {}
+    folders = {*named.values()} - {"."}
     # A member of a workspace may have an old lockfile of its own, which uv does not heed either. In the folder of
     # another member it is on its own, also for uv.
     is_alone = own not in folders or not folders.isdisjoint(map(str, Path(own).parents))
@@ -145,7 +146,7 @@ def _uv_project(given: Path, package: str | None) -> Project:
         )
     if package is None:
         return Project(Kind.UV, lock.parent, lock, own if lock == above else ".")
-    members = _members(lock)
+    members = named if lock == above else _members(lock)
     if package not in members:
         raise LockfileError(
             f"The workspace in `{lock.parent}` has no member `{package}`",

@@ -19,7 +19,6 @@ from ray_envcache.resolve import interpreter, uv
 from ray_envcache.resolve.interpreter import installed_ray
 from ray_envcache.store import roots
 from ray_envcache.store.layout import Layout, default_root
-from ray_envcache.store.roots import prepare_root
 from ray_envcache.survey.uv_cache import UvCache
 from ray_envcache.system import disk
 from ray_envcache.system.testpoints import FOLDER
@@ -59,7 +58,7 @@ def _store(layout: Layout) -> Iterator[Finding]:
 
 
 def _root(layout: Layout) -> Finding:
-    prepare_root(layout)
+    roots.prepare_root(layout)
     kind = disk.free_space(layout.root).kind
     mode = stat.S_IMODE(layout.root.stat().st_mode)
     text = f"{layout.root}: {kind or 'unknown file system'}, yours, mode {mode:o}"

@@ -41,8 +41,7 @@ def sweep(runs: Iterable[Path]) -> None:
         with suppress(OSError):
             # A run that has just made its directory may not have the flock yet.
             is_unused = time.time() - folder.stat().st_mtime > UNUSED_SECONDS
-            is_left = is_unused and directories.is_own(folder, private=True)
-            if is_left:
+            if is_unused and directories.is_own(folder, private=True):
                 with flock.tried_flock(folder) as held:
                     if held is not None:
                         _remove(folder)
